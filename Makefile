@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up all they need in .venv, once; everything else is optional.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO_DIR ?= runs/demo
+
+.PHONY: install demo test benchmark quality style clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --constraint constraints.txt --editable '.[demo,test]'
+	touch $@
+
+demo: install
+	$(RUN) scripts/demo.py --output_dir $(DEMO_DIR)
+
+test: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest --numprocesses 2 --quiet
+
+benchmark: install
+	$(RUN) scripts/benchmark.py
+
+quality: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+style: install
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,293 @@
+"""Configuration of Translution models (Fan et al. 2025, arXiv 2510.10060)."""
+
+# No `from __future__ import annotations` here: `@strict` reads the field types and skips those that are strings.
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+MIXER_TYPES = (
+    "translution",
+    "rope_translution",
+    "attention",
+    "rope_attention",
+    "relative_bias_attention",
+    "relative_vector_attention",
+    "convolution",
+    "acmix",
+)
+AVAILABLE_MIXER_TYPES = ("translution", "rope_translution", "attention", "rope_attention")
+RELATIVE_PROJECTIONS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
+MODALITIES = ("image", "text")
+POOLINGS = ("cls", "mean")
+
+# Hidden size, layers, heads and MLP size of the paper's models; the head size is always 64.
+SIZES = {
+    "tiny": (192, 6, 3, 768),
+    "mini": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+}
+
+
+@strict
+class TranslutionConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`TranslutionModel`], [`TranslutionForImageClassification`] and [`TranslutionForCausalLM`].
+
+    Every value is checked on construction; a value out of range, or one that contradicts another, raises an error that
+    names the field, the value and what is allowed.
+
+    Args:
+        modality (`str`, *optional*, defaults to `"image"`):
+            `"image"` (2-D offsets, a class token) or `"text"` (1-D offsets, causal).
+        hidden_size (`int`, *optional*, defaults to 192):
+            Features of a token.
+        num_hidden_layers (`int`, *optional*, defaults to 6):
+            Blocks of a mixer and an MLP.
+        num_attention_heads (`int`, *optional*, defaults to 3):
+            Heads of each mixer.
+        head_dim (`int`, *optional*, defaults to 64):
+            Features of a head. `num_attention_heads * head_dim` need not be `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to 768):
+            Hidden features of the MLP.
+        mixer_types (`str` or `list[str]`, *optional*, defaults to `"translution"`):
+            The mixer of each layer; a single name stands for all layers. `"translution"`, `"rope_translution"`, `"attention"`,
+            `"rope_attention"`; `"relative_bias_attention"`, `"relative_vector_attention"`, `"convolution"` and `"acmix"` are
+            names that are reserved and not available yet.
+        relative_projections (`str`, *optional*, defaults to `"kv"`):
+            Which projections of Translution depend on the offset between two tokens: `"qkv"`, `"qk"`, `"qv"`, `"kv"`, `"q"`,
+            `"k"` or `"v"`. The authors advise `"kv"` or `"qv"`: the accuracy of `"qkv"` with fewer weights.
+        relative_rank (`int`, *optional*):
+            `None` for full Translution; an integer for LoR-Translution with that many relative features per head.
+        offset_basis (`int`, *optional*):
+            Number of shared matrices that all offset matrices of a bank are mixed from. Not available yet.
+        max_relative_distance (`int`, *optional*):
+            Distances (per axis) beyond this share one matrix, so that banks do not grow with the input: `(2D + 1)²` matrices
+            and three for images, `D + 1` for text. `None` gives every offset of the input its own matrix.
+        use_absolute_position_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether learned absolute position embeddings are added to the input.
+        kernel_size (`int`, *optional*, defaults to 3):
+            Odd window of `"convolution"` and `"acmix"` mixers, in tokens.
+        rope_theta (`float`, *optional*, defaults to 10000.0):
+            Base of the rotary frequencies.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the embeddings and of each residual branch.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention probabilities.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of every LayerNorm.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of initial weights. Offset banks are drawn with `in ** -0.5` instead, see `_init_weights`.
+        image_size, patch_size (`int` or `[height, width]`, *optional*, default to 224 and 16):
+            Pixels; the image size must be a multiple of the patch size on each axis.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of an image.
+        pooling (`str`, *optional*, defaults to `"cls"`):
+            What the image classifier reads: the class token, or the `"mean"` of all tokens, the class token included.
+        vocab_size (`int`, *optional*, defaults to 50257):
+            Tokens of the text vocabulary.
+        max_position_embeddings (`int`, *optional*, defaults to 256):
+            Longest text. Rows of a text bank where `max_relative_distance` is not set.
+        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether the language-model head shares the input embedding.
+        use_cache (`bool`, *optional*, defaults to `True`):
+            Whether generation keeps a cache, where the model supports one.
+
+    Example:
+
+    ```python
+    >>> from translution import TranslutionConfig, TranslutionForImageClassification
+
+    >>> config = TranslutionConfig.from_size("tiny", image_size=32, patch_size=8, relative_projections="kv")
+    >>> model = TranslutionForImageClassification(config)
+    ```
+    """
+
+    model_type = "translution"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    modality: str = "image"
+    hidden_size: int = 192
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 3
+    head_dim: int = 64
+    intermediate_size: int = 768
+    mixer_types: str | list[str] | None = None
+    relative_projections: str = "kv"
+    relative_rank: int | None = None
+    offset_basis: int | None = None
+    max_relative_distance: int | None = None
+    use_absolute_position_embeddings: bool = False
+    kernel_size: int = 3
+    rope_theta: float | int = 10000.0
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    pooling: str = "cls"
+    vocab_size: int = 50257
+    max_position_embeddings: int = 256
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        if self.mixer_types is None:
+            self.mixer_types = "translution"
+        if isinstance(self.mixer_types, str):
+            self.mixer_types = [self.mixer_types] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **fields: Any) -> "TranslutionConfig":
+        """One of the paper's sizes, `"tiny"`, `"mini"`, `"small"`, `"base"` or `"large"`; `fields` override.
+
+        Raises:
+            ValueError: for an unknown size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"`size` must be one of {_choices(SIZES)}, got {size!r}.")
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size = SIZES[size]
+        values = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "head_dim": 64,
+            "intermediate_size": intermediate_size,
+        }
+        return cls(**{**values, **fields})
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid_height_width(self) -> tuple[int, int]:
+        """Height and width of an image, in patches."""
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        return height // patch_height, width // patch_width
+
+    def validate_architecture(self):
+        """Checks ranges and contradictions between fields; types are checked on assignment."""
+        _check_choice("modality", self.modality, MODALITIES)
+        _check_choice("pooling", self.pooling, POOLINGS)
+        _check_choice("relative_projections", self.relative_projections, RELATIVE_PROJECTIONS)
+        for field in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "intermediate_size",
+            "kernel_size",
+            "num_channels",
+            "vocab_size",
+            "max_position_embeddings",
+        ):
+            _check_at_least(field, getattr(self, field), 1)
+        for field, least in (("relative_rank", 1), ("offset_basis", 1), ("max_relative_distance", 0)):
+            if getattr(self, field) is not None:
+                _check_at_least(field, getattr(self, field), least)
+        for field in ("hidden_dropout_prob", "attention_dropout"):
+            value = getattr(self, field)
+            if not 0 <= value < 1:
+                raise ValueError(f"`{field}` must be at least 0 and less than 1, got {value}.")
+        for field in ("rope_theta", "layer_norm_eps"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd, got {self.kernel_size}.")
+        self._validate_activation()
+        self._validate_mixers()
+        if self.modality == "image":
+            self._validate_image()
+
+    def _validate_activation(self):
+        # Imported here: activations need PyTorch, which reading a config does not.
+        from transformers.activations import ACT2FN
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {_choices(ACT2FN)}, got {self.hidden_act!r}.")
+
+    def _validate_mixers(self):
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`mixer_types` must be one name or one name per layer: `num_hidden_layers` is {self.num_hidden_layers}, got "
+                f"{len(self.mixer_types)} names, {self.mixer_types}."
+            )
+        for name in self.mixer_types:
+            _check_choice("mixer_types", name, MIXER_TYPES)
+            if name not in AVAILABLE_MIXER_TYPES:
+                raise ValueError(
+                    f"`mixer_types` names {name!r}, which is not available yet; available are "
+                    f"{_choices(AVAILABLE_MIXER_TYPES)}."
+                )
+        if self.offset_basis is not None:
+            raise ValueError(f"`offset_basis` is not available yet, got {self.offset_basis}; allowed is None.")
+        if "rope_translution" in self.mixer_types and self.relative_rank is None and self.relative_projections != "v":
+            raise ValueError(
+                "`mixer_types` with 'rope_translution' needs an integer `relative_rank`, or `relative_projections` 'v': a "
+                "full bank of queries or keys already contains every rotation. Got `relative_rank` None and "
+                f"`relative_projections` {self.relative_projections!r}."
+            )
+        rotates = any(name.startswith("rope_") for name in self.mixer_types)
+        divisor = 4 if self.modality == "image" else 2
+        if rotates and self.head_dim % divisor:
+            raise ValueError(
+                f"`head_dim` must be a multiple of {divisor} for rotary mixers of modality {self.modality!r}, got "
+                f"{self.head_dim}."
+            )
+
+    def _validate_image(self):
+        for field in ("image_size", "patch_size"):
+            value = getattr(self, field)
+            sides = [value] if isinstance(value, int) else list(value)
+            if len(sides) not in (1, 2) or any(side < 1 for side in sides):
+                raise ValueError(f"`{field}` must be a positive int or [height, width] of such, got {value}.")
+            if not isinstance(value, int) and len(sides) != 2:
+                raise ValueError(f"`{field}` must be an int or [height, width], got {value}.")
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"`image_size` must be a multiple of `patch_size` {self.patch_size} on each axis, got {self.image_size}."
+            )
+
+
+def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _choices(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _check_choice(field: str, value: Any, allowed: tuple[str, ...]):
+    if value not in allowed:
+        raise ValueError(f"`{field}` must be one of {_choices(allowed)}, got {value!r}.")
+
+
+def _check_at_least(field: str, value: int, least: int):
+    if isinstance(value, bool) or value < least:
+        raise ValueError(f"`{field}` must be an integer of at least {least}, got {value!r}.")
+
+
+__all__ = ["TranslutionConfig"]

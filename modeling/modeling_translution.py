@@ -1,0 +1,451 @@
+"""Translution models for images and text (Fan et al. 2025, arXiv 2510.10060).
+
+Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration.configuration_translution import TranslutionConfig
+from .attention_mixer import GROUPED, AttentionMixer, Mixer
+from .pair_layout import PairLayout
+from .rotary import image_rotation, text_rotation
+from .translution_mixer import TranslutionMixer
+
+
+def bank_layout(config: TranslutionConfig) -> PairLayout:
+    """Layout of the largest input that the banks of `config` are made for."""
+    if config.modality == "text":
+        length = config.max_position_embeddings
+        return PairLayout.for_text(length, length, config.max_relative_distance)
+    height, width = config.grid_height_width
+    return PairLayout.for_image(height, width, height, width, config.max_relative_distance)
+
+
+def build_mixer(config: TranslutionConfig, layer_idx: int) -> Mixer:
+    """The mixer that `config.mixer_types` names for a layer."""
+    name = config.mixer_types[layer_idx]
+    rotary = name.startswith("rope_")
+    if name.removeprefix("rope_") == "translution":
+        return TranslutionMixer(config, layer_idx, bank_layout(config).num_offsets, rotary)
+    return AttentionMixer(config, layer_idx, rotary)
+
+
+class TranslutionPatchEmbeddings(nn.Module):
+    """Patches as tokens, after a class token.
+
+    A patch is flattened in the order row, column, channel; then LayerNorm, Linear, LayerNorm, as in the paper's code.
+    Takes `[B, channels, height, width]`, returns `[B, 1 + patches, C]`.
+    """
+
+    def __init__(self, config: TranslutionConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.image_size = config.image_height_width
+        self.patch_size = config.patch_height_width
+        features = self.patch_size[0] * self.patch_size[1] * config.num_channels
+        self.patch_norm = nn.LayerNorm(features, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(features, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.position_embeddings = None
+        if config.use_absolute_position_embeddings:
+            height, width = config.grid_height_width
+            self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height * width, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
+        if (height, width) != self.image_size:
+            raise ValueError(
+                f"`pixel_values` must be images of `image_size` {list(self.image_size)} (height, width), got "
+                f"{[height, width]}."
+            )
+        (patch_height, patch_width), dtype = self.patch_size, self.projection.weight.dtype
+        patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        tokens = self.norm(self.projection(self.patch_norm(patches)))
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
+        return tokens if self.position_embeddings is None else tokens + self.position_embeddings
+
+
+class TranslutionMLP(nn.Module):
+    """`Linear(C, intermediate)`, the activation, `Linear(intermediate, C)`."""
+
+    def __init__(self, config: TranslutionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+class TranslutionLayer(GradientCheckpointingLayer):
+    """Pre-norm block: `x += mixer(LN(x)); x += MLP(LN(x))`."""
+
+    def __init__(self, config: TranslutionConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.post_mixer_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TranslutionMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, layout: PairLayout, **kwargs: Any) -> Tensor:
+        mixed, _ = self.mixer(self.input_layernorm(hidden_states), layout, **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.post_mixer_layernorm(hidden_states)))
+
+
+class TranslutionPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what Transformers needs to know of the architecture."""
+
+    config: TranslutionConfig
+    config_class = TranslutionConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TranslutionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": TranslutionLayer, "attentions": Mixer}
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # Without a request Transformers would fall back to "eager", which here is the readable reference.
+        if requested_attention is None:
+            return GROUPED
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, TranslutionPatchEmbeddings):
+            init.normal_(module.cls_token, std=std)
+            if module.position_embeddings is not None:
+                init.normal_(module.position_embeddings, std=std)
+        elif isinstance(module, TranslutionMixer):
+            for name in "qkv":
+                bank = getattr(module, f"{name}_bank")
+                if bank is not None:
+                    init.normal_(bank, std=std)
+
+
+class TranslutionModel(TranslutionPreTrainedModel):
+    """The trunk: embeddings, blocks and a final LayerNorm, without a head. Returns `[B, L, C]`.
+
+    Images have a class token before their patches, so that `L = 1 + patches`.
+    """
+
+    def __init__(self, config: TranslutionConfig):
+        super().__init__(config)
+        if config.modality == "image":
+            self.embeddings = TranslutionPatchEmbeddings(config)
+        else:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            if config.use_absolute_position_embeddings:
+                self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(TranslutionLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens if self.config.modality == "text" else self.embeddings.projection
+
+    def set_input_embeddings(self, value: nn.Module):
+        if self.config.modality != "text":
+            raise ValueError("`set_input_embeddings` needs `modality` 'text', got 'image'.")
+        self.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`, text):
+                Token ids, at most `max_position_embeddings` of them.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(batch, tokens)`, 1 for tokens to attend to and 0 for padding; or additive, broadcastable to `(batch, heads,
+                tokens, tokens)`. Text is causal whatever the mask says.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*, text):
+                Positions of absolute and rotary embeddings. By default they are counted from the first token that is not
+                masked. Translution itself needs none: offsets do not change with padding.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*, text):
+                Token embeddings instead of `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`, images):
+                Images of `image_size`.
+
+        Raises:
+            ValueError: for inputs of the other modality, or of the wrong shape or range.
+        """
+        if past_key_values is not None:
+            raise ValueError("`past_key_values` is not available yet; allowed is None.")
+        if self.config.modality == "image":
+            _require(
+                "modality 'image'",
+                {"pixel_values": pixel_values},
+                {"input_ids": input_ids, "inputs_embeds": inputs_embeds},
+            )
+            hidden_states = self.embeddings(pixel_values)
+            layout = bank_layout(self.config)
+            rotation = self._rotation(hidden_states, None)
+            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        else:
+            _require("modality 'text'", {}, {"pixel_values": pixel_values})
+            hidden_states, layout, position_ids, mask = self._embed_text(
+                input_ids, inputs_embeds, attention_mask, position_ids
+            )
+            rotation = self._rotation(hidden_states, position_ids)
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                layout,
+                attention_mask=mask,
+                rotation=rotation,
+                output_attentions=bool(output_attentions),
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+
+    def _embed_text(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> tuple[Tensor, PairLayout, Tensor, Tensor | None]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if inputs_embeds is None:
+            _check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, "`vocab_size`")
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch, length, _ = inputs_embeds.shape
+        limit = self.config.max_position_embeddings
+        if length > limit and (
+            self.config.max_relative_distance is None or self.config.use_absolute_position_embeddings
+        ):
+            raise ValueError(f"A text must have at most `max_position_embeddings` {limit} tokens, got {length}.")
+        if position_ids is None:
+            position_ids = _positions(attention_mask, batch, length, inputs_embeds.device)
+        if self.config.use_absolute_position_embeddings:
+            _check_range("position_ids", position_ids, limit, "`max_position_embeddings`")
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
+        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, None, position_ids)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            # Transformers hands on a ready mask as it is. A pair that looks ahead has no offset here.
+            mask = _additive(mask, inputs_embeds.dtype)
+            mask = mask + create_causal_mask(self.config, inputs_embeds, None, None)
+        layout = PairLayout.for_text(length, max(limit, 1), self.config.max_relative_distance)
+        return inputs_embeds, layout, position_ids, mask
+
+    def _rotation(self, hidden_states: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        config = self.config
+        if not any(name.startswith("rope_") for name in config.mixer_types):
+            return None
+        if position_ids is not None:
+            return text_rotation(position_ids, config.head_dim, config.rope_theta, hidden_states.dtype)
+        height, width = config.grid_height_width
+        return image_rotation(
+            height, width, config.head_dim, config.rope_theta, hidden_states.dtype, hidden_states.device
+        )
+
+
+class TranslutionForImageClassification(TranslutionPreTrainedModel):
+    """Image classifier: a Linear head on the class token, or on the mean of all tokens (`config.pooling`)."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: TranslutionConfig):
+        _require_modality(self, config, "image")
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TranslutionModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`):
+                Images of `image_size`.
+            attention_mask (`torch.Tensor`, *optional*):
+                See [`TranslutionModel.forward`].
+            labels (`torch.Tensor`, *optional*):
+                Class indices `(batch,)`; floats `(batch,)` where `num_labels` is 1 (regression) or `(batch, num_labels)` for
+                several labels at once, see `config.problem_type`.
+
+        Returns:
+            `ImageClassifierOutput` with `logits` of shape `(batch, num_labels)`.
+        """
+        outputs = self.model(pixel_values=pixel_values, attention_mask=attention_mask, **kwargs)
+        tokens = outputs.last_hidden_state
+        pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
+        logits = self.classifier(pooled)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
+    """Causal language model: a second LayerNorm, then a Linear head without bias."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: TranslutionConfig):
+        _require_modality(self, config, "text")
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+        self.model = TranslutionModel(config)
+        self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # There is no cache: every step reads the whole text again, not its last token alone.
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=None, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, inputs_embeds:
+                See [`TranslutionModel.forward`].
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                The token ids themselves (they are shifted inside); -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Number of last positions, or indices of positions, to compute logits for; 0 is all.
+
+        Returns:
+            `CausalLMOutputWithPast` with `logits` of shape `(batch, length, vocab_size)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(self.head_norm(outputs.last_hidden_state[:, kept]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modality: str):
+    if config.modality != modality:
+        raise ValueError(f"{type(model).__name__} needs `modality` {modality!r}, got {config.modality!r}.")
+
+
+def _require(what: str, needed: dict[str, Any], unwanted: dict[str, Any]):
+    for name, value in needed.items():
+        if value is None:
+            raise ValueError(f"`{name}` must be given for a model of {what}.")
+    for name, value in unwanted.items():
+        if value is not None:
+            raise ValueError(f"`{name}` does not go with a model of {what}.")
+
+
+def _check_range(name: str, ids: Tensor, limit: int, field: str):
+    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    least, most = ids.min().item(), ids.max().item()
+    if least < 0 or most >= limit:
+        wrong = least if least < 0 else most
+        raise ValueError(f"`{name}` must be at least 0 and less than {field} {limit}, got {wrong}.")
+
+
+def _positions(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.arange(length, device=device).expand(batch, -1)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+__all__ = [
+    "TranslutionForCausalLM",
+    "TranslutionForImageClassification",
+    "TranslutionModel",
+    "TranslutionPreTrainedModel",
+]

@@ -1,0 +1,50 @@
+"""Rotary position embeddings (Su et al. 2021), 1-D for text and 2-D for a grid of patches.
+
+The rotation pairs element `n` of a head with element `n + d/2`. In two dimensions the first `d/4` of the `d/2` angles belong
+to the row and the others to the column; the class token is not rotated.
+
+Legend: `B` batch, `L` tokens, `d` head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def text_rotation(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `[B, L]` positions, each `[B, 1, L, d]` of `dtype`."""
+    angles = position_ids[:, None, :, None] * _frequencies(head_dim // 2, head_dim, theta, dtype, position_ids.device)
+    return _cos_sin(angles, dtype)
+
+
+def image_rotation(
+    height: int, width: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a class token and a `height × width` grid, each `[1 + height · width, d]` of `dtype`."""
+    frequencies = _frequencies(head_dim // 4, head_dim // 2, theta, dtype, device)
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    angles = torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=-1)
+    return _cos_sin(torch.nn.functional.pad(angles, (0, 0, 1, 0)), dtype)
+
+
+def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates `[B, A, L, d]` by cosines and sines that broadcast to it."""
+    cos, sin = rotation
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _frequencies(count: int, span: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Angles of long texts do not fit half precision, so they are never computed in less than float32.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return theta ** (-2 * torch.arange(count, dtype=wide, device=device) / span)
+
+
+def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+__all__ = ["image_rotation", "rotate", "text_rotation"]

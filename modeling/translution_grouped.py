@@ -1,0 +1,454 @@
+"""Translution over pairs grouped by offset: the default path.
+
+All pairs of one offset share a matrix, so their projections are one matrix product over a rectangle of the grid. Two
+operators are enough for every variant:
+
+- `pair_scores(q, k)[i, j] = <q_ij, k_ij>` per head, with `q_ij = q_i Wq[o(j, i)]` and `k_ij = k_j Wk[o(i, j)]`;
+- `pair_values(p, v)[i] = Σ_j p_ij v_j Wv[o(i, j)]` per head.
+
+Each of the three projections is the plain input where its bank is `None`. Scores are the derivative of the trilinear form
+`T(s, q, k) = Σ_ij s_ij <q_ij, k_ij>` by `s`, values its derivative by a plain `q`. So the backward pass of the scores is the
+only gradient to write down, and that of the values is made of the other two.
+
+Memory: projections live in a workspace of bounded size and are computed again in the backward pass. Nothing of size
+`[B, L, L, C']` and no matrix per pair exists. Scores and probabilities, `[B, A, L, L]`, do.
+
+Inside this file tokens come first, `[L, B, C]`, so that the rows of a grid are one block of memory and a rectangle of full
+columns needs no copy. The readable definition is in `translution_reference.py`.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `P` pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, ColumnShift, OffsetRun, PairLayout
+
+
+# Elements of one projection kept at a time. Two such buffers in float32 stay in a processor's cache.
+WORKSPACE_ELEMENTS = 1 << 19
+
+
+def pair_scores(
+    query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
+) -> Tensor:
+    """Inner products `<q_ij, k_ij>` of every pair and head.
+
+    Args:
+        query, key: `[B, L, in]`, token inputs of a bank, or plain projections `[B, L, A·e]` where it is `None`.
+        query_bank, key_bank: `[num_offsets, in, A·e]` or `None`, of the tokens' dtype.
+        num_heads: `A`.
+        layout: the pairs.
+
+    Returns:
+        `[B, A, L, L]`, float64 for float64 inputs and float32 otherwise; 0 for pairs that a causal layout does not have.
+    """
+    return torch.ops.translution.pair_scores(query, key, query_bank, key_bank, num_heads, _pack(layout))
+
+
+def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head.
+
+    Args:
+        probabilities: `[B, A, L, L]`; entries of pairs that a causal layout does not have are not read.
+        value: `[B, L, in]`, the token inputs.
+        value_bank: `[num_offsets, in, A·e]`, of the tokens' dtype.
+        layout: the pairs.
+
+    Returns:
+        `[B, L, A·e]` of the tokens' dtype.
+    """
+    return torch.ops.translution.pair_values(probabilities, value, value_bank, _pack(layout))
+
+
+def _pack(layout: PairLayout) -> list[int]:
+    return [int(field) for field in astuple(layout)]
+
+
+def _unpack(layout: list[int]) -> PairLayout:
+    height, width, class_token, causal, bank_height, bank_width, clamp = layout
+    return PairLayout(height, width, bool(class_token), bool(causal), bank_height, bank_width, bool(clamp))
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tokens_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1).contiguous()
+
+
+def _columns(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
+    """Columns `start …` of the grid's tokens, `[H, w·B, C]`, contiguous."""
+    grid = tokens[int(layout.class_token) :].unflatten(0, (layout.height, layout.width))
+    return grid[:, start : start + num_columns].reshape(layout.height, -1, tokens.shape[-1]).contiguous()
+
+
+def _add_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
+    grid = tokens[int(layout.class_token) :].unflatten(0, (layout.height, layout.width))
+    grid[:, start : start + num_columns] += columns.view(layout.height, num_columns, *tokens.shape[1:])
+
+
+def _blocks(shift: ColumnShift, batch: int, features: int) -> Iterator[tuple[tuple[OffsetRun, ...], list[int]]]:
+    """Consecutive runs whose projections fit the workspace, with the number of projected rows of each."""
+    block, sizes = [], []
+    for run in shift.runs:
+        size = run.num_rows * shift.num_columns * batch
+        if block and (sum(sizes) + size) * features > WORKSPACE_ELEMENTS:
+            yield tuple(block), sizes
+            block, sizes = [], []
+        block.append(run)
+        sizes.append(size)
+    yield tuple(block), sizes
+
+
+def _workspace(layout: PairLayout, batch: int, features: int, like: Tensor) -> Tensor:
+    rows = max(sum(sizes) for shift in layout.column_shifts() for _, sizes in _blocks(shift, batch, features))
+    return like.new_empty(rows, features)
+
+
+class _Side:
+    """One side of the pairs, receiving or giving: its tokens, its bank, and how both are read and accumulated."""
+
+    def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, receives: bool, reverse: bool):
+        self.tokens, self.bank, self.layout = tokens, bank, layout
+        self.receives, self.reverse = receives, reverse
+        self.matrices = None if bank is None else bank.unbind(0)
+        self.features = tokens.shape[-1] if bank is None else bank.shape[-1]
+        self.batch = tokens.shape[1]
+
+    def start_gradients(self) -> None:
+        # The gradient of a token sums over all its offsets: accumulated in a wider type than it is stored in. A matrix
+        # sums over offsets only where clamped ones share it. Where every matrix belongs to one offset, its gradient is
+        # written once and needs no zeros before: a bank is the largest tensor here, and touching it twice shows.
+        wide = _accumulation_dtype(self.tokens.dtype)
+        self.token_gradient = torch.zeros_like(self.tokens, dtype=wide)
+        self.bank_gradient = None
+        if self.bank is not None:
+            layout = self.layout
+            self.writes_once = not layout.clamp and (layout.height, layout.width) == (
+                layout.bank_height,
+                layout.bank_width,
+            )
+            allocate = torch.empty_like if self.writes_once else torch.zeros_like
+            self.bank_gradient = allocate(
+                self.bank, dtype=wide if layout.clamp else self.bank.dtype, memory_format=torch.contiguous_format
+            )
+            self.matrix_gradients = self.bank_gradient.unbind(0)
+
+    def start_shift(self, shift: ColumnShift, gradients: bool = False) -> None:
+        self.column_start = shift.receiver_start if self.receives else shift.giver_start
+        self.columns = _columns(self.tokens, self.layout, self.column_start, shift.num_columns)
+        if gradients:
+            self.column_gradient = torch.zeros_like(self.columns, dtype=self.token_gradient.dtype)
+
+    def end_shift(self, shift: ColumnShift) -> None:
+        _add_columns(self.token_gradient, self.column_gradient, self.layout, self.column_start, shift.num_columns)
+
+    def _rows(self, columns: Tensor, run: OffsetRun) -> Tensor:
+        start = run.receiver_start if self.receives else run.giver_start
+        return columns[start : start + run.num_rows].view(-1, columns.shape[-1])
+
+    def _row(self, run: OffsetRun) -> int:
+        return run.reverse_row if self.reverse else run.row
+
+    def project(self, runs: tuple[OffsetRun, ...], sizes: list[int], workspace: Tensor) -> Tensor:
+        """The projections of a block of runs, `[rows, A·e]`, in `workspace`."""
+        block = workspace[: sum(sizes)]
+        for run, target in zip(runs, block.split(sizes), strict=True):
+            rows = self._rows(self.columns, run)
+            if self.bank is None:
+                target.copy_(rows)
+            else:
+                torch.mm(rows, self.matrices[self._row(run)], out=target)
+        return block
+
+    def accumulate(self, runs: tuple[OffsetRun, ...], sizes: list[int], gradient: Tensor) -> None:
+        """Adds the gradient of a block's projections to those of the tokens and the bank."""
+        for run, piece in zip(runs, gradient.split(sizes), strict=True):
+            token_gradient = self._rows(self.column_gradient, run)
+            if self.bank is None:
+                token_gradient += piece
+            else:
+                row = self._row(run)
+                self._add_to_matrix(row, self._rows(self.columns, run), piece)
+                _add_product(token_gradient, piece, self.matrices[row].t())
+
+    def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
+        if self.writes_once:
+            torch.mm(tokens.t(), gradient, out=self.matrix_gradients[row])
+        else:
+            _add_product(self.matrix_gradients[row], tokens.t(), gradient)
+
+    def project_tokens(self, tokens: slice, row: int) -> Tensor:
+        """Projection of a few tokens by one matrix, `[tokens, B, A·e]`: the pairs of a class token."""
+        chosen = self.tokens[tokens]
+        return chosen if self.bank is None else chosen @ self.matrices[row]
+
+    def accumulate_tokens(self, tokens: slice, row: int, gradient: Tensor) -> None:
+        flat = gradient.flatten(0, 1)
+        if self.bank is None:
+            self.token_gradient[tokens] += gradient
+        else:
+            self._add_to_matrix(row, self.tokens[tokens].flatten(0, 1), flat)
+            _add_product(self.token_gradient[tokens].flatten(0, 1), flat, self.matrices[row].t())
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        token_gradient = self.token_gradient.transpose(0, 1).to(self.tokens.dtype).contiguous()
+        if self.bank_gradient is None:
+            return token_gradient, self.tokens.new_empty(0)
+        return token_gradient, self.bank_gradient.to(self.bank.dtype)
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    if target.dtype == left.dtype:
+        target.addmm_(left, right)
+    else:
+        target += left @ right
+
+
+def _class_blocks(layout: PairLayout) -> tuple[tuple[slice, slice, int, int], ...]:
+    """Receivers, givers, row and reverse row of the pairs of a class token, in grouped order."""
+    if not layout.class_token:
+        return ()
+    cls, patches, first = slice(0, 1), slice(1, None), layout.num_grid_offsets
+    return (
+        (cls, cls, first + CLASS_TO_CLASS, first + CLASS_TO_CLASS),
+        (cls, patches, first + CLASS_FROM_PATCH, first + PATCH_FROM_CLASS),
+        (patches, cls, first + PATCH_FROM_CLASS, first + CLASS_FROM_PATCH),
+    )
+
+
+def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
+    """`[B, A, L, L]` to grouped order, `[P, B, A]`."""
+    order, _ = layout.pair_order()
+    return pairs.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, order.to(pairs.device))
+
+
+def _from_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
+    """`[P + 1, B, A]` in grouped order, the last for pairs that do not exist, to `[B, A, L, L]`."""
+    _, position = layout.pair_order()
+    square = pairs.index_select(0, position.to(pairs.device)).unflatten(0, (layout.num_tokens, layout.num_tokens))
+    return square.permute(2, 3, 0, 1).contiguous()
+
+
+def _scores(
+    query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
+) -> Tensor:
+    receiver = _Side(_tokens_first(query), query_bank, layout, receives=True, reverse=True)
+    giver = _Side(_tokens_first(key), key_bank, layout, receives=False, reverse=False)
+    batch, features = receiver.batch, receiver.features
+    wide = _accumulation_dtype(query.dtype)
+    num_pairs = layout.pair_order()[0].numel()
+    grouped = query.new_empty(num_pairs + 1, batch, num_heads, dtype=wide)
+    grouped[num_pairs] = 0
+    flat = grouped.view(-1, num_heads)
+    query_space, key_space = (_workspace(layout, batch, features, query) for _ in range(2))
+    place = 0
+    for shift in layout.column_shifts():
+        receiver.start_shift(shift)
+        giver.start_shift(shift)
+        for runs, sizes in _blocks(shift, batch, features):
+            product = receiver.project(runs, sizes, query_space)
+            product *= giver.project(runs, sizes, key_space)
+            end = place + product.shape[0]
+            torch.sum(product.unflatten(-1, (num_heads, -1)), -1, dtype=wide, out=flat[place:end])
+            place = end
+    place //= batch
+    for receivers, givers, row, reverse in _class_blocks(layout):
+        product = receiver.project_tokens(receivers, reverse) * giver.project_tokens(givers, row)
+        end = place + product.shape[0]
+        torch.sum(product.unflatten(-1, (num_heads, -1)), -1, dtype=wide, out=grouped[place:end])
+        place = end
+    return _from_grouped(grouped, layout)
+
+
+def _scores_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    layout: PairLayout,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    receiver = _Side(_tokens_first(query), query_bank, layout, receives=True, reverse=True)
+    giver = _Side(_tokens_first(key), key_bank, layout, receives=False, reverse=False)
+    batch, features, num_heads = receiver.batch, receiver.features, gradient.shape[1]
+    grouped = _to_grouped(gradient.to(query.dtype), layout)
+    flat = grouped.view(-1, num_heads, 1)
+    query_space, key_space = (_workspace(layout, batch, features, query) for _ in range(2))
+    # The gradient of one side needs the projections of the other.
+    sides = [(receiver, giver, key_space)] if need_query else []
+    sides += [(giver, receiver, query_space)] if need_key else []
+    for side, _, _ in sides:
+        side.start_gradients()
+    place = 0
+    for shift in layout.column_shifts():
+        receiver.start_shift(shift, need_query)
+        giver.start_shift(shift, need_key)
+        for runs, sizes in _blocks(shift, batch, features):
+            end = place + sum(sizes)
+            weight = flat[place:end]
+            for side, other, space in sides:
+                piece = other.project(runs, sizes, space)
+                piece.view(-1, num_heads, features // num_heads).mul_(weight)
+                side.accumulate(runs, sizes, piece)
+            place = end
+        for side, _, _ in sides:
+            side.end_shift(shift)
+    place //= batch
+    for receivers, givers, row, reverse in _class_blocks(layout):
+        count = max(receiver.tokens[receivers].shape[0], giver.tokens[givers].shape[0])
+        weight = grouped[place : place + count].unsqueeze(-1)
+        place += count
+        blocks = {receiver: (receivers, reverse), giver: (givers, row)}
+        for side, other, _ in sides:
+            piece = other.project_tokens(*blocks[other]).unflatten(-1, (num_heads, -1)) * weight
+            tokens, side_row = blocks[side]
+            piece = piece.flatten(-2)
+            if side.tokens[tokens].shape[0] < count:
+                piece = piece.sum(0, keepdim=True)
+            side.accumulate_tokens(tokens, side_row, piece)
+    # Outputs of an operator must not share memory: a gradient nobody asked for is an empty tensor of its own.
+    query_gradients = receiver.gradients() if need_query else (query.new_empty(0), query.new_empty(0))
+    key_gradients = giver.gradients() if need_key else (query.new_empty(0), query.new_empty(0))
+    return *query_gradients, *key_gradients
+
+
+def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+    giver = _Side(_tokens_first(value), value_bank, layout, receives=False, reverse=False)
+    batch, features, num_heads = giver.batch, giver.features, probabilities.shape[1]
+    wide = _accumulation_dtype(value.dtype)
+    grouped = _to_grouped(probabilities.to(value.dtype), layout)
+    flat = grouped.view(-1, num_heads, 1)
+    workspace = _workspace(layout, batch, features, value)
+    output = value.new_zeros(layout.num_tokens, batch, features, dtype=wide)
+    place = 0
+    for shift in layout.column_shifts():
+        giver.start_shift(shift)
+        received = output.new_zeros(layout.height, shift.num_columns * batch, features)
+        for runs, sizes in _blocks(shift, batch, features):
+            piece = giver.project(runs, sizes, workspace)
+            end = place + piece.shape[0]
+            piece.view(-1, num_heads, features // num_heads).mul_(flat[place:end])
+            place = end
+            for run, part in zip(runs, piece.split(sizes), strict=True):
+                rows = received[run.receiver_start : run.receiver_start + run.num_rows].view(-1, features)
+                rows += part
+        _add_columns(output, received, layout, shift.receiver_start, shift.num_columns)
+    place //= batch
+    for receivers, givers, row, _ in _class_blocks(layout):
+        piece = giver.project_tokens(givers, row).unflatten(-1, (num_heads, -1))
+        count = max(output[receivers].shape[0], piece.shape[0])
+        piece = (piece * grouped[place : place + count].unsqueeze(-1)).flatten(-2)
+        place += count
+        output[receivers] += piece.sum(0, keepdim=True) if output[receivers].shape[0] < count else piece
+    return output.transpose(0, 1).to(value.dtype).contiguous()
+
+
+@torch.library.custom_op("translution::pair_scores", mutates_args=())
+def _pair_scores_op(
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    num_heads: int,
+    layout: list[int],
+) -> Tensor:
+    return _scores(query, key, query_bank, key_bank, num_heads, _unpack(layout))
+
+
+@_pair_scores_op.register_fake
+def _(query, key, query_bank, key_bank, num_heads, layout):
+    tokens = query.shape[1]
+    return query.new_empty(query.shape[0], num_heads, tokens, tokens, dtype=_accumulation_dtype(query.dtype))
+
+
+@torch.library.custom_op("translution::pair_scores_backward", mutates_args=())
+def _pair_scores_backward_op(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    layout: list[int],
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _scores_backward(gradient, query, key, query_bank, key_bank, _unpack(layout), need_query, need_key)
+
+
+@_pair_scores_backward_op.register_fake
+def _(gradient, query, key, query_bank, key_bank, layout, need_query, need_key):
+    def like(tensor, needed):
+        return query.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor).contiguous()
+
+    return like(query, need_query), like(query_bank, need_query), like(key, need_key), like(key_bank, need_key)
+
+
+def _save_scores(ctx, inputs, output):
+    query, key, query_bank, key_bank, _, ctx.layout = inputs
+    ctx.save_for_backward(query, key, query_bank, key_bank)
+
+
+def _differentiate_scores(ctx, gradient):
+    query, key, query_bank, key_bank = ctx.saved_tensors
+    need_query = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+    need_key = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+    query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = torch.ops.translution.pair_scores_backward(
+        gradient, query, key, query_bank, key_bank, ctx.layout, need_query, need_key
+    )
+    return (
+        query_gradient if ctx.needs_input_grad[0] else None,
+        key_gradient if ctx.needs_input_grad[1] else None,
+        query_bank_gradient if ctx.needs_input_grad[2] else None,
+        key_bank_gradient if ctx.needs_input_grad[3] else None,
+        None,
+        None,
+    )
+
+
+_pair_scores_op.register_autograd(_differentiate_scores, setup_context=_save_scores)
+
+
+@torch.library.custom_op("translution::pair_values", mutates_args=())
+def _pair_values_op(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: list[int]) -> Tensor:
+    return _values(probabilities, value, value_bank, _unpack(layout))
+
+
+@_pair_values_op.register_fake
+def _(probabilities, value, value_bank, layout):
+    return value.new_empty(value.shape[0], value.shape[1], value_bank.shape[-1])
+
+
+def _save_values(ctx, inputs, output):
+    probabilities, value, value_bank, ctx.layout = inputs
+    ctx.save_for_backward(probabilities, value, value_bank)
+
+
+def _differentiate_values(ctx, gradient):
+    probabilities, value, value_bank = ctx.saved_tensors
+    num_heads = probabilities.shape[1]
+    probability_gradient = value_gradient = bank_gradient = None
+    if ctx.needs_input_grad[0]:
+        probability_gradient = torch.ops.translution.pair_scores(
+            gradient, value, None, value_bank, num_heads, ctx.layout
+        ).to(probabilities.dtype)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        _, _, value_gradient, bank_gradient = torch.ops.translution.pair_scores_backward(
+            probabilities, gradient, value, None, value_bank, ctx.layout, False, True
+        )
+    return probability_gradient, value_gradient, bank_gradient, None
+
+
+_pair_values_op.register_autograd(_differentiate_values, setup_context=_save_values)
+
+
+__all__ = ["pair_scores", "pair_values"]

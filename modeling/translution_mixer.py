@@ -1,0 +1,134 @@
+"""Translution, full and low-rank, with or without rotary positions: one mixer for every subset of queries, keys and values.
+
+Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = A·d`, `r` relative rank per head, `R = A·r`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import translution_grouped, translution_reference
+from .attention_mixer import GROUPED, Mixer
+from .pair_layout import PairLayout
+from .rotary import rotate
+
+
+PAIR_OPERATORS = {"eager": translution_reference, GROUPED: translution_grouped}
+
+
+class TranslutionMixer(Mixer):
+    """Self-attention whose projections depend on the offset between two tokens (Fan et al. 2025).
+
+    `relative_projections` names the projections that do. Full Translution (`relative_rank` None):
+
+        q_ij = x_i Wq[o(j, i)],  k_ij = x_j Wk[o(i, j)],  v_ij = x_j Wv[o(i, j)]
+        out_i = Σ_j softmax_j(d^-1/2 <q_ij, k_ij>) v_ij, per head, then the output projection
+
+    LoR-Translution (`relative_rank` r) is ordinary attention plus a relative part of `r` features per head:
+
+        s_ij = d^-1/2 (<q1_i, k1_j> + <q2_ij, k2_ij>) / 2
+        out_i = (Σ_j a_ij v1_j + (Σ_j a_ij yv_j Wv[o(i, j)]) Uo) / 2
+
+    where `q2, k2` project `yq = x Uq, yk = x Uk`, and a sum of one part is not halved. `rotary` rotates the plain queries and
+    keys: the dense ones of LoR, or those of full Translution with `relative_projections` "v".
+
+    Parameters: `{q,k,v}_bank`, `[num_offsets, C, C']` (LoR `[num_offsets, R, R]`); `{q,k,v}_proj`, plain or dense
+    projections; LoR's `{q,k,v}_down` (Uq, Uk, Uv) and `v_up` (Uo); `o_proj`.
+
+    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive. The mask
+    has to exclude the pairs that a causal layout does not have.
+    """
+
+    def __init__(self, config, layer_idx: int, num_offsets: int, rotary: bool = False):
+        super().__init__(config, layer_idx)
+        self.rotary = rotary
+        self.relative = config.relative_projections
+        self.low_rank = config.relative_rank is not None
+        hidden, inner = config.hidden_size, self.inner_size
+        bank_size = (hidden, inner)
+        if self.low_rank:
+            rank = self.num_heads * config.relative_rank
+            bank_size = (rank, rank)
+            if self.scores_are_relative:
+                self.q_down = nn.Linear(hidden, rank, bias=False)
+                self.k_down = nn.Linear(hidden, rank, bias=False)
+            if "v" in self.relative:
+                self.v_down = nn.Linear(hidden, rank, bias=False)
+                self.v_up = nn.Linear(rank, inner, bias=False)
+        for name in "qkv":
+            if self.low_rank or name not in self.relative:
+                self.register_module(f"{name}_proj", nn.Linear(hidden, inner, bias=False))
+            bank = nn.Parameter(torch.empty(num_offsets, *bank_size)) if name in self.relative else None
+            self.register_parameter(f"{name}_bank", bank)
+
+    @property
+    def scores_are_relative(self) -> bool:
+        """Whether queries or keys depend on the offset."""
+        return "q" in self.relative or "k" in self.relative
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: PairLayout,
+        attention_mask: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        implementation = self.implementation(output_attentions)
+        operators = PAIR_OPERATORS[implementation]
+        if self.low_rank:
+            scores = self._dense_scores(hidden_states, rotation)
+            if self.scores_are_relative:
+                scores = (scores + self._relative_scores(operators, hidden_states, layout)) / 2
+        elif self.scores_are_relative:
+            scores = self._relative_scores(operators, hidden_states, layout)
+        else:
+            scores = self._dense_scores(hidden_states, rotation)
+        weights = self.probabilities(scores * self.scaling, attention_mask)
+        if self.low_rank:
+            output = self._dense_values(weights, hidden_states)
+            if "v" in self.relative:
+                output = (output + self.v_up(self._relative_values(operators, weights, hidden_states, layout))) / 2
+        elif "v" in self.relative:
+            output = self._relative_values(operators, weights, hidden_states, layout)
+        else:
+            output = self._dense_values(weights, hidden_states)
+        return self.o_proj(output), weights if implementation == "eager" else None
+
+    def _dense_scores(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        query, key = self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
+        if self.rotary:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return query @ key.transpose(-1, -2)
+
+    def _relative_scores(self, operators, hidden_states: Tensor, layout: PairLayout) -> Tensor:
+        query, query_bank = self._pair_inputs("q", hidden_states)
+        key, key_bank = self._pair_inputs("k", hidden_states)
+        return operators.pair_scores(query, key, query_bank, key_bank, self.num_heads, layout)
+
+    def _dense_values(self, weights: Tensor, hidden_states: Tensor) -> Tensor:
+        value = self.split_heads(self.v_proj(hidden_states))
+        return self.merge_heads(weights.to(value.dtype) @ value)
+
+    def _relative_values(self, operators, weights: Tensor, hidden_states: Tensor, layout: PairLayout) -> Tensor:
+        value, value_bank = self._pair_inputs("v", hidden_states)
+        return operators.pair_values(weights, value, value_bank, layout)
+
+    def _pair_inputs(self, name: str, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens that a bank projects, with the bank, or the plain projection and `None`; in the type to compute in."""
+        bank = getattr(self, f"{name}_bank")
+        tokens = hidden_states
+        if self.low_rank:
+            tokens = getattr(self, f"{name}_down")(tokens)
+        elif bank is None:
+            tokens = getattr(self, f"{name}_proj")(tokens)
+        # Autocast knows PyTorch's own operators, not these: their inputs are cast as a Linear's would be.
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            tokens, bank = tokens.to(dtype), None if bank is None else bank.to(dtype)
+        return tokens, bank
+
+
+__all__ = ["TranslutionMixer"]

@@ -1,0 +1,69 @@
+"""Translution as the formulas say it: slow, readable, and the definition that every faster path is tested against.
+
+The signatures are those of `translution_grouped.py`. One receiving token at a time, the matrices of all its pairs are
+gathered from the bank, `[L, in, A·e]`, and applied.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head. Token `i` receives, `j` gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pair_layout import PairLayout
+
+
+def pair_scores(
+    query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
+) -> Tensor:
+    """Inner products `<q_ij, k_ij>` of every pair and head (Fan et al. 2025, equations of section 3).
+
+    `q_ij = q_i Wq[o(j, i)]` and `k_ij = k_j Wk[o(i, j)]`, or the plain inputs where a bank is `None`.
+
+    Args:
+        query, key: `[B, L, in]`, token inputs of a bank, or plain projections `[B, L, A·e]` where it is `None`.
+        query_bank, key_bank: `[num_offsets, in, A·e]` or `None`.
+        num_heads: `A`.
+        layout: the pairs.
+
+    Returns:
+        `[B, A, L, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
+    """
+    rows, reverse_rows = (offsets.to(query.device) for offsets in layout.offsets())
+    scores = []
+    for i in range(layout.num_tokens):
+        q_i = query[:, i]
+        if query_bank is None:
+            q_ij = q_i[:, None].expand(-1, layout.num_tokens, -1)
+        else:
+            q_ij = torch.einsum("bc,jcd->bjd", q_i, query_bank[reverse_rows[i]])
+        k_ij = key if key_bank is None else torch.einsum("bjc,jcd->bjd", key, key_bank[rows[i]])
+        q_ij, k_ij = q_ij.unflatten(-1, (num_heads, -1)), k_ij.unflatten(-1, (num_heads, -1))
+        scores.append(torch.einsum("bjad,bjad->baj", q_ij, k_ij))
+    return torch.stack(scores, dim=2).masked_fill(rows < 0, 0)
+
+
+def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head (Fan et al. 2025, equations of section 3).
+
+    Args:
+        probabilities: `[B, A, L, L]`; entries of pairs that a causal layout does not have are not read.
+        value: `[B, L, in]`, the token inputs.
+        value_bank: `[num_offsets, in, A·e]`.
+        layout: the pairs.
+
+    Returns:
+        `[B, L, A·e]` of the tokens' dtype.
+    """
+    rows = layout.offsets()[0].to(value.device)
+    probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
+    num_heads = probabilities.shape[1]
+    outputs = []
+    for i in range(layout.num_tokens):
+        v_ij = torch.einsum("bjc,jcd->bjd", value, value_bank[rows[i]]).unflatten(-1, (num_heads, -1))
+        outputs.append(torch.einsum("baj,bjad->bad", probabilities[:, :, i], v_ij).flatten(-2))
+    return torch.stack(outputs, dim=1)
+
+
+__all__ = ["pair_scores", "pair_values"]

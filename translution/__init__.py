@@ -1,0 +1,27 @@
+"""Translution for Hugging Face Transformers: importing this package registers the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+
+from .configuration.configuration_translution import TranslutionConfig
+from .modeling.modeling_translution import (
+    TranslutionForCausalLM,
+    TranslutionForImageClassification,
+    TranslutionModel,
+    TranslutionPreTrainedModel,
+)
+
+
+AutoConfig.register(TranslutionConfig.model_type, TranslutionConfig, exist_ok=True)
+AutoModel.register(TranslutionConfig, TranslutionModel, exist_ok=True)
+AutoModelForImageClassification.register(TranslutionConfig, TranslutionForImageClassification, exist_ok=True)
+AutoModelForCausalLM.register(TranslutionConfig, TranslutionForCausalLM, exist_ok=True)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TranslutionConfig",
+    "TranslutionForCausalLM",
+    "TranslutionForImageClassification",
+    "TranslutionModel",
+    "TranslutionPreTrainedModel",
+]
