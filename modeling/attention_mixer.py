@@ -38,8 +38,8 @@ class Mixer(nn.Module):
             self.o_proj = nn.Linear(self.inner_size, config.hidden_size)
 
     def implementation(self, output_attentions: bool) -> str:
-        """The path to run: weights that are to be returned come from the readable one."""
-        return "eager" if output_attentions else self.config._attn_implementation
+        """The path to run: weights that are to be returned come from the readable one; a lone mixer is grouped."""
+        return "eager" if output_attentions else self.config._attn_implementation or GROUPED
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """`[B, L, A·e]` to `[B, A, L, e]`."""
