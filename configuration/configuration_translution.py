@@ -18,7 +18,6 @@ MIXER_TYPES = (
     "convolution",
     "acmix",
 )
-AVAILABLE_MIXER_TYPES = ("translution", "rope_translution", "attention", "rope_attention")
 RELATIVE_PROJECTIONS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
 MODALITIES = ("image", "text")
 POOLINGS = ("cls", "mean")
@@ -56,15 +55,15 @@ class TranslutionConfig(PreTrainedConfig):
             Hidden features of the MLP.
         mixer_types (`str` or `list[str]`, *optional*, defaults to `"translution"`):
             The mixer of each layer; a single name stands for all layers. `"translution"`, `"rope_translution"`, `"attention"`,
-            `"rope_attention"`; `"relative_bias_attention"`, `"relative_vector_attention"`, `"convolution"` and `"acmix"` are
-            names that are reserved and not available yet.
+            `"rope_attention"`, `"relative_bias_attention"`, `"relative_vector_attention"`, `"convolution"`, `"acmix"`.
         relative_projections (`str`, *optional*, defaults to `"kv"`):
             Which projections of Translution depend on the offset between two tokens: `"qkv"`, `"qk"`, `"qv"`, `"kv"`, `"q"`,
             `"k"` or `"v"`. The authors advise `"kv"` or `"qv"`: the accuracy of `"qkv"` with fewer weights.
         relative_rank (`int`, *optional*):
             `None` for full Translution; an integer for LoR-Translution with that many relative features per head.
         offset_basis (`int`, *optional*):
-            Number of shared matrices that all offset matrices of a bank are mixed from. Not available yet.
+            Number of shared matrices that all offset matrices of a bank are mixed from (Basis Translution); `None` leaves
+            every matrix free.
         max_relative_distance (`int`, *optional*):
             Distances (per axis) beyond this share one matrix, so that banks do not grow with the input: `(2D + 1)²` matrices
             and three for images, `D + 1` for text. `None` gives every offset of the input its own matrix.
@@ -236,13 +235,11 @@ class TranslutionConfig(PreTrainedConfig):
             )
         for name in self.mixer_types:
             _check_choice("mixer_types", name, MIXER_TYPES)
-            if name not in AVAILABLE_MIXER_TYPES:
-                raise ValueError(
-                    f"`mixer_types` names {name!r}, which is not available yet; available are "
-                    f"{_choices(AVAILABLE_MIXER_TYPES)}."
-                )
-        if self.offset_basis is not None:
-            raise ValueError(f"`offset_basis` is not available yet, got {self.offset_basis}; allowed is None.")
+        if "acmix" in self.mixer_types and self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                "`mixer_types` with 'acmix' needs `num_attention_heads` × `head_dim` to be `hidden_size`, got "
+                f"{self.num_attention_heads} × {self.head_dim} and {self.hidden_size}."
+            )
         if "rope_translution" in self.mixer_types and self.relative_rank is None and self.relative_projections != "v":
             raise ValueError(
                 "`mixer_types` with 'rope_translution' needs an integer `relative_rank`, or `relative_projections` 'v': a "

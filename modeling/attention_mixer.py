@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .pair_layout import PairLayout
+from .pair_layout import PairLayout, bank_layout
+from .resampling import resample_offsets
 from .rotary import rotate
 
 
@@ -32,6 +33,7 @@ class Mixer(nn.Module):
         self.inner_size = config.num_attention_heads * config.head_dim
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
+        self.bank_layout = bank_layout(config)
         if config.num_attention_heads == 1 and config.head_dim == config.hidden_size:
             self.o_proj = nn.Identity()
         else:
@@ -40,6 +42,15 @@ class Mixer(nn.Module):
     def implementation(self, output_attentions: bool) -> str:
         """The path to run: weights that are to be returned come from the readable one; a lone mixer is grouped."""
         return "eager" if output_attentions else self.config._attn_implementation or GROUPED
+
+    def offset_parameters(self) -> list[str]:
+        """Names of the parameters with one row per offset."""
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
+
+    def fit(self, table: Tensor, layout: PairLayout) -> Tensor:
+        """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
+        return resample_offsets(table, self.bank_layout, layout)
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """`[B, L, A·e]` to `[B, A, L, e]`."""
@@ -77,19 +88,91 @@ class AttentionMixer(Mixer):
         attention_mask: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = self.project(hidden_states)
         if self.rotary:
             query, key = rotate(query, rotation).to(value.dtype), rotate(key, rotation).to(value.dtype)
-        weights = None
+        output, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
+        return self.o_proj(output), weights
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `[B, A, L, d]`."""
+        query, key, value = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return query, key, value
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: PairLayout,
+        attention_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
+        bias = self.score_bias(layout)
+        mask = bias if attention_mask is None else attention_mask if bias is None else attention_mask + bias
         if self.implementation(output_attentions) == "eager":
-            weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, attention_mask)
-            output = weights.to(value.dtype) @ value
-        else:
-            mask = None if attention_mask is None else attention_mask.to(query.dtype)
-            dropout = self.attention_dropout if self.training else 0.0
-            output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
-        return self.o_proj(self.merge_heads(output)), weights
+            weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, mask)
+            return self.merge_heads(weights.to(value.dtype) @ value), weights
+        mask = None if mask is None else mask.to(query.dtype)
+        dropout = self.attention_dropout if self.training else 0.0
+        output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
+        return self.merge_heads(output), None
+
+    def score_bias(self, layout: PairLayout) -> Tensor | None:
+        """What is added to the scores of each pair, `[A, L, L]`, beside the mask."""
+        return None
+
+
+class RelativeBiasAttentionMixer(AttentionMixer):
+    """Attention with a learned scalar per offset and head added to the score (Liu et al. 2021, Swin; Raffel et al. 2020, T5).
+
+    Parameter: `relative_bias`, `[num_offsets, A]`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.relative_bias = nn.Parameter(torch.empty(self.bank_layout.num_offsets, self.num_heads))
+
+    def score_bias(self, layout: PairLayout) -> Tensor:
+        rows, _ = layout.offsets()
+        table = self.fit(self.relative_bias, layout)
+        # Pairs that do not exist have no row; the mask excludes them.
+        return table[rows.clamp(min=0).to(table.device)].permute(2, 0, 1)
+
+
+class RelativeVectorAttentionMixer(AttentionMixer):
+    """Attention with a learned vector per offset added to keys and values, shared by all heads (Shaw et al. 2018, eq. 3, 4).
+
+    `s_ij = d^-1/2 <q_i, k_j + rk[o(i, j)]>` and `out_i = Σ_j a_ij (v_j + rv[o(i, j)])`.
+
+    Parameters: `relative_key` and `relative_value`, `[num_offsets, d]`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.relative_key = nn.Parameter(torch.empty(self.bank_layout.num_offsets, config.head_dim))
+        self.relative_value = nn.Parameter(torch.empty(self.bank_layout.num_offsets, config.head_dim))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: PairLayout,
+        attention_mask: Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = layout.offsets()[0].clamp(min=0).to(query.device)
+        relative_key = self.fit(self.relative_key, layout)[rows].to(query.dtype)
+        relative_value = self.fit(self.relative_value, layout)[rows].to(value.dtype)
+        scores = query @ key.transpose(-1, -2) + torch.einsum("baid,ijd->baij", query, relative_key)
+        weights = self.probabilities(scores * self.scaling, attention_mask)
+        given = weights.to(value.dtype)
+        output = given @ value + torch.einsum("baij,ijd->baid", given, relative_value)
+        return self.merge_heads(output), weights if self.implementation(output_attentions) == "eager" else None
 
 
 def _never_called(*args, **kwargs):
@@ -101,4 +184,4 @@ AttentionInterface.register(GROUPED, _never_called)
 AttentionMaskInterface.register(GROUPED, eager_mask)
 
 
-__all__ = ["GROUPED", "AttentionMixer", "Mixer"]
+__all__ = ["GROUPED", "AttentionMixer", "Mixer", "RelativeBiasAttentionMixer", "RelativeVectorAttentionMixer"]

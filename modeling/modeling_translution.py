@@ -22,19 +22,27 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration.configuration_translution import TranslutionConfig
-from .attention_mixer import GROUPED, AttentionMixer, Mixer
-from .pair_layout import PairLayout
+from .acmix_mixer import ACmixMixer
+from .attention_mixer import (
+    GROUPED,
+    AttentionMixer,
+    Mixer,
+    RelativeBiasAttentionMixer,
+    RelativeVectorAttentionMixer,
+)
+from .convolution_mixer import ConvolutionMixer
+from .pair_layout import PairLayout, bank_layout
+from .resampling import resample_offsets, resample_positions
 from .rotary import image_rotation, text_rotation
 from .translution_mixer import TranslutionMixer
 
 
-def bank_layout(config: TranslutionConfig) -> PairLayout:
-    """Layout of the largest input that the banks of `config` are made for."""
-    if config.modality == "text":
-        length = config.max_position_embeddings
-        return PairLayout.for_text(length, length, config.max_relative_distance)
-    height, width = config.grid_height_width
-    return PairLayout.for_image(height, width, height, width, config.max_relative_distance)
+MIXERS = {
+    "relative_bias_attention": RelativeBiasAttentionMixer,
+    "relative_vector_attention": RelativeVectorAttentionMixer,
+    "convolution": ConvolutionMixer,
+    "acmix": ACmixMixer,
+}
 
 
 def build_mixer(config: TranslutionConfig, layer_idx: int) -> Mixer:
@@ -42,8 +50,10 @@ def build_mixer(config: TranslutionConfig, layer_idx: int) -> Mixer:
     name = config.mixer_types[layer_idx]
     rotary = name.startswith("rope_")
     if name.removeprefix("rope_") == "translution":
-        return TranslutionMixer(config, layer_idx, bank_layout(config).num_offsets, rotary)
-    return AttentionMixer(config, layer_idx, rotary)
+        return TranslutionMixer(config, layer_idx, rotary)
+    if name.removeprefix("rope_") == "attention":
+        return AttentionMixer(config, layer_idx, rotary)
+    return MIXERS[name](config, layer_idx)
 
 
 class TranslutionPatchEmbeddings(nn.Module):
@@ -58,6 +68,7 @@ class TranslutionPatchEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.image_size = config.image_height_width
         self.patch_size = config.patch_height_width
+        self.grid_size = config.grid_height_width
         features = self.patch_size[0] * self.patch_size[1] * config.num_channels
         self.patch_norm = nn.LayerNorm(features, eps=config.layer_norm_eps)
         self.projection = nn.Linear(features, config.hidden_size)
@@ -65,10 +76,10 @@ class TranslutionPatchEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.position_embeddings = None
         if config.use_absolute_position_embeddings:
-            height, width = config.grid_height_width
+            height, width = self.grid_size
             self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height * width, config.hidden_size))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
@@ -76,17 +87,35 @@ class TranslutionPatchEmbeddings(nn.Module):
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
             raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
-        if (height, width) != self.image_size:
-            raise ValueError(
-                f"`pixel_values` must be images of `image_size` {list(self.image_size)} (height, width), got "
-                f"{[height, width]}."
-            )
+        grid = self.grid(height, width, interpolate_pos_encoding)
         (patch_height, patch_width), dtype = self.patch_size, self.projection.weight.dtype
         patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         tokens = self.norm(self.projection(self.patch_norm(patches)))
         tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
-        return tokens if self.position_embeddings is None else tokens + self.position_embeddings
+        if self.position_embeddings is None:
+            return tokens
+        return tokens + resample_positions(self.position_embeddings, self.grid_size, grid)
+
+    def grid(self, height: int, width: int, interpolate_pos_encoding: bool) -> tuple[int, int]:
+        """Height and width in patches of an image in pixels.
+
+        Raises:
+            ValueError: for a size other than `image_size` without `interpolate_pos_encoding`, or one that is not a multiple
+                of the patch size.
+        """
+        if (height, width) != self.image_size and not interpolate_pos_encoding:
+            raise ValueError(
+                f"`pixel_values` must be images of `image_size` {list(self.image_size)} (height, width), got "
+                f"{[height, width]}; other sizes need `interpolate_pos_encoding=True`."
+            )
+        patch_height, patch_width = self.patch_size
+        if height % patch_height or width % patch_width or not height or not width:
+            raise ValueError(
+                f"`pixel_values` must be images of a positive multiple of `patch_size` {list(self.patch_size)} on each axis, "
+                f"got {[height, width]}."
+            )
+        return height // patch_height, width // patch_width
 
 
 class TranslutionMLP(nn.Module):
@@ -135,6 +164,11 @@ class TranslutionPreTrainedModel(PreTrainedModel):
         # Without a request Transformers would fall back to "eager", which here is the readable reference.
         if requested_attention is None:
             return GROUPED
+        if requested_attention not in (GROUPED, "eager"):
+            raise ValueError(
+                f"`attn_implementation` must be {GROUPED!r} or 'eager', got {requested_attention!r}: Translution's attention is "
+                "its own."
+            )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
@@ -145,11 +179,23 @@ class TranslutionPreTrainedModel(PreTrainedModel):
             init.normal_(module.cls_token, std=std)
             if module.position_embeddings is not None:
                 init.normal_(module.position_embeddings, std=std)
-        elif isinstance(module, TranslutionMixer):
-            for name in "qkv":
-                bank = getattr(module, f"{name}_bank")
-                if bank is not None:
-                    init.normal_(bank, std=std)
+        elif isinstance(module, Mixer):
+            self._init_mixer(module, std)
+
+    def _init_mixer(self, mixer: Mixer, std: float):
+        """Parameters that a mixer holds itself; its Linears are modules of their own."""
+        for name, parameter in mixer.named_parameters(recurse=False):
+            if name.endswith("_coefficients"):
+                # A matrix mixed from n factors is then as large as one of a bank.
+                init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            elif name.endswith("_rate"):
+                init.constant_(parameter, 0.5)
+            elif name == "shift_kernel":
+                init.copy_(parameter, mixer.exact_shifts())
+            elif name.startswith("relative_"):
+                init.normal_(parameter, std=0.02)
+            else:
+                init.normal_(parameter, std=std)
 
 
 class TranslutionModel(TranslutionPreTrainedModel):
@@ -180,6 +226,39 @@ class TranslutionModel(TranslutionPreTrainedModel):
             raise ValueError("`set_input_embeddings` needs `modality` 'text', got 'image'.")
         self.embed_tokens = value
 
+    @torch.no_grad()
+    def resize_image(self, image_size: int | list[int] | tuple[int, int]) -> None:
+        """Makes the model one for images of another size, for good: `config.image_size` and what is learned per position.
+
+        Banks, coefficients, relative scalars and vectors are resampled (bicubic over the offset axes, class rows kept), and
+        so are absolute embeddings; with `max_relative_distance` what belongs to offsets stays as it is. Optimisers have to be
+        made anew.
+
+        Args:
+            image_size: pixels, an int or `[height, width]`; a multiple of `patch_size`.
+
+        Raises:
+            ValueError: for a text model.
+            huggingface_hub.errors.StrictDataclassError: for a size that the config refuses.
+        """
+        if self.config.modality != "image":
+            raise ValueError(f"`resize_image` needs `modality` 'image', got {self.config.modality!r}.")
+        resized = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
+        old_grid, new_grid, layout = self.config.grid_height_width, resized.grid_height_width, bank_layout(resized)
+        embeddings = self.embeddings
+        embeddings.image_size, embeddings.grid_size = resized.image_height_width, new_grid
+        if embeddings.position_embeddings is not None:
+            embeddings.position_embeddings = nn.Parameter(
+                resample_positions(embeddings.position_embeddings, old_grid, new_grid)
+            )
+        for layer in self.layers:
+            mixer = layer.mixer
+            for name in mixer.offset_parameters():
+                table = resample_offsets(getattr(mixer, name), mixer.bank_layout, layout)
+                setattr(mixer, name, nn.Parameter(table))
+            mixer.bank_layout = layout
+        self.config.image_size = image_size
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -191,6 +270,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -207,37 +287,48 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 Token embeddings instead of `input_ids`.
             pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`, images):
                 Images of `image_size`.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`, images):
+                Whether to take images of another size, a multiple of `patch_size`: what is learned per offset, and absolute
+                embeddings, are resampled for their grid. With `max_relative_distance` offsets need no resampling.
 
         Raises:
             ValueError: for inputs of the other modality, or of the wrong shape or range.
         """
         if past_key_values is not None:
-            raise ValueError("`past_key_values` is not available yet; allowed is None.")
-        if self.config.modality == "image":
-            _require(
-                "modality 'image'",
-                {"pixel_values": pixel_values},
-                {"input_ids": input_ids, "inputs_embeds": inputs_embeds},
+            raise ValueError(
+                f"`past_key_values` is not available yet, got {type(past_key_values).__name__}; allowed is None."
             )
-            hidden_states = self.embeddings(pixel_values)
-            layout = bank_layout(self.config)
-            rotation = self._rotation(hidden_states, None)
+        if self.config.modality == "image":
+            _refuse("image", "`pixel_values`", input_ids=input_ids, inputs_embeds=inputs_embeds)
+            if pixel_values is None:
+                raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+            height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
+            layout = PairLayout.for_image(height, width, height, width, self.config.max_relative_distance)
+            rotation = self._rotation(hidden_states, layout)
+            _check_mask(attention_mask, hidden_states)
             mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+            mask = None if mask is None else _additive(mask, hidden_states.dtype)
         else:
-            _require("modality 'text'", {}, {"pixel_values": pixel_values})
+            _refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
             hidden_states, layout, position_ids, mask = self._embed_text(
                 input_ids, inputs_embeds, attention_mask, position_ids
             )
-            rotation = self._rotation(hidden_states, position_ids)
+            rotation = self._rotation(hidden_states, layout, position_ids)
         output_attentions = kwargs.get("output_attentions")
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         hidden_states = self.dropout(hidden_states)
+        # Convolutions need to know which tokens to leave out, or that a mask is about pairs.
+        pairs_masked = attention_mask is not None and attention_mask.ndim == 4
+        token_mask = None if pairs_masked else attention_mask
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
                 layout,
                 attention_mask=mask,
+                token_mask=token_mask,
+                pairs_masked=pairs_masked,
                 rotation=rotation,
                 output_attentions=bool(output_attentions),
             )
@@ -251,10 +342,25 @@ class TranslutionModel(TranslutionPreTrainedModel):
         position_ids: Tensor | None,
     ) -> tuple[Tensor, PairLayout, Tensor, Tensor | None]:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
         if inputs_embeds is None:
+            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+                raise ValueError(
+                    f"`input_ids` must be [batch, length] with a length of at least 1, got shape {list(input_ids.shape)}."
+                )
             _check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, "`vocab_size`")
             inputs_embeds = self.embed_tokens(input_ids)
+        if (
+            inputs_embeds.ndim != 3
+            or inputs_embeds.shape[-1] != self.config.hidden_size
+            or inputs_embeds.shape[1] == 0
+        ):
+            raise ValueError(
+                f"`inputs_embeds` must be [batch, length, `hidden_size` {self.config.hidden_size}] with a length of at least 1, "
+                f"got shape {list(inputs_embeds.shape)}."
+            )
+        _check_mask(attention_mask, inputs_embeds)
         batch, length, _ = inputs_embeds.shape
         limit = self.config.max_position_embeddings
         if length > limit and (
@@ -267,22 +373,21 @@ class TranslutionModel(TranslutionPreTrainedModel):
             _check_range("position_ids", position_ids, limit, "`max_position_embeddings`")
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         mask = create_causal_mask(self.config, inputs_embeds, attention_mask, None, position_ids)
-        if attention_mask is not None and attention_mask.ndim == 4:
-            # Transformers hands on a ready mask as it is. A pair that looks ahead has no offset here.
-            mask = _additive(mask, inputs_embeds.dtype)
-            mask = mask + create_causal_mask(self.config, inputs_embeds, None, None)
+        if attention_mask is not None:
+            mask = _causal(_additive(mask, inputs_embeds.dtype))
         layout = PairLayout.for_text(length, max(limit, 1), self.config.max_relative_distance)
         return inputs_embeds, layout, position_ids, mask
 
-    def _rotation(self, hidden_states: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        config = self.config
+    def _rotation(
+        self, hidden_states: Tensor, layout: PairLayout, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        config, dtype = self.config, hidden_states.dtype
         if not any(name.startswith("rope_") for name in config.mixer_types):
             return None
         if position_ids is not None:
-            return text_rotation(position_ids, config.head_dim, config.rope_theta, hidden_states.dtype)
-        height, width = config.grid_height_width
+            return text_rotation(position_ids, config.head_dim, config.rope_theta, dtype)
         return image_rotation(
-            height, width, config.head_dim, config.rope_theta, hidden_states.dtype, hidden_states.device
+            layout.height, layout.width, config.head_dim, config.rope_theta, dtype, hidden_states.device
         )
 
 
@@ -306,13 +411,14 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs: Any,
     ) -> ImageClassifierOutput:
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`):
                 Images of `image_size`.
-            attention_mask (`torch.Tensor`, *optional*):
+            attention_mask, interpolate_pos_encoding:
                 See [`TranslutionModel.forward`].
             labels (`torch.Tensor`, *optional*):
                 Class indices `(batch,)`; floats `(batch,)` where `num_labels` is 1 (regression) or `(batch, num_labels)` for
@@ -321,7 +427,12 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         Returns:
             `ImageClassifierOutput` with `logits` of shape `(batch, num_labels)`.
         """
-        outputs = self.model(pixel_values=pixel_values, attention_mask=attention_mask, **kwargs)
+        outputs = self.model(
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
         tokens = outputs.last_hidden_state
         pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
         logits = self.classifier(pooled)
@@ -358,10 +469,20 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
         return False
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         # There is no cache: every step reads the whole text again, not its last token alone.
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=None, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=None, **kwargs)
+        if inputs_embeds is not None:
+            new = self.get_input_embeddings()(inputs["input_ids"])
+            inputs |= {"input_ids": None, "inputs_embeds": torch.cat((inputs_embeds.to(new), new), dim=1)}
+            if kwargs.get("position_ids") is not None:
+                inputs["position_ids"] = kwargs["position_ids"]
+        return inputs
 
     @can_return_tuple
     def forward(
@@ -412,13 +533,32 @@ def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modalit
         raise ValueError(f"{type(model).__name__} needs `modality` {modality!r}, got {config.modality!r}.")
 
 
-def _require(what: str, needed: dict[str, Any], unwanted: dict[str, Any]):
-    for name, value in needed.items():
-        if value is None:
-            raise ValueError(f"`{name}` must be given for a model of {what}.")
+def _refuse(modality: str, allowed: str, **unwanted: Any):
     for name, value in unwanted.items():
         if value is not None:
-            raise ValueError(f"`{name}` does not go with a model of {what}.")
+            raise ValueError(
+                f"`{name}` does not go with `modality` {modality!r}, got shape {list(value.shape)}; allowed is {allowed}."
+            )
+
+
+def _check_mask(mask: Tensor | None, tokens: Tensor):
+    if mask is None:
+        return
+    batch, length, _ = tokens.shape
+    if mask.ndim == 2:
+        fits = tuple(mask.shape) == (batch, length)
+    else:
+        fits = (
+            mask.ndim == 4
+            and mask.shape[0] in (1, batch)
+            and mask.shape[2] in (1, length)
+            and mask.shape[3] in (1, length)
+        )
+    if not fits:
+        raise ValueError(
+            f"`attention_mask` must be [batch, tokens] {[batch, length]} or broadcastable to [batch, heads, tokens, tokens] "
+            f"[{batch}, heads, {length}, {length}], got shape {list(mask.shape)}."
+        )
 
 
 def _check_range(name: str, ids: Tensor, limit: int, field: str):
@@ -441,6 +581,18 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _causal(mask: Tensor) -> Tensor:
+    """An additive mask that never looks ahead; a token that may see nothing, padding, sees itself.
+
+    Without the second, softmax over a row of equal lowest values would spread over the future too.
+    """
+    least, length = torch.finfo(mask.dtype).min, mask.shape[-1]
+    future = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    mask = mask.masked_fill(future, least)
+    blind = (mask <= least / 2).all(dim=-1, keepdim=True)
+    return mask.masked_fill(blind & torch.eye(length, dtype=torch.bool, device=mask.device), 0)
 
 
 __all__ = [

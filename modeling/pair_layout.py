@@ -144,6 +144,15 @@ class PairLayout:
         return _pair_order(self)
 
 
+def bank_layout(config) -> PairLayout:
+    """Layout of the largest input that the banks of `config` are made for."""
+    if config.modality == "text":
+        length = config.max_position_embeddings
+        return PairLayout.for_text(length, length, config.max_relative_distance)
+    height, width = config.grid_height_width
+    return PairLayout.for_image(height, width, height, width, config.max_relative_distance)
+
+
 # Index tensors are made once a geometry. They must not belong to the mode of the call that happened to come first: tensors
 # made under `inference_mode` cannot be saved for a backward pass, and the default device may be `meta`.
 @lru_cache(maxsize=64)
@@ -201,4 +210,4 @@ def _pair_order(layout: PairLayout) -> tuple[torch.Tensor, torch.Tensor]:
     return order, position
 
 
-__all__ = ["CLASS_FROM_PATCH", "CLASS_TO_CLASS", "NUM_CLASS_ROWS", "PATCH_FROM_CLASS", "PairLayout"]
+__all__ = ["CLASS_FROM_PATCH", "CLASS_TO_CLASS", "NUM_CLASS_ROWS", "PATCH_FROM_CLASS", "PairLayout", "bank_layout"]

@@ -259,7 +259,7 @@ def _scores(
             end = place + product.shape[0]
             torch.sum(product.unflatten(-1, (num_heads, -1)), -1, dtype=wide, out=flat[place:end])
             place = end
-    place //= batch
+    place //= max(batch, 1)
     for receivers, givers, row, reverse in _class_blocks(layout):
         product = receiver.project_tokens(receivers, reverse) * giver.project_tokens(givers, row)
         end = place + product.shape[0]
@@ -303,7 +303,7 @@ def _scores_backward(
             place = end
         for side, _, _ in sides:
             side.end_shift(shift)
-    place //= batch
+    place //= max(batch, 1)
     for receivers, givers, row, reverse in _class_blocks(layout):
         count = max(receiver.tokens[receivers].shape[0], giver.tokens[givers].shape[0])
         weight = grouped[place : place + count].unsqueeze(-1)
@@ -343,7 +343,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
                 rows = received[run.receiver_start : run.receiver_start + run.num_rows].view(-1, features)
                 rows += part
         _add_columns(output, received, layout, shift.receiver_start, shift.num_columns)
-    place //= batch
+    place //= max(batch, 1)
     for receivers, givers, row, _ in _class_blocks(layout):
         piece = giver.project_tokens(givers, row).unflatten(-1, (num_heads, -1))
         count = max(output[receivers].shape[0], piece.shape[0])

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import translution_grouped, translution_reference
+from . import translution_basis, translution_grouped, translution_reference
 from .attention_mixer import GROUPED, Mixer
 from .pair_layout import PairLayout
 from .rotary import rotate
+from .translution_basis import OffsetBasis
 
 
 PAIR_OPERATORS = {"eager": translution_reference, GROUPED: translution_grouped}
@@ -33,18 +34,23 @@ class TranslutionMixer(Mixer):
     where `q2, k2` project `yq = x Uq, yk = x Uk`, and a sum of one part is not halved. `rotary` rotates the plain queries and
     keys: the dense ones of LoR, or those of full Translution with `relative_projections` "v".
 
-    Parameters: `{q,k,v}_bank`, `[num_offsets, C, C']` (LoR `[num_offsets, R, R]`); `{q,k,v}_proj`, plain or dense
-    projections; LoR's `{q,k,v}_down` (Uq, Uk, Uv) and `v_up` (Uo); `o_proj`.
+    Basis Translution (`offset_basis` n) mixes every bank from `n` shared matrices, `W[o] = Σ_m b[o, m] U[m]`, and never
+    builds it, see `translution_basis.py`.
+
+    Parameters: `{q,k,v}_bank`, `[num_offsets, C, C']` (LoR `[num_offsets, R, R]`), or `{q,k,v}_coefficients`,
+    `[num_offsets, n]`, and `{q,k,v}_factors`, `[n, C, C']` (LoR `[n, R, R]`); `{q,k,v}_proj`, plain or dense projections;
+    LoR's `{q,k,v}_down` (Uq, Uk, Uv) and `v_up` (Uo); `o_proj`.
 
     Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive. The mask
     has to exclude the pairs that a causal layout does not have.
     """
 
-    def __init__(self, config, layer_idx: int, num_offsets: int, rotary: bool = False):
+    def __init__(self, config, layer_idx: int, rotary: bool = False):
         super().__init__(config, layer_idx)
         self.rotary = rotary
         self.relative = config.relative_projections
         self.low_rank = config.relative_rank is not None
+        self.offset_basis = config.offset_basis
         hidden, inner = config.hidden_size, self.inner_size
         bank_size = (hidden, inner)
         if self.low_rank:
@@ -59,8 +65,15 @@ class TranslutionMixer(Mixer):
         for name in "qkv":
             if self.low_rank or name not in self.relative:
                 self.register_module(f"{name}_proj", nn.Linear(hidden, inner, bias=False))
-            bank = nn.Parameter(torch.empty(num_offsets, *bank_size)) if name in self.relative else None
-            self.register_parameter(f"{name}_bank", bank)
+            if name in self.relative:
+                for part, shape in self._bank_shapes(bank_size).items():
+                    self.register_parameter(f"{name}_{part}", nn.Parameter(torch.empty(shape)))
+
+    def _bank_shapes(self, matrix: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        num_offsets = self.bank_layout.num_offsets
+        if self.offset_basis is None:
+            return {"bank": (num_offsets, *matrix)}
+        return {"coefficients": (num_offsets, self.offset_basis), "factors": (self.offset_basis, *matrix)}
 
     @property
     def scores_are_relative(self) -> bool:
@@ -74,9 +87,12 @@ class TranslutionMixer(Mixer):
         attention_mask: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         output_attentions: bool = False,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.implementation(output_attentions)
         operators = PAIR_OPERATORS[implementation]
+        if self.offset_basis is not None and implementation != "eager":
+            operators = translution_basis
         if self.low_rank:
             scores = self._dense_scores(hidden_states, rotation)
             if self.scores_are_relative:
@@ -103,8 +119,8 @@ class TranslutionMixer(Mixer):
         return query @ key.transpose(-1, -2)
 
     def _relative_scores(self, operators, hidden_states: Tensor, layout: PairLayout) -> Tensor:
-        query, query_bank = self._pair_inputs("q", hidden_states)
-        key, key_bank = self._pair_inputs("k", hidden_states)
+        query, query_bank = self._pair_inputs("q", operators, hidden_states, layout)
+        key, key_bank = self._pair_inputs("k", operators, hidden_states, layout)
         return operators.pair_scores(query, key, query_bank, key_bank, self.num_heads, layout)
 
     def _dense_values(self, weights: Tensor, hidden_states: Tensor) -> Tensor:
@@ -112,13 +128,18 @@ class TranslutionMixer(Mixer):
         return self.merge_heads(weights.to(value.dtype) @ value)
 
     def _relative_values(self, operators, weights: Tensor, hidden_states: Tensor, layout: PairLayout) -> Tensor:
-        value, value_bank = self._pair_inputs("v", hidden_states)
+        value, value_bank = self._pair_inputs("v", operators, hidden_states, layout)
         return operators.pair_values(weights, value, value_bank, layout)
 
-    def _pair_inputs(self, name: str, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _pair_inputs(
+        self, name: str, operators, hidden_states: Tensor, layout: PairLayout
+    ) -> tuple[Tensor, Tensor | OffsetBasis | None]:
         """The tokens that a bank projects, with the bank, or the plain projection and `None`; in the type to compute in."""
-        bank = getattr(self, f"{name}_bank")
-        tokens = hidden_states
+        tokens, bank = hidden_states, None
+        if name in self.relative:
+            bank = self._bank(name, layout)
+            if operators is not translution_basis and isinstance(bank, OffsetBasis):
+                bank = bank.bank()
         if self.low_rank:
             tokens = getattr(self, f"{name}_down")(tokens)
         elif bank is None:
@@ -129,6 +150,12 @@ class TranslutionMixer(Mixer):
             dtype = torch.get_autocast_dtype(device)
             tokens, bank = tokens.to(dtype), None if bank is None else bank.to(dtype)
         return tokens, bank
+
+    def _bank(self, name: str, layout: PairLayout) -> Tensor | OffsetBasis:
+        if self.offset_basis is None:
+            return self.fit(getattr(self, f"{name}_bank"), layout)
+        coefficients = self.fit(getattr(self, f"{name}_coefficients"), layout)
+        return OffsetBasis(coefficients, getattr(self, f"{name}_factors"))
 
 
 __all__ = ["TranslutionMixer"]

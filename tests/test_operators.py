@@ -33,11 +33,16 @@ def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **field
         num_attention_heads=HEADS,
         head_dim=HEAD_DIM,
         num_hidden_layers=1,
+        modality="text" if layout.causal else "image",
+        image_size=[layout.bank_height, layout.bank_width],
+        patch_size=1,
+        max_position_embeddings=layout.bank_height,
+        max_relative_distance=layout.bank_height - 1 if layout.clamp else None,
         relative_projections=subset,
         relative_rank=rank,
         **fields,
     )
-    mixer = TranslutionMixer(config, 0, layout.num_offsets).double()
+    mixer = TranslutionMixer(config, 0).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return mixer

@@ -1,0 +1,127 @@
+"""Convolution over the grid of tokens: the other end of what Translution unifies.
+
+Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = A·d`, `k` kernel size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import translution_grouped
+from .attention_mixer import Mixer
+from .pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout
+
+
+class ConvolutionMixer(Mixer):
+    """`out_i = Σ_{o in window} x_{i−o} W[o]`, then the output projection.
+
+    This is Translution with weight 1 on a `k × k` window of offsets and 0 elsewhere. For text the window is the token itself
+    and the `k − 1` before it. The class token is outside the grid: it has one matrix of its own and sees no patch, so read
+    the mean of all tokens (`pooling` "mean") or mix in a layer that attends.
+
+    Parameters: `window_weight`, `[k², C, C']` for images with rows in the order of the offset index, `[k, C, C']` for text with
+    the row of a distance; `class_proj` (images); `o_proj`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.kernel_size = config.kernel_size
+        rows = config.kernel_size if config.modality == "text" else config.kernel_size**2
+        self.window_weight = nn.Parameter(torch.empty(rows, config.hidden_size, self.inner_size))
+        if config.modality == "image":
+            self.class_proj = nn.Linear(config.hidden_size, self.inner_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: PairLayout,
+        attention_mask: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        pairs_masked: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        if pairs_masked:
+            # PyTorch's convolution cannot tell pairs apart.
+            bank = self.window_weight
+            if layout.class_token:
+                class_rows = bank.new_zeros(NUM_CLASS_ROWS, *bank.shape[1:])
+                class_rows[CLASS_TO_CLASS] = self.class_proj.weight.T
+                bank = torch.cat((bank, class_rows))
+            mixed = convolve_pairs(hidden_states, bank, layout, attention_mask, self.kernel_size)
+            return self.o_proj(mixed), None
+        tokens = visible(hidden_states, token_mask)
+        if layout.causal:
+            mixed = convolve_text(tokens.transpose(1, 2), self.kernel()).transpose(1, 2)
+        else:
+            grid = to_grid(tokens[:, 1:], layout)
+            mixed = nn.functional.conv2d(grid, self.kernel(), padding=self.kernel_size // 2).flatten(2).transpose(1, 2)
+            mixed = torch.cat((self.class_proj(tokens[:, :1]).to(mixed.dtype), mixed), dim=1)
+        return self.o_proj(mixed), None
+
+    def kernel(self) -> Tensor:
+        """The bank as a convolution kernel, `[C', C, k, k]` or `[C', C, k]`: PyTorch's taps run against the offsets."""
+        if self.config.modality == "text":
+            return self.window_weight.flip(0).permute(2, 1, 0)
+        size = self.kernel_size
+        return self.window_weight.unflatten(0, (size, size)).flip(0, 1).permute(3, 2, 0, 1)
+
+
+def visible(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
+    """`[B, L, C]` with the tokens set to zero that `token_mask` `[B, L]` hides."""
+    return tokens if token_mask is None else tokens * token_mask.unsqueeze(-1).to(tokens.dtype)
+
+
+def convolve_pairs(
+    tokens: Tensor, bank: Tensor, layout: PairLayout, attention_mask: Tensor, kernel_size: int
+) -> Tensor:
+    """Convolution as the Translution that it is: weight 1 for the pairs in the window that the additive mask allows.
+
+    Args:
+        tokens: `[B, L, in]`.
+        bank: one matrix per offset of the window in the order of the offset index, then those of a class token.
+        attention_mask: additive, broadcastable to `[B, A, L, L]`.
+    """
+    reach = kernel_size if layout.causal else kernel_size // 2 + 1
+    inside = PairLayout(
+        layout.height,
+        layout.width,
+        layout.class_token,
+        layout.causal,
+        reach,
+        1 if layout.causal else reach,
+        clamp=True,
+    )
+    # A mask row that hides all shows the token itself, see the model; here as there that is padding nobody reads.
+    allowed = (attention_mask > torch.finfo(attention_mask.dtype).min / 2) & _window(layout, kernel_size).to(
+        tokens.device
+    )
+    allowed = allowed.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
+    return translution_grouped.pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
+
+
+def _window(layout: PairLayout, kernel_size: int) -> Tensor:
+    """`[L, L]`, whether giver `j` is in the window of receiver `i`."""
+    grid = torch.cartesian_prod(torch.arange(layout.height), torch.arange(layout.width)).view(-1, 2)
+    distance = grid[:, None] - grid[None, :]
+    if layout.causal:
+        inside = (distance[..., 0] >= 0) & (distance[..., 0] < kernel_size)
+    else:
+        inside = (distance.abs() <= kernel_size // 2).all(dim=-1)
+    if layout.class_token:
+        inside = nn.functional.pad(inside, (1, 0, 1, 0))
+        inside[0, 0] = True
+    return inside
+
+
+def to_grid(patches: Tensor, layout: PairLayout) -> Tensor:
+    """`[B, H·W, C]` to `[B, C, H, W]`."""
+    return patches.transpose(1, 2).unflatten(2, (layout.height, layout.width))
+
+
+def convolve_text(tokens: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
+    """Causal 1-D convolution of `[B, C, L]`: a token sees itself and `k − 1` tokens before it."""
+    return nn.functional.conv1d(nn.functional.pad(tokens, (kernel.shape[-1] - 1, 0)), kernel, groups=groups)
+
+
+__all__ = ["ConvolutionMixer", "convolve_pairs", "convolve_text", "to_grid", "visible"]
