@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch.nn import functional as F
 
@@ -459,7 +460,7 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match=r"multiple of `patch_size` \[2, 2\] on each axis, got \[7, 8\]"):
         model(pixel_values=torch.randn(1, 3, 7, 8), interpolate_pos_encoding=True)
     with pytest.raises(
-        ValueError, match=r"`image_size` must be a multiple of `patch_size` 2 on each axis, got \[7, 8\]"
+        StrictDataclassError, match=r"`image_size` must be a multiple of `patch_size` 2 on each axis, got \[7, 8\]"
     ):
         model.resize_image([7, 8])
     with pytest.raises(ValueError, match="`resize_image` needs `modality` 'image', got 'text'"):
