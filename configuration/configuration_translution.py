@@ -81,8 +81,10 @@ class TranslutionConfig(PreTrainedConfig):
             Dropout of the attention probabilities.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of every LayerNorm.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of initial weights. Offset banks are drawn with `in ** -0.5` instead, see `_init_weights`.
+        initializer_range (`float`, *optional*):
+            Standard deviation of initial weights. `None` draws Linears and offset banks as PyTorch draws a Linear, uniformly
+            within `±in ** -0.5`, and embeddings with 0.02; a number is the standard deviation of all of them. See
+            `TranslutionPreTrainedModel._init_weights` for why.
         image_size, patch_size (`int` or `[height, width]`, *optional*, default to 224 and 16):
             Pixels; the image size must be a multiple of the patch size on each axis.
         num_channels (`int`, *optional*, defaults to 3):
@@ -129,7 +131,7 @@ class TranslutionConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
@@ -184,6 +186,14 @@ class TranslutionConfig(PreTrainedConfig):
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
         return height // patch_height, width // patch_width
 
+    @property
+    def layer_types(self) -> list[str]:
+        """Transformers' word for the kind of cache of each layer: this package's own, see `modeling/cache.py`."""
+        return [self.model_type] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """Transformers would refuse a kind of cache that it does not know; there is nothing else to check."""
+
     def validate_architecture(self):
         """Checks ranges and contradictions between fields; types are checked on assignment."""
         _check_choice("modality", self.modality, MODALITIES)
@@ -211,8 +221,8 @@ class TranslutionConfig(PreTrainedConfig):
         for field in ("rope_theta", "layer_norm_eps"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
-        if self.initializer_range < 0:
-            raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
+        if self.initializer_range is not None and self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` must be None or at least 0, got {self.initializer_range}.")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {self.kernel_size}.")
         self._validate_activation()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from .attention_mixer import RelativeBiasAttentionMixer
-from .convolution_mixer import convolve_pairs, convolve_text, to_grid, visible
-from .pair_layout import NUM_CLASS_ROWS, PairLayout
+from .cache import remember_recent
+from .convolution_mixer import convolve_pairs, convolve_text, convolve_window, to_grid, visible
+from .pair_layout import NUM_CLASS_ROWS, PairLayout, StepLayout
 
 
 class ACmixMixer(RelativeBiasAttentionMixer):
@@ -47,17 +49,22 @@ class ACmixMixer(RelativeBiasAttentionMixer):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: PairLayout,
+        layout: PairLayout | StepLayout,
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         pairs_masked: bool = False,
+        past_key_values: Cache | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.project(hidden_states)
-        attended, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
         maps = self._maps(torch.cat((query, key, value), dim=1))
-        if pairs_masked:
+        key, value = self.remember(key, value, layout, past_key_values)
+        attended, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
+        if layout.causal and (pairs_masked or past_key_values is not None):
+            (recent,) = remember_recent(past_key_values, self.layer_idx, [maps], self.kernel_size - 1)
+            convolved = convolve_window(recent, self._shift_bank(layout), layout, attention_mask)
+        elif pairs_masked:
             convolved = convolve_pairs(maps, self._shift_bank(layout), layout, attention_mask, self.kernel_size)
         else:
             convolved = self._convolve(visible(maps, token_mask), layout)
@@ -67,7 +74,7 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         """`[B, 3A, L, d]` to `[B, L, d·T]`: the `T` maps of head channel 0 first."""
         return self.shift_maps(heads.permute(0, 2, 3, 1)).flatten(2)
 
-    def _convolve(self, maps: Tensor, layout: PairLayout) -> Tensor:
+    def _convolve(self, maps: Tensor, layout: PairLayout | StepLayout) -> Tensor:
         """`[B, L, d·T]` to `[B, L, C']`, zero for a class token."""
         groups = maps.shape[-1] // self.num_taps
         if layout.causal:
@@ -77,7 +84,7 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         convolved = nn.functional.conv2d(grid, self.shift_kernel, padding=self.kernel_size // 2, groups=groups)
         return nn.functional.pad(convolved.flatten(2).transpose(1, 2), (0, 0, first, 0))
 
-    def _shift_bank(self, layout: PairLayout) -> Tensor:
+    def _shift_bank(self, layout: PairLayout | StepLayout) -> Tensor:
         """`shift_kernel` as a bank, one `[d·T, C']` matrix per offset of the window: its groups are diagonal blocks."""
         taps = self.shift_kernel.flatten(2).flip(2).permute(2, 0, 1)  # [T, C', T], by offset
         blocks = taps.unflatten(1, (-1, self.num_heads)).transpose(2, 3)  # [T, d, T, A]

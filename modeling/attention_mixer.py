@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .pair_layout import PairLayout, bank_layout
+from .pair_layout import PairLayout, StepLayout, bank_layout
 from .resampling import resample_offsets
 from .rotary import rotate
 
@@ -48,7 +49,7 @@ class Mixer(nn.Module):
         names = [name for name, _ in self.named_parameters(recurse=False)]
         return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
 
-    def fit(self, table: Tensor, layout: PairLayout) -> Tensor:
+    def fit(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
         """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
         return resample_offsets(table, self.bank_layout, layout)
 
@@ -84,15 +85,17 @@ class AttentionMixer(Mixer):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: PairLayout,
+        layout: PairLayout | StepLayout,
         attention_mask: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.project(hidden_states)
         if self.rotary:
             query, key = rotate(query, rotation).to(value.dtype), rotate(key, rotation).to(value.dtype)
+        key, value = self.remember(key, value, layout, past_key_values)
         output, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
         return self.o_proj(output), weights
 
@@ -101,12 +104,20 @@ class AttentionMixer(Mixer):
         query, key, value = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return query, key, value
 
+    def remember(
+        self, key: Tensor, value: Tensor, layout: PairLayout | StepLayout, past_key_values: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens that give, `[B, A, L, d]`, from those of the new ones."""
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        return key[:, :, : layout.num_tokens], value[:, :, : layout.num_tokens]
+
     def attend(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        layout: PairLayout,
+        layout: PairLayout | StepLayout,
         attention_mask: Tensor | None,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +132,7 @@ class AttentionMixer(Mixer):
         output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
         return self.merge_heads(output), None
 
-    def score_bias(self, layout: PairLayout) -> Tensor | None:
+    def score_bias(self, layout: PairLayout | StepLayout) -> Tensor | None:
         """What is added to the scores of each pair, `[A, L, L]`, beside the mask."""
         return None
 
@@ -136,11 +147,9 @@ class RelativeBiasAttentionMixer(AttentionMixer):
         super().__init__(config, layer_idx)
         self.relative_bias = nn.Parameter(torch.empty(self.bank_layout.num_offsets, self.num_heads))
 
-    def score_bias(self, layout: PairLayout) -> Tensor:
-        rows, _ = layout.offsets()
+    def score_bias(self, layout: PairLayout | StepLayout) -> Tensor:
         table = self.fit(self.relative_bias, layout)
-        # Pairs that do not exist have no row; the mask excludes them.
-        return table[rows.clamp(min=0).to(table.device)].permute(2, 0, 1)
+        return table[layout.rows(table.device)].permute(2, 0, 1)
 
 
 class RelativeVectorAttentionMixer(AttentionMixer):
@@ -161,11 +170,11 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        layout: PairLayout,
+        layout: PairLayout | StepLayout,
         attention_mask: Tensor | None,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = layout.offsets()[0].clamp(min=0).to(query.device)
+        rows = layout.rows(query.device)
         relative_key = self.fit(self.relative_key, layout)[rows].to(query.dtype)
         relative_value = self.fit(self.relative_value, layout)[rows].to(value.dtype)
         scores = query @ key.transpose(-1, -2) + torch.einsum("baid,ijd->baij", query, relative_key)

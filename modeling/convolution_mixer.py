@@ -5,12 +5,16 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from . import translution_grouped
 from .attention_mixer import Mixer
-from .pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout
+from .cache import remember, remember_recent
+from .pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout, StepLayout
 
 
 class ConvolutionMixer(Mixer):
@@ -35,12 +39,20 @@ class ConvolutionMixer(Mixer):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: PairLayout,
+        layout: PairLayout | StepLayout,
         attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         pairs_masked: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
+        if layout.causal:
+            if pairs_masked or past_key_values is not None:
+                (_,), _ = remember(past_key_values, self.layer_idx, [hidden_states[..., :0]], [None])
+                (recent,) = remember_recent(past_key_values, self.layer_idx, [hidden_states], self.kernel_size - 1)
+                return self.o_proj(convolve_window(recent, self.window_weight, layout, attention_mask)), None
+            tokens = visible(hidden_states, token_mask).transpose(1, 2)
+            return self.o_proj(convolve_text(tokens, self.kernel()).transpose(1, 2)), None
         if pairs_masked:
             # PyTorch's convolution cannot tell pairs apart.
             bank = self.window_weight
@@ -48,16 +60,11 @@ class ConvolutionMixer(Mixer):
                 class_rows = bank.new_zeros(NUM_CLASS_ROWS, *bank.shape[1:])
                 class_rows[CLASS_TO_CLASS] = self.class_proj.weight.T
                 bank = torch.cat((bank, class_rows))
-            mixed = convolve_pairs(hidden_states, bank, layout, attention_mask, self.kernel_size)
-            return self.o_proj(mixed), None
+            return self.o_proj(convolve_pairs(hidden_states, bank, layout, attention_mask, self.kernel_size)), None
         tokens = visible(hidden_states, token_mask)
-        if layout.causal:
-            mixed = convolve_text(tokens.transpose(1, 2), self.kernel()).transpose(1, 2)
-        else:
-            grid = to_grid(tokens[:, 1:], layout)
-            mixed = nn.functional.conv2d(grid, self.kernel(), padding=self.kernel_size // 2).flatten(2).transpose(1, 2)
-            mixed = torch.cat((self.class_proj(tokens[:, :1]).to(mixed.dtype), mixed), dim=1)
-        return self.o_proj(mixed), None
+        grid = to_grid(tokens[:, 1:], layout)
+        mixed = nn.functional.conv2d(grid, self.kernel(), padding=self.kernel_size // 2).flatten(2).transpose(1, 2)
+        return self.o_proj(torch.cat((self.class_proj(tokens[:, :1]).to(mixed.dtype), mixed), dim=1)), None
 
     def kernel(self) -> Tensor:
         """The bank as a convolution kernel, `[C', C, k, k]` or `[C', C, k]`: PyTorch's taps run against the offsets."""
@@ -72,26 +79,39 @@ def visible(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
     return tokens if token_mask is None else tokens * token_mask.unsqueeze(-1).to(tokens.dtype)
 
 
+def convolve_window(recent: Tensor, bank: Tensor, layout: PairLayout | StepLayout, attention_mask: Tensor) -> Tensor:
+    """Causal convolution whose mask is about pairs, or whose tokens come from a cache: `[B, receivers, C']`.
+
+    Args:
+        recent: `[B, before + receivers, in]`, the receivers after tokens before them, as many as are known; zeros stand for
+            tokens before the first.
+        bank: `[k, in, C']`, the matrix of each distance.
+        attention_mask: additive, broadcastable to `[B, A, receivers, L]`.
+    """
+    size, receivers = bank.shape[0], layout.num_receivers
+    before = recent.shape[1] - receivers
+    recent = nn.functional.pad(recent, (0, 0, max(size - 1 - before, 0), 0))[:, -(size - 1 + receivers) :]
+    windows = recent.unfold(1, size, 1).flip(-1)  # [B, receivers, in, k], the token itself first
+    slots = layout.positions(recent.device)[:, None] - torch.arange(size, device=recent.device)
+    mask = attention_mask.expand(recent.shape[0], -1, receivers, layout.num_tokens)
+    seen = mask.gather(-1, slots.clamp(min=0).expand(*mask.shape[:2], -1, -1))
+    allowed = (seen > torch.finfo(mask.dtype).min / 2) & (slots >= 0)
+    bank = bank.to(recent.dtype).unflatten(-1, (allowed.shape[1], -1))
+    return torch.einsum("bilo,baio,olad->biad", windows, allowed.to(recent.dtype), bank).flatten(2)
+
+
 def convolve_pairs(
     tokens: Tensor, bank: Tensor, layout: PairLayout, attention_mask: Tensor, kernel_size: int
 ) -> Tensor:
-    """Convolution as the Translution that it is: weight 1 for the pairs in the window that the additive mask allows.
+    """Convolution of images as the Translution that it is: weight 1 for the pairs in the window that the additive mask allows.
 
     Args:
         tokens: `[B, L, in]`.
         bank: one matrix per offset of the window in the order of the offset index, then those of a class token.
         attention_mask: additive, broadcastable to `[B, A, L, L]`.
     """
-    reach = kernel_size if layout.causal else kernel_size // 2 + 1
-    inside = PairLayout(
-        layout.height,
-        layout.width,
-        layout.class_token,
-        layout.causal,
-        reach,
-        1 if layout.causal else reach,
-        clamp=True,
-    )
+    reach = kernel_size // 2 + 1
+    inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True)
     # A mask row that hides all shows the token itself, see the model; here as there that is padding nobody reads.
     allowed = (attention_mask > torch.finfo(attention_mask.dtype).min / 2) & _window(layout, kernel_size).to(
         tokens.device
@@ -104,10 +124,7 @@ def _window(layout: PairLayout, kernel_size: int) -> Tensor:
     """`[L, L]`, whether giver `j` is in the window of receiver `i`."""
     grid = torch.cartesian_prod(torch.arange(layout.height), torch.arange(layout.width)).view(-1, 2)
     distance = grid[:, None] - grid[None, :]
-    if layout.causal:
-        inside = (distance[..., 0] >= 0) & (distance[..., 0] < kernel_size)
-    else:
-        inside = (distance.abs() <= kernel_size // 2).all(dim=-1)
+    inside = (distance.abs() <= kernel_size // 2).all(dim=-1)
     if layout.class_token:
         inside = nn.functional.pad(inside, (1, 0, 1, 0))
         inside[0, 0] = True
@@ -124,4 +141,4 @@ def convolve_text(tokens: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
     return nn.functional.conv1d(nn.functional.pad(tokens, (kernel.shape[-1] - 1, 0)), kernel, groups=groups)
 
 
-__all__ = ["ConvolutionMixer", "convolve_pairs", "convolve_text", "to_grid", "visible"]
+__all__ = ["ConvolutionMixer", "convolve_pairs", "convolve_text", "convolve_window", "to_grid", "visible"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,11 +31,14 @@ from .attention_mixer import (
     RelativeVectorAttentionMixer,
 )
 from .convolution_mixer import ConvolutionMixer
-from .pair_layout import PairLayout, bank_layout
+from .pair_layout import PairLayout, StepLayout, bank_layout
 from .resampling import resample_offsets, resample_positions
 from .rotary import image_rotation, text_rotation
 from .translution_mixer import TranslutionMixer
 
+
+# Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.
+EMBEDDING_STD = 0.02
 
 MIXERS = {
     "relative_bias_attention": RelativeBiasAttentionMixer,
@@ -142,7 +145,7 @@ class TranslutionLayer(GradientCheckpointingLayer):
         self.mlp = TranslutionMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, layout: PairLayout, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, layout: PairLayout | StepLayout, **kwargs: Any) -> Tensor:
         mixed, _ = self.mixer(self.input_layernorm(hidden_states), layout, **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.mlp(self.post_mixer_layernorm(hidden_states)))
@@ -173,16 +176,26 @@ class TranslutionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        """Draws the initial weights of a module.
+
+        The original draws a bank by Kaiming's rule for a 3-D tensor, which counts `in · out` inputs, so that its matrices start
+        `sqrt(out)` times smaller than a Linear's; Transformers' habit is a standard deviation of 0.02 whatever the width.
+        On digits at random places (width 48, 3 layers, 10 epochs, two seeds) full Translution reached 80 % with Linears and
+        banks both drawn as a Linear, 68 % with the original's rule for banks, and 25 % with 0.02 for all; attention went from
+        24 % with 0.02 to over 50 %. From a width of about 800 on, the rule for a Linear is 0.02 anyway.
+        """
         super()._init_weights(module)
         std = self.config.initializer_range
+        if std is None and isinstance(module, nn.Linear):
+            init.uniform_(module.weight, *_linear_bounds(module.in_features))
         if isinstance(module, TranslutionPatchEmbeddings):
-            init.normal_(module.cls_token, std=std)
+            init.normal_(module.cls_token, std=EMBEDDING_STD if std is None else std)
             if module.position_embeddings is not None:
-                init.normal_(module.position_embeddings, std=std)
+                init.normal_(module.position_embeddings, std=EMBEDDING_STD if std is None else std)
         elif isinstance(module, Mixer):
             self._init_mixer(module, std)
 
-    def _init_mixer(self, mixer: Mixer, std: float):
+    def _init_mixer(self, mixer: Mixer, std: float | None):
         """Parameters that a mixer holds itself; its Linears are modules of their own."""
         for name, parameter in mixer.named_parameters(recurse=False):
             if name.endswith("_coefficients"):
@@ -193,9 +206,13 @@ class TranslutionPreTrainedModel(PreTrainedModel):
             elif name == "shift_kernel":
                 init.copy_(parameter, mixer.exact_shifts())
             elif name.startswith("relative_"):
-                init.normal_(parameter, std=0.02)
-            else:
+                init.normal_(parameter, std=EMBEDDING_STD if std is None else std)
+            elif std is not None:
                 init.normal_(parameter, std=std)
+            else:
+                # A convolution sums over its window as a Linear sums over its inputs; attention averages.
+                taps = parameter.shape[0] if name == "window_weight" else 1
+                init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
 
 
 class TranslutionModel(TranslutionPreTrainedModel):
@@ -294,30 +311,34 @@ class TranslutionModel(TranslutionPreTrainedModel):
         Raises:
             ValueError: for inputs of the other modality, or of the wrong shape or range.
         """
-        if past_key_values is not None:
-            raise ValueError(
-                f"`past_key_values` is not available yet, got {type(past_key_values).__name__}; allowed is None."
-            )
         if self.config.modality == "image":
-            _refuse("image", "`pixel_values`", input_ids=input_ids, inputs_embeds=inputs_embeds)
+            _refuse(
+                "image",
+                "`pixel_values`",
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+            )
             if pixel_values is None:
                 raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
             hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
             height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
             layout = PairLayout.for_image(height, width, height, width, self.config.max_relative_distance)
             rotation = self._rotation(hidden_states, layout)
-            _check_mask(attention_mask, hidden_states)
+            _check_mask(attention_mask, hidden_states.shape[0], layout.num_receivers, (layout.num_tokens,))
             mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
             mask = None if mask is None else _additive(mask, hidden_states.dtype)
+            position_ids = past_key_values = None
         else:
             _refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
-            hidden_states, layout, position_ids, mask = self._embed_text(
-                input_ids, inputs_embeds, attention_mask, position_ids
-            )
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            _check_cache(past_key_values)
+            inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
+            layout = self._text_layout(inputs_embeds, past_key_values, self._wants_weights(kwargs))
+            hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
+            mask = _text_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids, layout)
             rotation = self._rotation(hidden_states, layout, position_ids)
-        output_attentions = kwargs.get("output_attentions")
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
         hidden_states = self.dropout(hidden_states)
         # Convolutions need to know which tokens to leave out, or that a mask is about pairs.
         pairs_masked = attention_mask is not None and attention_mask.ndim == 4
@@ -330,17 +351,16 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 token_mask=token_mask,
                 pairs_masked=pairs_masked,
                 rotation=rotation,
-                output_attentions=bool(output_attentions),
+                past_key_values=past_key_values,
+                output_attentions=self._wants_weights(kwargs),
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def _embed_text(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> tuple[Tensor, PairLayout, Tensor, Tensor | None]:
+    def _wants_weights(self, kwargs: dict[str, Any]) -> bool:
+        wanted = kwargs.get("output_attentions")
+        return bool(self.config.output_attentions if wanted is None else wanted)
+
+    def _embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
@@ -360,26 +380,50 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 f"`inputs_embeds` must be [batch, length, `hidden_size` {self.config.hidden_size}] with a length of at least 1, "
                 f"got shape {list(inputs_embeds.shape)}."
             )
-        _check_mask(attention_mask, inputs_embeds)
-        batch, length, _ = inputs_embeds.shape
-        limit = self.config.max_position_embeddings
-        if length > limit and (
-            self.config.max_relative_distance is None or self.config.use_absolute_position_embeddings
-        ):
-            raise ValueError(f"A text must have at most `max_position_embeddings` {limit} tokens, got {length}.")
+        return inputs_embeds
+
+    def _text_layout(self, inputs_embeds: Tensor, cache: Cache | None, wants_weights: bool) -> PairLayout | StepLayout:
+        config, new = self.config, inputs_embeds.shape[1]
+        past = 0 if cache is None else cache.get_seq_length()
+        bounded = config.max_relative_distance is None or config.use_absolute_position_embeddings
+        # A static cache counts in a tensor. Looking at it would break a compiled step, which `generate` bounds by itself.
+        if bounded and not torch.compiler.is_compiling() and int(past) + new > config.max_position_embeddings:
+            raise ValueError(
+                f"A text must have at most `max_position_embeddings` {config.max_position_embeddings} tokens, got "
+                f"{int(past) + new}."
+            )
+        grouped = config._attn_implementation != "eager" and not wants_weights
+        if new == 1 and cache is not None and grouped:
+            # The static cache counts on in place.
+            position = past.clone() if isinstance(past, Tensor) else past
+            slots = cache.get_mask_sizes(1, 0)[0]
+            bank = bank_layout(config)
+            return StepLayout(position, slots, bank.bank_height, bank.clamp)
+        past = int(past)
+        return PairLayout.for_text(past + new, config.max_position_embeddings, config.max_relative_distance, past)
+
+    def _embed_positions(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        layout: PairLayout | StepLayout,
+    ) -> tuple[Tensor, Tensor]:
         if position_ids is None:
-            position_ids = _positions(attention_mask, batch, length, inputs_embeds.device)
+            new = inputs_embeds.shape[1]
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+            else:
+                position_ids = layout.positions(inputs_embeds.device).expand(inputs_embeds.shape[0], -1)
         if self.config.use_absolute_position_embeddings:
-            _check_range("position_ids", position_ids, limit, "`max_position_embeddings`")
+            _check_range(
+                "position_ids", position_ids, self.config.max_position_embeddings, "`max_position_embeddings`"
+            )
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
-        mask = create_causal_mask(self.config, inputs_embeds, attention_mask, None, position_ids)
-        if attention_mask is not None:
-            mask = _causal(_additive(mask, inputs_embeds.dtype))
-        layout = PairLayout.for_text(length, max(limit, 1), self.config.max_relative_distance)
-        return inputs_embeds, layout, position_ids, mask
+        return inputs_embeds, position_ids
 
     def _rotation(
-        self, hidden_states: Tensor, layout: PairLayout, position_ids: Tensor | None = None
+        self, hidden_states: Tensor, layout: PairLayout | StepLayout, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         config, dtype = self.config, hidden_states.dtype
         if not any(name.startswith("rope_") for name in config.mixer_types):
@@ -464,26 +508,6 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head = new_embeddings
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        # There is no cache: every step reads the whole text again, not its last token alone.
-        inputs = super().prepare_inputs_for_generation(input_ids, next_sequence_length=None, **kwargs)
-        if inputs_embeds is not None:
-            new = self.get_input_embeddings()(inputs["input_ids"])
-            inputs |= {"input_ids": None, "inputs_embeds": torch.cat((inputs_embeds.to(new), new), dim=1)}
-            if kwargs.get("position_ids") is not None:
-                inputs["position_ids"] = kwargs["position_ids"]
-        return inputs
-
     @can_return_tuple
     def forward(
         self,
@@ -524,8 +548,16 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
+
+
+def _linear_bounds(in_features: int) -> tuple[float, float]:
+    return -(in_features**-0.5), in_features**-0.5
 
 
 def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modality: str):
@@ -536,28 +568,39 @@ def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modalit
 def _refuse(modality: str, allowed: str, **unwanted: Any):
     for name, value in unwanted.items():
         if value is not None:
-            raise ValueError(
-                f"`{name}` does not go with `modality` {modality!r}, got shape {list(value.shape)}; allowed is {allowed}."
-            )
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`{name}` does not go with `modality` {modality!r}, got {got}; allowed is {allowed}.")
 
 
-def _check_mask(mask: Tensor | None, tokens: Tensor):
+def _check_mask(mask: Tensor | None, batch: int, receivers: int, lengths: tuple[int, ...]):
+    """Whether a mask fits `receivers` tokens that receive from as many as one of `lengths` tells."""
     if mask is None:
         return
-    batch, length, _ = tokens.shape
     if mask.ndim == 2:
-        fits = tuple(mask.shape) == (batch, length)
+        fits = mask.shape[0] == batch and mask.shape[1] in lengths
     else:
         fits = (
             mask.ndim == 4
             and mask.shape[0] in (1, batch)
-            and mask.shape[2] in (1, length)
-            and mask.shape[3] in (1, length)
+            and mask.shape[2] in (1, receivers)
+            and mask.shape[3] in (1, *lengths)
         )
     if not fits:
         raise ValueError(
-            f"`attention_mask` must be [batch, tokens] {[batch, length]} or broadcastable to [batch, heads, tokens, tokens] "
-            f"[{batch}, heads, {length}, {length}], got shape {list(mask.shape)}."
+            f"`attention_mask` must be [batch, tokens] {[batch, lengths[0]]} or broadcastable to [batch, heads, tokens, tokens] "
+            f"[{batch}, heads, {receivers}, {lengths[0]}], got shape {list(mask.shape)}."
+        )
+
+
+def _check_cache(cache: Cache | None):
+    if cache is None:
+        return
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(hasattr(layer, "update_recent") for layer in layers):
+        raise ValueError(
+            "`past_key_values` must be a cache made for this model, `DynamicCache(config=model.config)` or "
+            f"`StaticCache(config=model.config, max_cache_len=…)`, got {type(cache).__name__} with layers "
+            f"{sorted({type(layer).__name__ for layer in layers or ()})}."
         )
 
 
@@ -571,10 +614,29 @@ def _check_range(name: str, ids: Tensor, limit: int, field: str):
         raise ValueError(f"`{name}` must be at least 0 and less than {field} {limit}, got {wrong}.")
 
 
-def _positions(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-    if attention_mask is not None and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    return torch.arange(length, device=device).expand(batch, -1)
+def _text_mask(
+    config: TranslutionConfig,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    position_ids: Tensor,
+    layout: PairLayout | StepLayout,
+) -> Tensor:
+    """Additive causal mask, `[B, 1 or A, receivers, L]`."""
+    batch, receivers = hidden_states.shape[:2]
+    slots = layout.num_tokens if cache is None else cache.get_mask_sizes(receivers, 0)[0]
+    _check_mask(attention_mask, batch, receivers, (layout.num_tokens, slots, *_known_length(layout)))
+    mask = create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
+    if attention_mask is not None:
+        mask = _causal(_additive(mask, hidden_states.dtype), layout)
+    return mask[..., : layout.num_tokens]
+
+
+def _known_length(layout: PairLayout | StepLayout) -> tuple[int, ...]:
+    # Slots of a static cache that are not filled need no entry in a mask of tokens.
+    if isinstance(layout, StepLayout) and not torch.compiler.is_compiling():
+        return (int(layout.position) + 1,)
+    return ()
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -583,16 +645,16 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _causal(mask: Tensor) -> Tensor:
+def _causal(mask: Tensor, layout: PairLayout | StepLayout) -> Tensor:
     """An additive mask that never looks ahead; a token that may see nothing, padding, sees itself.
 
     Without the second, softmax over a row of equal lowest values would spread over the future too.
     """
-    least, length = torch.finfo(mask.dtype).min, mask.shape[-1]
-    future = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
-    mask = mask.masked_fill(future, least)
+    least = torch.finfo(mask.dtype).min
+    between = layout.positions(mask.device)[:, None] - torch.arange(mask.shape[-1], device=mask.device)
+    mask = mask.masked_fill(between < 0, least)
     blind = (mask <= least / 2).all(dim=-1, keepdim=True)
-    return mask.masked_fill(blind & torch.eye(length, dtype=torch.bool, device=mask.device), 0)
+    return mask.masked_fill(blind & (between == 0), 0)
 
 
 __all__ = [

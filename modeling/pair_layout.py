@@ -6,7 +6,7 @@ Token `i` receives, token `j` gives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -51,7 +51,8 @@ class PairLayout:
     """Geometry of the pairs of one sequence of tokens.
 
     Images are a `height × width` grid in row-major order, after a class token where `class_token` is set. Text is a grid of
-    `length × 1` tokens that is `causal`: token `i` receives from `j ≤ i` only.
+    `length × 1` tokens that is `causal`: token `i` receives from `j ≤ i` only. There, the first `past` tokens give alone: they
+    are known from before, and only the others receive.
 
     Args:
         height, width: the grid of the input, in tokens.
@@ -60,6 +61,8 @@ class PairLayout:
         bank_height, bank_width: largest row and column distance a bank tells apart, plus one. Distances beyond are clamped
             to it where `clamp` is set, and an error otherwise. A bank made for a larger grid serves a smaller one.
         clamp: whether distances beyond the bank share its outermost row.
+        past: number of tokens that do not receive. Text only.
+        band: where set, pairs at this distance or further do not exist. Text only.
     """
 
     height: int
@@ -69,11 +72,13 @@ class PairLayout:
     bank_height: int
     bank_width: int
     clamp: bool = False
+    past: int = 0
+    band: int | None = None
 
     def __post_init__(self):
         if self.causal and (self.width != 1 or self.class_token):
             raise ValueError(f"A causal layout is one column without a class token, got {self}.")
-        if not self.clamp and (self.height > self.bank_height or self.width > self.bank_width):
+        if not self.clamp and (self.num_distances > self.bank_height or self.width > self.bank_width):
             raise ValueError(
                 f"Offsets of {self.height} × {self.width} tokens do not fit a bank made for {self.bank_height} × "
                 f"{self.bank_width}; without `max_relative_distance` at most that many are allowed."
@@ -89,15 +94,40 @@ class PairLayout:
         return cls(height, width, True, False, bank_height, bank_width, max_relative_distance is not None)
 
     @classmethod
-    def for_text(cls, length: int, bank_length: int, max_relative_distance: int | None = None) -> PairLayout:
-        """Layout of `length` tokens, causal, with banks of `bank_length` distances."""
+    def for_text(
+        cls, length: int, bank_length: int, max_relative_distance: int | None = None, past: int = 0
+    ) -> PairLayout:
+        """Layout of `length` tokens, causal, with banks of `bank_length` distances; the first `past` tokens only give."""
         if max_relative_distance is not None:
             bank_length = max_relative_distance + 1
-        return cls(length, 1, False, True, bank_length, 1, max_relative_distance is not None)
+        return cls(length, 1, False, True, bank_length, 1, max_relative_distance is not None, past)
+
+    def near(self, past: int) -> PairLayout:
+        """The pairs of a clamped text that have a matrix of their own: the receivers, and `past` tokens before them."""
+        return replace(self, height=self.num_receivers + past, past=past, band=self.bank_height - 1)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that give, `L`: all of them."""
         return self.height * self.width + int(self.class_token)
+
+    @property
+    def num_receivers(self) -> int:
+        """Tokens that receive: all but the `past` ones."""
+        return self.num_tokens - self.past
+
+    @property
+    def num_distances(self) -> int:
+        """Row distances that occur, 0 included."""
+        return self.height if self.band is None else min(self.height, self.band)
+
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """Bank row of keys and values of every pair, `[receivers, L]`, on a device; 0 where there is no pair."""
+        return self.offsets()[0].clamp(min=0).to(device)
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Slot of each receiver of a text, `[receivers]`."""
+        return torch.arange(self.past, self.num_tokens, device=device)
 
     @property
     def num_grid_offsets(self) -> int:
@@ -121,7 +151,7 @@ class PairLayout:
         """Bank row of every pair.
 
         Returns:
-            Two `[L, L]` integer tensors on the CPU: the row that pair `(i, j)` uses in the banks of keys and values, `o(i, j)`,
+            Two `[receivers, L]` integer tensors on the CPU: the row that pair `(i, j)` uses in the banks of keys and values, `o(i, j)`,
             and in the bank of queries: `o(j, i)` for images, the distance itself for text. Pairs that a causal layout does
             not have are −1.
         """
@@ -138,10 +168,48 @@ class PairLayout:
         class from patches, patches from class.
 
         Returns:
-            `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, and `position`, `[L · L]`: the place
+            `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, `i` counting receivers, and `position`,
+            `[receivers · L]`: the place
             of pair `(i, j)` in it. Pairs that do not exist have position `pairs`, one past the end.
         """
         return _pair_order(self)
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """The pairs of one new token with the slots of a cache, some of which may not be filled yet.
+
+    Args:
+        position: the new token's slot, an integer or a tensor of no dimensions, so that a compiled step serves every slot.
+        num_tokens: slots, of which the first `position + 1` are filled.
+        bank_height: distances a bank tells apart.
+    """
+
+    position: int | torch.Tensor
+    num_tokens: int
+    bank_height: int
+    clamp: bool
+    causal: bool = True
+    class_token: bool = False
+    bank_width: int = 1
+    num_receivers: int = 1
+
+    def near(self, past: int) -> StepLayout:
+        """See `PairLayout.near`."""
+        return replace(self, position=past, num_tokens=past + 1)
+
+    def rows(self, device: torch.device) -> torch.Tensor:
+        """Bank row of every slot, `[1, slots]`; 0 where it is not filled."""
+        return distances(self, device).clamp(0, self.bank_height - 1)
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Slot of the receiver, `[1]`."""
+        return torch.as_tensor(self.position, device=device).view(1)
+
+
+def distances(layout: PairLayout | StepLayout, device: torch.device) -> torch.Tensor:
+    """Distance of every pair of a text, `[receivers, L]`; negative where the giver comes later or is not there yet."""
+    return layout.positions(device)[:, None] - torch.arange(layout.num_tokens, device=device)
 
 
 def bank_layout(config) -> PairLayout:
@@ -164,7 +232,9 @@ def _offsets(layout: PairLayout) -> tuple[torch.Tensor, torch.Tensor]:
     dx = (x[:, None] - x[None, :]).clamp(-reach_x, reach_x)
     dy = (y[:, None] - y[None, :]).clamp(-reach_y, reach_y)
     if layout.causal:
-        distance = dx.masked_fill(x[:, None] < x[None, :], -1)
+        distance = x[:, None] - x[None, :]
+        missing = (distance < 0) | (distance >= layout.num_distances)
+        distance = dx.masked_fill(missing, -1)[layout.past :]
         return distance, distance
     grid = (dx + reach_x) * (2 * layout.bank_width - 1) + dy + reach_y
     if not layout.class_token:
@@ -181,10 +251,17 @@ def _offsets(layout: PairLayout) -> tuple[torch.Tensor, torch.Tensor]:
 def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     shifts = []
     for dy in range(1 - layout.width, layout.width):
-        runs = []
-        for dx in range(0 if layout.causal else 1 - layout.height, layout.height):
-            reverse = layout.row(dx, dy) if layout.causal else layout.row(-dx, -dy)
-            runs.append(OffsetRun(max(dx, 0), max(-dx, 0), layout.height - abs(dx), layout.row(dx, dy), reverse))
+        if layout.causal:
+            runs = []
+            for dx in range(layout.num_distances):
+                first = max(dx, layout.past)
+                row = layout.row(dx, dy)
+                runs.append(OffsetRun(first - layout.past, first - dx, layout.height - first, row, row))
+        else:
+            runs = [
+                OffsetRun(max(dx, 0), max(-dx, 0), layout.height - abs(dx), layout.row(dx, dy), layout.row(-dx, -dy))
+                for dx in range(1 - layout.height, layout.height)
+            ]
         shifts.append(ColumnShift(max(dy, 0), max(-dy, 0), layout.width - abs(dy), tuple(runs)))
     return tuple(shifts)
 
@@ -205,9 +282,17 @@ def _pair_order(layout: PairLayout) -> tuple[torch.Tensor, torch.Tensor]:
         patches = torch.arange(1, tokens, device="cpu")
         pieces += [torch.zeros(1, dtype=torch.long, device="cpu"), patches, patches * tokens]
     order = torch.cat(pieces)
-    position = torch.full((tokens * tokens,), order.numel(), device="cpu")
+    position = torch.full((layout.num_receivers * tokens,), order.numel(), device="cpu")
     position[order] = torch.arange(order.numel(), device="cpu")
     return order, position
 
 
-__all__ = ["CLASS_FROM_PATCH", "CLASS_TO_CLASS", "NUM_CLASS_ROWS", "PATCH_FROM_CLASS", "PairLayout", "bank_layout"]
+__all__ = [
+    "CLASS_FROM_PATCH",
+    "CLASS_TO_CLASS",
+    "NUM_CLASS_ROWS",
+    "PATCH_FROM_CLASS",
+    "PairLayout",
+    "StepLayout",
+    "bank_layout",
+]

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pair_layout import PairLayout
+from .pair_layout import PairLayout, StepLayout
 
 
-def resample_offsets(table: Tensor, old: PairLayout, new: PairLayout) -> Tensor:
+def resample_offsets(table: Tensor, old: PairLayout, new: PairLayout | StepLayout) -> Tensor:
     """Rows of offsets for another grid: bicubic over both offset axes, the rows of a class token kept.
 
     Args:

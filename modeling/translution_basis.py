@@ -43,7 +43,7 @@ def pair_scores(
     num_heads: int,
     layout: PairLayout,
 ) -> Tensor:
-    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, L, L]`; see `translution_reference.pair_scores`."""
+    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `translution_reference.pair_scores`."""
     rows, reverse_rows = layout.offsets()
     query_heads, query_weight = _project(query, query_bank, reverse_rows, num_heads)
     key_heads, key_weight = _project(key, key_bank, rows, num_heads)
@@ -57,7 +57,7 @@ def pair_scores(
 
 
 def pair_values(probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout) -> Tensor:
-    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, L, A·e]`; see `translution_reference.pair_values`."""
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `translution_reference.pair_values`."""
     rows, _ = layout.offsets()
     heads, weights = _project(value, value_bank, rows, probabilities.shape[1])
     probabilities = probabilities.to(value.dtype)
@@ -72,7 +72,7 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, l
 def _project(
     tokens: Tensor, basis: OffsetBasis | None, rows: Tensor, num_heads: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Per factor, the tokens' projections `[B, A, L, e]` and the factor's weight in each pair `[L, L]`."""
+    """Per factor, the tokens' projections `[B, A, L, e]` and the factor's weight in each pair `[receivers, L]`."""
     if basis is None:
         return (tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2),), (None,)
     projected = torch.einsum("blc,mcd->mbld", tokens, basis.factors)

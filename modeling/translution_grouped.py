@@ -40,13 +40,14 @@ def pair_scores(
     """Inner products `<q_ij, k_ij>` of every pair and head.
 
     Args:
-        query, key: `[B, L, in]`, token inputs of a bank, or plain projections `[B, L, A·e]` where it is `None`.
+        query, key: `[B, receivers, in]` and `[B, L, in]`, token inputs of a bank, or plain projections `[…, A·e]` where it is
+            `None`.
         query_bank, key_bank: `[num_offsets, in, A·e]` or `None`, of the tokens' dtype.
         num_heads: `A`.
         layout: the pairs.
 
     Returns:
-        `[B, A, L, L]`, float64 for float64 inputs and float32 otherwise; 0 for pairs that a causal layout does not have.
+        `[B, A, receivers, L]`, float64 for float64 inputs and float32 otherwise; 0 for pairs that a causal layout does not have.
     """
     return torch.ops.translution.pair_scores(query, key, query_bank, key_bank, num_heads, _pack(layout))
 
@@ -55,24 +56,34 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head.
 
     Args:
-        probabilities: `[B, A, L, L]`; entries of pairs that a causal layout does not have are not read.
+        probabilities: `[B, A, receivers, L]`; entries of pairs that a causal layout does not have are not read.
         value: `[B, L, in]`, the token inputs.
         value_bank: `[num_offsets, in, A·e]`, of the tokens' dtype.
         layout: the pairs.
 
     Returns:
-        `[B, L, A·e]` of the tokens' dtype.
+        `[B, receivers, A·e]` of the tokens' dtype.
     """
     return torch.ops.translution.pair_values(probabilities, value, value_bank, _pack(layout))
 
 
 def _pack(layout: PairLayout) -> list[int]:
-    return [int(field) for field in astuple(layout)]
+    return [-1 if field is None else int(field) for field in astuple(layout)]
 
 
 def _unpack(layout: list[int]) -> PairLayout:
-    height, width, class_token, causal, bank_height, bank_width, clamp = layout
-    return PairLayout(height, width, bool(class_token), bool(causal), bank_height, bank_width, bool(clamp))
+    height, width, class_token, causal, bank_height, bank_width, clamp, past, band = layout
+    return PairLayout(
+        height,
+        width,
+        bool(class_token),
+        bool(causal),
+        bank_height,
+        bank_width,
+        bool(clamp),
+        past,
+        None if band < 0 else band,
+    )
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,15 +94,18 @@ def _tokens_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).contiguous()
 
 
+def _grid(tokens: Tensor, layout: PairLayout) -> Tensor:
+    """The tokens of the grid, `[rows, W, B, C]`."""
+    return tokens[int(layout.class_token) :].unflatten(0, (-1, layout.width))
+
+
 def _columns(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
-    """Columns `start …` of the grid's tokens, `[H, w·B, C]`, contiguous."""
-    grid = tokens[int(layout.class_token) :].unflatten(0, (layout.height, layout.width))
-    return grid[:, start : start + num_columns].reshape(layout.height, -1, tokens.shape[-1]).contiguous()
+    """Columns `start …` of the grid's tokens, `[rows, w·B, C]`, contiguous."""
+    return _grid(tokens, layout)[:, start : start + num_columns].flatten(1, 2).contiguous()
 
 
 def _add_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
-    grid = tokens[int(layout.class_token) :].unflatten(0, (layout.height, layout.width))
-    grid[:, start : start + num_columns] += columns.view(layout.height, num_columns, *tokens.shape[1:])
+    _grid(tokens, layout)[:, start : start + num_columns] += columns.unflatten(1, (num_columns, -1))
 
 
 def _blocks(shift: ColumnShift, batch: int, features: int) -> Iterator[tuple[tuple[OffsetRun, ...], list[int]]]:
@@ -131,10 +145,8 @@ class _Side:
         self.bank_gradient = None
         if self.bank is not None:
             layout = self.layout
-            self.writes_once = not layout.clamp and (layout.height, layout.width) == (
-                layout.bank_height,
-                layout.bank_width,
-            )
+            bank_size = (layout.bank_height, layout.bank_width)
+            self.writes_once = not layout.clamp and (layout.num_distances, layout.width) == bank_size
             allocate = torch.empty_like if self.writes_once else torch.zeros_like
             self.bank_gradient = allocate(
                 self.bank, dtype=wide if layout.clamp else self.bank.dtype, memory_format=torch.contiguous_format
@@ -225,15 +237,15 @@ def _class_blocks(layout: PairLayout) -> tuple[tuple[slice, slice, int, int], ..
 
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
-    """`[B, A, L, L]` to grouped order, `[P, B, A]`."""
+    """`[B, A, receivers, L]` to grouped order, `[P, B, A]`."""
     order, _ = layout.pair_order()
     return pairs.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, order.to(pairs.device))
 
 
 def _from_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
-    """`[P + 1, B, A]` in grouped order, the last for pairs that do not exist, to `[B, A, L, L]`."""
+    """`[P + 1, B, A]` in grouped order, the last for pairs that do not exist, to `[B, A, receivers, L]`."""
     _, position = layout.pair_order()
-    square = pairs.index_select(0, position.to(pairs.device)).unflatten(0, (layout.num_tokens, layout.num_tokens))
+    square = pairs.index_select(0, position.to(pairs.device)).unflatten(0, (layout.num_receivers, layout.num_tokens))
     return square.permute(2, 3, 0, 1).contiguous()
 
 
@@ -329,11 +341,11 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
     flat = grouped.view(-1, num_heads, 1)
     workspace = _workspace(layout, batch, features, value)
-    output = value.new_zeros(layout.num_tokens, batch, features, dtype=wide)
+    output = value.new_zeros(layout.num_receivers, batch, features, dtype=wide)
     place = 0
     for shift in layout.column_shifts():
         giver.start_shift(shift)
-        received = output.new_zeros(layout.height, shift.num_columns * batch, features)
+        received = torch.zeros_like(_columns(output, layout, shift.receiver_start, shift.num_columns))
         for runs, sizes in _blocks(shift, batch, features):
             piece = giver.project(runs, sizes, workspace)
             end = place + piece.shape[0]
@@ -367,8 +379,9 @@ def _pair_scores_op(
 
 @_pair_scores_op.register_fake
 def _(query, key, query_bank, key_bank, num_heads, layout):
-    tokens = query.shape[1]
-    return query.new_empty(query.shape[0], num_heads, tokens, tokens, dtype=_accumulation_dtype(query.dtype))
+    return query.new_empty(
+        query.shape[0], num_heads, query.shape[1], key.shape[1], dtype=_accumulation_dtype(query.dtype)
+    )
 
 
 @torch.library.custom_op("translution::pair_scores_backward", mutates_args=())
@@ -425,7 +438,7 @@ def _pair_values_op(probabilities: Tensor, value: Tensor, value_bank: Tensor, la
 
 @_pair_values_op.register_fake
 def _(probabilities, value, value_bank, layout):
-    return value.new_empty(value.shape[0], value.shape[1], value_bank.shape[-1])
+    return value.new_empty(value.shape[0], probabilities.shape[2], value_bank.shape[-1])
 
 
 def _save_values(ctx, inputs, output):

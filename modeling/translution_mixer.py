@@ -5,12 +5,16 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
-from . import translution_basis, translution_grouped, translution_reference
+from . import translution_basis, translution_grouped, translution_reference, translution_step
 from .attention_mixer import GROUPED, Mixer
-from .pair_layout import PairLayout
+from .pair_layout import PairLayout, StepLayout
+from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
 from .rotary import rotate
 from .translution_basis import OffsetBasis
 
@@ -83,62 +87,68 @@ class TranslutionMixer(Mixer):
     def forward(
         self,
         hidden_states: Tensor,
-        layout: PairLayout,
+        layout: PairLayout | StepLayout,
         attention_mask: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.implementation(output_attentions)
-        operators = PAIR_OPERATORS[implementation]
-        if self.offset_basis is not None and implementation != "eager":
-            operators = translution_basis
-        if self.low_rank:
-            scores = self._dense_scores(hidden_states, rotation)
-            if self.scores_are_relative:
-                scores = (scores + self._relative_scores(operators, hidden_states, layout)) / 2
-        elif self.scores_are_relative:
-            scores = self._relative_scores(operators, hidden_states, layout)
-        else:
-            scores = self._dense_scores(hidden_states, rotation)
+        operators = self._operators(implementation, layout)
+        dense_query, dense_key, dense_value = self._dense(hidden_states, rotation)
+        query, key, value = (self._pair_inputs(name, operators, hidden_states, layout) for name in "qkv")
+        pairs_class = NearAndFarPairs if layout.causal and layout.clamp else AllPairs
+        pairs = pairs_class(operators, layout, self.num_heads, query, key, value)
+        dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
+
+        scores = None
+        if dense_query is not None:
+            scores = self.split_heads(dense_query) @ self.split_heads(dense_key).transpose(-1, -2)
+        if self.scores_are_relative:
+            relative_scores = pairs.scores()
+            scores = relative_scores if scores is None else (scores + relative_scores) / 2
         weights = self.probabilities(scores * self.scaling, attention_mask)
-        if self.low_rank:
-            output = self._dense_values(weights, hidden_states)
-            if "v" in self.relative:
-                output = (output + self.v_up(self._relative_values(operators, weights, hidden_states, layout))) / 2
-        elif "v" in self.relative:
-            output = self._relative_values(operators, weights, hidden_states, layout)
-        else:
-            output = self._dense_values(weights, hidden_states)
+
+        output = None
+        if dense_value is not None:
+            output = self.merge_heads(weights.to(dense_value.dtype) @ self.split_heads(dense_value))
+        if "v" in self.relative:
+            relative_output = pairs.values(weights)
+            output = relative_output if output is None else (output + self.v_up(relative_output)) / 2
         return self.o_proj(output), weights if implementation == "eager" else None
 
-    def _dense_scores(self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        query, key = self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
-        if self.rotary:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        return query @ key.transpose(-1, -2)
+    def _operators(self, implementation: str, layout: PairLayout | StepLayout) -> ModuleType:
+        if isinstance(layout, StepLayout):
+            return translution_step
+        if self.offset_basis is not None and implementation != "eager":
+            return translution_basis
+        return PAIR_OPERATORS[implementation]
 
-    def _relative_scores(self, operators, hidden_states: Tensor, layout: PairLayout) -> Tensor:
-        query, query_bank = self._pair_inputs("q", operators, hidden_states, layout)
-        key, key_bank = self._pair_inputs("k", operators, hidden_states, layout)
-        return operators.pair_scores(query, key, query_bank, key_bank, self.num_heads, layout)
-
-    def _dense_values(self, weights: Tensor, hidden_states: Tensor) -> Tensor:
-        value = self.split_heads(self.v_proj(hidden_states))
-        return self.merge_heads(weights.to(value.dtype) @ value)
-
-    def _relative_values(self, operators, weights: Tensor, hidden_states: Tensor, layout: PairLayout) -> Tensor:
-        value, value_bank = self._pair_inputs("v", operators, hidden_states, layout)
-        return operators.pair_values(weights, value, value_bank, layout)
+    def _dense(
+        self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The queries, keys and values of ordinary attention, `[B, L, C']`: LoR's, or those that no bank takes part in."""
+        query = key = value = None
+        if self.low_rank or not self.scores_are_relative:
+            query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+            if self.rotary:
+                dtype = query.dtype
+                query, key = (self.merge_heads(rotate(self.split_heads(x), rotation)).to(dtype) for x in (query, key))
+        if self.low_rank or "v" not in self.relative:
+            value = self.v_proj(hidden_states)
+        return query, key, value
 
     def _pair_inputs(
-        self, name: str, operators, hidden_states: Tensor, layout: PairLayout
-    ) -> tuple[Tensor, Tensor | OffsetBasis | None]:
-        """The tokens that a bank projects, with the bank, or the plain projection and `None`; in the type to compute in."""
+        self, name: str, operators: ModuleType, hidden_states: Tensor, layout: PairLayout | StepLayout
+    ) -> PairInputs | None:
+        """What one of q, k, v brings to the pairs, in the type to compute in; `None` if it takes no part in them."""
+        if not (self.scores_are_relative if name in "qk" else "v" in self.relative):
+            return None
         tokens, bank = hidden_states, None
         if name in self.relative:
             bank = self._bank(name, layout)
-            if operators is not translution_basis and isinstance(bank, OffsetBasis):
+            if isinstance(bank, OffsetBasis) and operators not in (translution_basis, translution_step):
                 bank = bank.bank()
         if self.low_rank:
             tokens = getattr(self, f"{name}_down")(tokens)
@@ -149,9 +159,9 @@ class TranslutionMixer(Mixer):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             tokens, bank = tokens.to(dtype), None if bank is None else bank.to(dtype)
-        return tokens, bank
+        return PairInputs(tokens, bank)
 
-    def _bank(self, name: str, layout: PairLayout) -> Tensor | OffsetBasis:
+    def _bank(self, name: str, layout: PairLayout | StepLayout) -> Tensor | OffsetBasis:
         if self.offset_basis is None:
             return self.fit(getattr(self, f"{name}_bank"), layout)
         coefficients = self.fit(getattr(self, f"{name}_coefficients"), layout)

@@ -22,17 +22,18 @@ def pair_scores(
     `q_ij = q_i Wq[o(j, i)]` and `k_ij = k_j Wk[o(i, j)]`, or the plain inputs where a bank is `None`.
 
     Args:
-        query, key: `[B, L, in]`, token inputs of a bank, or plain projections `[B, L, A·e]` where it is `None`.
+        query, key: `[B, receivers, in]` and `[B, L, in]`, token inputs of a bank, or plain projections `[…, A·e]` where it is
+            `None`.
         query_bank, key_bank: `[num_offsets, in, A·e]` or `None`.
         num_heads: `A`.
         layout: the pairs.
 
     Returns:
-        `[B, A, L, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
+        `[B, A, receivers, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
     """
     rows, reverse_rows = (offsets.to(query.device) for offsets in layout.offsets())
     scores = []
-    for i in range(layout.num_tokens):
+    for i in range(layout.num_receivers):
         q_i = query[:, i]
         if query_bank is None:
             q_ij = q_i[:, None].expand(-1, layout.num_tokens, -1)
@@ -48,19 +49,19 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head (Fan et al. 2025, equations of section 3).
 
     Args:
-        probabilities: `[B, A, L, L]`; entries of pairs that a causal layout does not have are not read.
+        probabilities: `[B, A, receivers, L]`; entries of pairs that a causal layout does not have are not read.
         value: `[B, L, in]`, the token inputs.
         value_bank: `[num_offsets, in, A·e]`.
         layout: the pairs.
 
     Returns:
-        `[B, L, A·e]` of the tokens' dtype.
+        `[B, receivers, A·e]` of the tokens' dtype.
     """
     rows = layout.offsets()[0].to(value.device)
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
     num_heads = probabilities.shape[1]
     outputs = []
-    for i in range(layout.num_tokens):
+    for i in range(layout.num_receivers):
         v_ij = torch.einsum("bjc,jcd->bjd", value, value_bank[rows[i]]).unflatten(-1, (num_heads, -1))
         outputs.append(torch.einsum("baj,bjad->bad", probabilities[:, :, i], v_ij).flatten(-2))
     return torch.stack(outputs, dim=1)

@@ -28,7 +28,7 @@ DEFAULTS = {
     "hidden_dropout_prob": 0,
     "attention_dropout": 0,
     "layer_norm_eps": 1e-5,
-    "initializer_range": 0.02,
+    "initializer_range": None,
     "image_size": 224,
     "patch_size": 16,
     "num_channels": 3,
@@ -244,7 +244,7 @@ BAD_VALUES = {
     "kernel-zero": ({"kernel_size": 0}, ("`kernel_size`", "got 0", "at least 1")),
     "theta-zero": ({"rope_theta": 0.0}, ("`rope_theta`", "got 0.0", "positive")),
     "eps-zero": ({"layer_norm_eps": 0.0}, ("`layer_norm_eps`", "got 0.0", "positive")),
-    "initializer-negative": ({"initializer_range": -0.1}, ("`initializer_range`", "got -0.1", "not be negative")),
+    "initializer-negative": ({"initializer_range": -0.1}, ("`initializer_range`", "got -0.1", "None or at least 0")),
     "activation": ({"hidden_act": "gelo"}, ("`hidden_act`", "'gelo'", "'gelu'", "'relu'")),
     "rope-head-text-1": (
         {"modality": "text", "mixer_types": "rope_attention", "head_dim": 7},

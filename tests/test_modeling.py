@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     DynamicCache,
+    GPT2Config,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -27,7 +28,7 @@ from transformers import (
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification, TranslutionModel
 from translution.configuration import configuration_translution
-from translution.modeling import pair_layout, translution_mixer
+from translution.modeling import pair_layout, translution_grouped, translution_mixer
 
 
 MIXER_TYPES = configuration_translution.MIXER_TYPES
@@ -283,10 +284,10 @@ def test_return_tuple(modality):
     inputs = make_inputs(model.config)
     labels = inputs["input_ids"] if modality == "text" else torch.tensor([0, 1])
     output = model(**inputs, labels=labels)
-    loss, logits = model(**inputs, labels=labels, return_dict=False)
+    loss, logits, *_ = model(**inputs, labels=labels, return_dict=False)
     assert torch.equal(loss, output.loss)
     assert torch.equal(logits, output.logits)
-    (hidden,) = model.model(**inputs, return_dict=False)
+    hidden, *_ = model.model(**inputs, return_dict=False)
     assert torch.equal(hidden, model.model(**inputs).last_hidden_state)
 
 
@@ -983,8 +984,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
 def test_operators_keep_the_rules_of_torch(operator, layout, banks):
     layout = LAYOUTS[layout]
-    packed = [layout.height, layout.width, int(layout.class_token), int(layout.causal)]
-    packed += [layout.bank_height, layout.bank_width, int(layout.clamp)]
+    packed = translution_grouped._pack(layout)
     trained = operator != "pair_scores_backward"
 
     def tensor(*shape):
@@ -1220,14 +1220,16 @@ def test_bad_both_or_neither(head, given):
     assert_rejected(("`input_ids`", "`inputs_embeds`", "one of", f"got {given}"), model, **inputs)
 
 
-@each_modality
-def test_bad_past_key_values(modality):
-    model = make_model(modality)
-    words = ("`past_key_values`", "DynamicCache", "None")
-    assert_rejected(words, model, **make_inputs(model.config), past_key_values=DynamicCache())
-
-
-def test_bad_cache_in_generate():
+@pytest.mark.parametrize("cache", [DynamicCache, lambda: DynamicCache(config=GPT2Config())], ids=["plain", "other"])
+def test_bad_cache(cache):
     model = make_model("text")
     ids = make_inputs(model.config, length=3)["input_ids"]
-    assert_rejected(("`past_key_values`", "None"), model.generate, ids, past_key_values=DynamicCache())
+    words = ("`past_key_values`", "DynamicCache(config=model.config)", "StaticCache", "got DynamicCache")
+    assert_rejected(words, model, ids, past_key_values=cache())
+    assert_rejected(words, model.generate, ids, past_key_values=cache(), max_new_tokens=2)
+
+
+def test_bad_cache_for_images():
+    model = make_model("image", head=False)
+    words = ("`past_key_values`", "'image'", "got DynamicCache", "`pixel_values`")
+    assert_rejected(words, model, **make_inputs(model.config), past_key_values=DynamicCache())

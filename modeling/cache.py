@@ -1,0 +1,195 @@
+"""What generation remembers of a layer, as cache layers of Transformers.
+
+Each mixer remembers what it needs of every token (`keys` and `values`, of any width, `values` possibly of none) and what it
+needs of the last few tokens alone (`recent`). Per token of each sequence and layer, in elements:
+
+    attention                       2·C'                    keys and values
+    relative scalars, vectors       2·C'
+    ACmix                           2·C'                    and d·T maps of the last k − 1 tokens
+    convolution                     0                       and C inputs of the last k − 1 tokens
+    full Translution, basis         C   if q is not the only relative projection: the inputs; and C' for each of k and v that
+                                        is not relative
+    LoR                             2·C' + R·(1 if q or k is relative) + R·(1 if v is relative)
+    with a distance D               what each side costs in attention: C' (LoR: C' + R) for keys and values, those of a far
+                                    token; and the inputs (LoR: the R-dimensional ones) of the last D − 1 tokens
+
+Legend: `B` batch, `L` tokens, `C` hidden size, `C' = A·d`, `R = A·r`, `T` taps, `k` kernel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+LAYER_TYPE = "translution"
+
+
+class TranslutionDynamicLayer(DynamicLayer):
+    """Grows by concatenation. `keys` and `values` are `[B, heads, L, width]`, `recent` is `[B, window, features]`."""
+
+    _layer_type = LAYER_TYPE
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.recent: Tensor | None = None
+        self.window = 0
+        self.record_past = False
+
+    def get_seq_length(self) -> int:
+        # A layer may remember nothing of each token, and still counts them: width 0 times L.
+        return self.keys.shape[-2] if self.is_initialized and self.keys.ndim == 4 else 0
+
+    def update_recent(self, states: Tensor, window: int) -> Tensor:
+        """Adds the states of new tokens, `[B, new, features]`, and keeps those of the last `window` tokens.
+
+        Returns:
+            `[B, window + new, features]`: the states of the `window` tokens before and of the new ones, zero before the first.
+        """
+        self.window = window
+        if self.recent is None:
+            self.recent = states[:, :0]
+        whole = torch.cat((self.recent, states), dim=1)
+        # A decoding mode that may take tokens back asks for all to be kept until it crops.
+        self.recent = whole if self.record_past else whole[:, max(whole.shape[1] - window, 0) :]
+        return _last(whole, window + states.shape[1])
+
+    def activate_past_recording(self) -> None:
+        """Keeps every recent state until the next `crop`, which may then take tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens (a number that is not positive)."""
+        super().crop(tokens_to_remove)
+        if self.recent is None:
+            return
+        left = self.recent.shape[1] + tokens_to_remove
+        if tokens_to_remove and left < min(self.window, self.get_seq_length()):
+            raise RuntimeError(
+                f"`crop` cannot take back {-tokens_to_remove} tokens: of the layer's recent states {self.recent.shape[1]} are "
+                f"kept, and {self.window} are needed. Call `activate_past_recording` on the cache before the tokens are added."
+            )
+        self.recent = self.recent[:, max(left - self.window, 0) : left]
+
+    def reset(self) -> None:
+        super().reset()
+        self.recent = None
+
+    def offload(self) -> None:
+        super().offload()
+        if self.recent is not None:
+            self.recent = self.recent.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.recent is not None:
+            self.recent = self.recent.to(self.device, non_blocking=True)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.recent is not None:
+            self.recent = self.recent.index_select(0, beam_idx.to(self.recent.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.recent is not None:
+            self.recent = self.recent.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.recent is not None:
+            self.recent = self.recent[indices]
+
+
+class TranslutionStaticLayer(StaticLayer):
+    """The same in memory of a fixed size, written in place, so that a compiled step serves every token."""
+
+    _layer_type = LAYER_TYPE
+    supports_early_init = False
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(max_cache_len=max_cache_len)
+        self.recent: Tensor | None = None
+
+    def update_recent(self, states: Tensor, window: int) -> Tensor:
+        """See `TranslutionDynamicLayer.update_recent`."""
+        if self.recent is None:
+            self.recent = states.new_zeros(states.shape[0], window, states.shape[-1])
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.recent)
+        whole = torch.cat((self.recent, states), dim=1)
+        self.recent.copy_(whole[:, whole.shape[1] - window :])
+        return whole
+
+    def reset(self) -> None:
+        super().reset()
+        if self.recent is not None:
+            self.recent.zero_()
+
+    def offload(self) -> None:
+        super().offload()
+        if self.recent is not None:
+            self.recent = self.recent.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.recent is not None:
+            self.recent = self.recent.to(self.device, non_blocking=True)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.recent is not None:
+            self.recent = self.recent.index_select(0, beam_idx.to(self.recent.device))
+
+
+def remember(
+    cache: Cache | None, layer_idx: int, keys: Sequence[Tensor | None], values: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Adds new tokens' states to a layer of a cache, if there is one.
+
+    Args:
+        keys, values: parts `[B, new, width]`; `None` is a part that this mixer does not have.
+
+    Returns:
+        The same parts for all slots, `[B, L, width]`.
+    """
+    if cache is None:
+        return list(keys), list(values)
+    states = [_pack([*keys, *values], parts).unsqueeze(1) for parts in (keys, values)]
+    packed_keys, packed_values = cache.update(*states, layer_idx)
+    return _unpack(packed_keys.squeeze(1), keys), _unpack(packed_values.squeeze(1), values)
+
+
+def remember_recent(
+    cache: Cache | None, layer_idx: int, states: Sequence[Tensor | None], window: int
+) -> list[Tensor | None]:
+    """The same for the last `window` tokens alone: the parts `[B, window + new, width]`, or the new ones without a cache."""
+    if cache is None:
+        return list(states)
+    return _unpack(cache.layers[layer_idx].update_recent(_pack(states, states), window), states)
+
+
+def _pack(known: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> Tensor:
+    there = [part for part in parts if part is not None]
+    if there:
+        return torch.cat(there, dim=-1)
+    # Nothing of any token: still one entry of no width each, so that the tokens are counted.
+    return next(part for part in known if part is not None)[..., :0]
+
+
+def _unpack(packed: Tensor, like: Sequence[Tensor | None]) -> list[Tensor | None]:
+    widths = [0 if part is None else part.shape[-1] for part in like]
+    pieces = packed.split(widths, dim=-1)
+    return [None if part is None else piece for part, piece in zip(like, pieces, strict=True)]
+
+
+def _last(states: Tensor, count: int) -> Tensor:
+    """The last `count` states of `[B, L, features]`, with zeros before the first."""
+    missing = count - states.shape[1]
+    return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing > 0 else states[:, -missing:]
+
+
+__all__ = ["LAYER_TYPE", "TranslutionDynamicLayer", "TranslutionStaticLayer", "remember", "remember_recent"]

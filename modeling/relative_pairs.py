@@ -1,0 +1,161 @@
+"""The relative part of Translution over all pairs of a layer, with what a cache has to remember of it.
+
+`AllPairs` gives every pair its own projections. `NearAndFarPairs` is text with a distance `D`: pairs further than that share
+one matrix, so that a far key or value belongs to a token and is computed once, as in attention.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `D` largest distance told apart.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .cache import remember, remember_recent
+from .pair_layout import PairLayout, StepLayout, distances
+from .translution_basis import OffsetBasis
+
+
+class PairInputs(NamedTuple):
+    """Tokens `[B, L, in]` and their bank, or plain projections `[B, L, A·e]` and `None`."""
+
+    tokens: Tensor
+    bank: Tensor | OffsetBasis | None
+
+
+class AllPairs:
+    """Every pair has projections of its own.
+
+    Args:
+        operators: the module whose `pair_scores` and `pair_values` compute them.
+        layout: the pairs.
+        num_heads: `A`.
+        query, key, value: of the new tokens; `None` where scores or values are not relative.
+    """
+
+    def __init__(
+        self,
+        operators: ModuleType,
+        layout: PairLayout | StepLayout,
+        num_heads: int,
+        query: PairInputs | None,
+        key: PairInputs | None,
+        value: PairInputs | None,
+    ):
+        self.operators, self.layout, self.num_heads = operators, layout, num_heads
+        self.query, self.key, self.value = query, key, value
+
+    def remember(
+        self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Extends keys and values by those a cache remembers; returns the dense ones, `[B, L, C']`."""
+        key, value, shared = self._inputs()
+        keys, values = remember(cache, layer_idx, [dense_key, key], [dense_value, None if shared else value])
+        (dense_key, key), (dense_value, value) = ([self._given(part) for part in parts] for parts in (keys, values))
+        self._extend(key, value, shared)
+        return dense_key, dense_value
+
+    def _inputs(self) -> tuple[Tensor | None, Tensor | None, bool]:
+        """What keys and values are projected from, and whether that is one tensor, to be remembered once."""
+        key = None if self.key is None else self.key.tokens
+        value = None if self.value is None else self.value.tokens
+        return key, value, key is not None and key is value
+
+    def _extend(self, key: Tensor | None, value: Tensor | None, shared: bool) -> None:
+        if key is not None:
+            self.key = self.key._replace(tokens=key)
+        if self.value is not None:
+            self.value = self.value._replace(tokens=key if shared else value)
+
+    def _given(self, states: Tensor | None) -> Tensor | None:
+        # A static cache has more slots than tokens.
+        return None if states is None else states[:, : self.layout.num_tokens]
+
+    def scores(self) -> Tensor:
+        """`<q_ij, k_ij>`, `[B, A, receivers, L]`."""
+        (query, query_bank), (key, key_bank) = self.query, self.key
+        return self.operators.pair_scores(query, key, query_bank, key_bank, self.num_heads, self.layout)
+
+    def values(self, weights: Tensor) -> Tensor:
+        """`Σ_j p_ij v_ij`, `[B, receivers, A·e]`, from `[B, A, receivers, L]` probabilities."""
+        return self.operators.pair_values(weights, *self.value, self.layout)
+
+
+class NearAndFarPairs(AllPairs):
+    """Text with a distance `D`: pairs nearer than `D` have projections of their own, the others share the last matrix."""
+
+    def remember(
+        self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See `AllPairs.remember`. Of each token its far key and value are remembered, and of the last few their inputs."""
+        far_key, far_value = _far(self.key), _far(self.value)
+        keys, values = remember(cache, layer_idx, [dense_key, far_key], [dense_value, far_value])
+        (dense_key, self.far_key), (dense_value, self.far_value) = (
+            [self._given(part) for part in parts] for parts in (keys, values)
+        )
+        self.distance = self.layout.bank_height - 1
+        # The token itself is at distance 0, so D - 1 tokens before it are near.
+        self.window = 0 if cache is None else max(self.distance - 1, 0)
+        if self.distance == 0:
+            return dense_key, dense_value
+        key, value, shared = self._inputs()
+        self._extend(*remember_recent(cache, layer_idx, [key, None if shared else value], self.window), shared)
+        return dense_key, dense_value
+
+    def scores(self) -> Tensor:
+        """See `AllPairs.scores`."""
+        query, key = self._heads(_far(self.query)), self._heads(self.far_key)
+        scores = query @ key.transpose(-1, -2)
+        if self.distance == 0:
+            return scores
+        near = self.operators.pair_scores(
+            self.query.tokens,
+            self.key.tokens,
+            self.query.bank,
+            self.key.bank,
+            self.num_heads,
+            self.layout.near(self.window),
+        )
+        between = distances(self.layout, near.device)
+        if near.shape != scores.shape or isinstance(self.layout, StepLayout):
+            place = self.window + torch.arange(near.shape[2], device=near.device)[:, None] - between
+            near = near.gather(-1, place.clamp(0, near.shape[-1] - 1).expand(*near.shape[:2], -1, -1))
+        return torch.where((between >= 0) & (between < self.distance), near, scores.to(near.dtype))
+
+    def values(self, weights: Tensor) -> Tensor:
+        """See `AllPairs.values`."""
+        between = distances(self.layout, weights.device)
+        far = weights.masked_fill(between < self.distance, 0).to(self.far_value.dtype)
+        output = (far @ self._heads(self.far_value)).transpose(1, 2).flatten(2)
+        if self.distance == 0:
+            return output
+        near = weights
+        num_near = self.window + weights.shape[2]
+        if num_near != weights.shape[3] or isinstance(self.layout, StepLayout):
+            # The slot that each place of the window has for each receiver; there are none before the first.
+            positions = self.layout.positions(weights.device)[:, None]
+            behind = self.window + torch.arange(weights.shape[2], device=weights.device)[:, None]
+            slot = positions - (behind - torch.arange(num_near, device=weights.device))
+            inside = slot.clamp(0, weights.shape[3] - 1).expand(*weights.shape[:2], -1, -1)
+            near = weights.gather(-1, inside).masked_fill((slot < 0) | (slot > positions), 0)
+        return output + self.operators.pair_values(near, *self.value, self.layout.near(self.window))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _far(inputs: PairInputs | None) -> Tensor | None:
+    """The projection that a token has in all far pairs: by the last matrix of its bank, `[B, L, A·e]`."""
+    if inputs is None or inputs.bank is None:
+        return None if inputs is None else inputs.tokens
+    bank = inputs.bank
+    if isinstance(bank, OffsetBasis):
+        return inputs.tokens @ torch.einsum("m,mcd->cd", bank.coefficients[-1], bank.factors)
+    return inputs.tokens @ bank[-1]
+
+
+__all__ = ["AllPairs", "NearAndFarPairs", "PairInputs"]
