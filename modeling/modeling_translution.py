@@ -508,6 +508,17 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head = new_embeddings
 
+    def generate_batch(self, *args: Any, **kwargs: Any):
+        """Continuous batching of Transformers keeps keys and values of attention in pages; Translution has neither.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "`generate_batch` needs a paged cache of keys and values, which is not what Translution remembers; use `generate`, "
+            "which takes batches of prompts padded on the left."
+        )
+
     @can_return_tuple
     def forward(
         self,
