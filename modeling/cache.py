@@ -1,7 +1,7 @@
 """What generation remembers of a layer, as cache layers of Transformers.
 
-Each mixer remembers what it needs of every token (`keys` and `values`, of any width, `values` possibly of none) and what it
-needs of the last few tokens alone (`recent`). Per token of each sequence and layer, in elements:
+Each mixer remembers what it needs of every token (`keys` and `values`, of any width, possibly of none) and what it needs of
+the last few tokens alone (`recent`). Per token of each sequence and layer, in elements:
 
     attention                       2·C'                    keys and values
     relative scalars, vectors       2·C'
@@ -29,7 +29,11 @@ LAYER_TYPE = "translution"
 
 
 class TranslutionDynamicLayer(DynamicLayer):
-    """Grows by concatenation. `keys` and `values` are `[B, heads, L, width]`, `recent` is `[B, window, features]`."""
+    """Grows with the text. `keys` and `values` are `[B, heads, L, width]`, `recent` is `[B, window, features]`.
+
+    Without gradients `keys` and `values` are the front of memory that has room for some more tokens, so that a new token is
+    written and not all of them copied: up to a quarter more, and 64 tokens, are allocated than are filled.
+    """
 
     _layer_type = LAYER_TYPE
 
@@ -38,6 +42,29 @@ class TranslutionDynamicLayer(DynamicLayer):
         self.recent: Tensor | None = None
         self.window = 0
         self.record_past = False
+        self.room: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Adds the states of new tokens, `[B, heads, new, width]`; returns those of all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
+        self.keys = self._append("keys", key_states)
+        self.values = self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, states: Tensor) -> Tensor:
+        old = getattr(self, name)
+        length, needed = old.shape[-2], old.shape[-2] + states.shape[-2]
+        if states.shape[-1] == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat((old, states), dim=-2)
+        room = self.room.get(name)
+        if room is None or not _is_front(old, room) or room.shape[-2] < needed:
+            room = states.new_empty(*old.shape[:2], needed + needed // 4 + 64, states.shape[-1])
+            room[..., :length, :] = old
+            self.room[name] = room
+        room[..., length:needed, :] = states
+        return room[..., :needed, :]
 
     def get_seq_length(self) -> int:
         # A layer may remember nothing of each token, and still counts them: width 0 times L.
@@ -77,9 +104,11 @@ class TranslutionDynamicLayer(DynamicLayer):
     def reset(self) -> None:
         super().reset()
         self.recent = None
+        self.room = {}
 
     def offload(self) -> None:
         super().offload()
+        self.room = {}
         if self.recent is not None:
             self.recent = self.recent.to("cpu", non_blocking=True)
 
@@ -114,6 +143,13 @@ class TranslutionStaticLayer(StaticLayer):
         super().__init__(max_cache_len=max_cache_len)
         self.recent: Tensor | None = None
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if value_states.shape[1] != self.num_heads:  # Transformers' own layers have as many heads in both
+            self.values = value_states.new_zeros(*value_states.shape[:2], self.max_cache_len, value_states.shape[-1])
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.values)
+
     def update_recent(self, states: Tensor, window: int) -> Tensor:
         """See `TranslutionDynamicLayer.update_recent`."""
         if self.recent is None:
@@ -145,22 +181,29 @@ class TranslutionStaticLayer(StaticLayer):
             self.recent = self.recent.index_select(0, beam_idx.to(self.recent.device))
 
 
+def _is_front(states: Tensor, room: Tensor) -> bool:
+    """Whether states are the front of the memory they were once put in, and may be written on there."""
+    same_mode = room.is_inference() == torch.is_inference_mode_enabled()
+    return same_mode and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
+
+
 def remember(
     cache: Cache | None, layer_idx: int, keys: Sequence[Tensor | None], values: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Adds new tokens' states to a layer of a cache, if there is one.
 
     Args:
-        keys, values: parts `[B, new, width]`; `None` is a part that this mixer does not have.
+        keys, values: what is to be kept together, parts `[B, heads, new, width]` of as many heads each; `None` is a part that
+            this mixer does not have. Translution keeps dense keys and values in the first, and what its banks project in the
+            second, of one head: each is then read without a copy.
 
     Returns:
-        The same parts for all slots, `[B, L, width]`.
+        The same parts for all slots, `[B, heads, L, width]`.
     """
     if cache is None:
         return list(keys), list(values)
-    states = [_pack([*keys, *values], parts).unsqueeze(1) for parts in (keys, values)]
-    packed_keys, packed_values = cache.update(*states, layer_idx)
-    return _unpack(packed_keys.squeeze(1), keys), _unpack(packed_values.squeeze(1), values)
+    packed = cache.update(_pack([*keys, *values], keys), _pack([*keys, *values], values), layer_idx)
+    return _unpack(packed[0], keys), _unpack(packed[1], values)
 
 
 def remember_recent(
@@ -175,12 +218,14 @@ def remember_recent(
 def _pack(known: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> Tensor:
     there = [part for part in parts if part is not None]
     if there:
-        return torch.cat(there, dim=-1)
+        return torch.cat(there, dim=-1) if len(there) > 1 else there[0]
     # Nothing of any token: still one entry of no width each, so that the tokens are counted.
     return next(part for part in known if part is not None)[..., :0]
 
 
 def _unpack(packed: Tensor, like: Sequence[Tensor | None]) -> list[Tensor | None]:
+    if sum(part is not None for part in like) == 1:
+        return [None if part is None else packed for part in like]
     widths = [0 if part is None else part.shape[-1] for part in like]
     pieces = packed.split(widths, dim=-1)
     return [None if part is None else piece for part, piece in zip(like, pieces, strict=True)]

@@ -48,7 +48,7 @@ class ConvolutionMixer(Mixer):
     ) -> tuple[Tensor, None]:
         if layout.causal:
             if pairs_masked or past_key_values is not None:
-                (_,), _ = remember(past_key_values, self.layer_idx, [hidden_states[..., :0]], [None])
+                remember(past_key_values, self.layer_idx, [hidden_states[:, None, :, :0]], [None])
                 (recent,) = remember_recent(past_key_values, self.layer_idx, [hidden_states], self.kernel_size - 1)
                 return self.o_proj(convolve_window(recent, self.window_weight, layout, attention_mask)), None
             tokens = visible(hidden_states, token_mask).transpose(1, 2)

@@ -6,7 +6,8 @@ Token `i` receives, token `j` gives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -193,14 +194,31 @@ class StepLayout:
     class_token: bool = False
     bank_width: int = 1
     num_receivers: int = 1
+    known: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def near(self, past: int) -> StepLayout:
         """See `PairLayout.near`."""
-        return replace(self, position=past, num_tokens=past + 1)
+        return replace(self, position=past, num_tokens=past + 1, known={})
 
     def rows(self, device: torch.device) -> torch.Tensor:
         """Bank row of every slot, `[1, slots]`; 0 where it is not filled."""
-        return distances(self, device).clamp(0, self.bank_height - 1)
+        return self._once("rows", lambda: distances(self, device).clamp(0, self.bank_height - 1))
+
+    def slot_distances(self, device: torch.device) -> torch.Tensor:
+        """Distance of every slot, `[slots]`, clamped to those of `by_distance`; 0 where it is not filled."""
+        reach = min(self.num_tokens, self.bank_height)
+        return self._once("slot_distances", lambda: distances(self, device)[0].clamp(0, reach - 1))
+
+    def by_distance(self, device: torch.device) -> torch.Tensor:
+        """Slot of the token at each distance that a bank tells apart, `[distances]`; 0 where no token is that far."""
+        reach = min(self.num_tokens, self.bank_height)
+        return self._once("by_distance", lambda: (self.position - torch.arange(reach, device=device)).clamp(min=0))
+
+    def _once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        # Every layer of a step asks for the same few indices.
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Slot of the receiver, `[1]`."""

@@ -52,12 +52,22 @@ class AllPairs:
     def remember(
         self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Extends keys and values by those a cache remembers; returns the dense ones, `[B, L, C']`."""
+        """Extends keys and values by those a cache remembers; returns the dense ones.
+
+        Args:
+            dense_key, dense_value: those of ordinary attention, `[B, A, new, d]`.
+
+        Returns:
+            The same of all tokens, `[B, A, L, d]`.
+        """
         key, value, shared = self._inputs()
-        keys, values = remember(cache, layer_idx, [dense_key, key], [dense_value, None if shared else value])
-        (dense_key, key), (dense_value, value) = ([self._given(part) for part in parts] for parts in (keys, values))
-        self._extend(key, value, shared)
-        return dense_key, dense_value
+        tokens = [None if part is None else part.unsqueeze(1) for part in (key, None if shared else value)]
+        dense, tokens = (
+            [None if part is None else part[:, :, : self.layout.num_tokens] for part in parts]
+            for parts in remember(cache, layer_idx, [dense_key, dense_value], tokens)
+        )
+        self._extend(*(None if part is None else part.squeeze(1) for part in tokens), shared)
+        return dense[0], dense[1]
 
     def _inputs(self) -> tuple[Tensor | None, Tensor | None, bool]:
         """What keys and values are projected from, and whether that is one tensor, to be remembered once."""
@@ -70,10 +80,6 @@ class AllPairs:
             self.key = self.key._replace(tokens=key)
         if self.value is not None:
             self.value = self.value._replace(tokens=key if shared else value)
-
-    def _given(self, states: Tensor | None) -> Tensor | None:
-        # A static cache has more slots than tokens.
-        return None if states is None else states[:, : self.layout.num_tokens]
 
     def scores(self) -> Tensor:
         """`<q_ij, k_ij>`, `[B, A, receivers, L]`."""
@@ -92,10 +98,10 @@ class NearAndFarPairs(AllPairs):
         self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """See `AllPairs.remember`. Of each token its far key and value are remembered, and of the last few their inputs."""
-        far_key, far_value = _far(self.key), _far(self.value)
-        keys, values = remember(cache, layer_idx, [dense_key, far_key], [dense_value, far_value])
-        (dense_key, self.far_key), (dense_value, self.far_value) = (
-            [self._given(part) for part in parts] for parts in (keys, values)
+        far = [_heads(_far(inputs), self.num_heads) for inputs in (self.key, self.value)]
+        stored, _ = remember(cache, layer_idx, [dense_key, dense_value, *far], [])
+        dense_key, dense_value, self.far_key, self.far_value = (
+            None if part is None else part[:, :, : self.layout.num_tokens] for part in stored
         )
         self.distance = self.layout.bank_height - 1
         # The token itself is at distance 0, so D - 1 tokens before it are near.
@@ -108,8 +114,7 @@ class NearAndFarPairs(AllPairs):
 
     def scores(self) -> Tensor:
         """See `AllPairs.scores`."""
-        query, key = self._heads(_far(self.query)), self._heads(self.far_key)
-        scores = query @ key.transpose(-1, -2)
+        scores = _heads(_far(self.query), self.num_heads) @ self.far_key.transpose(-1, -2)
         if self.distance == 0:
             return scores
         near = self.operators.pair_scores(
@@ -130,7 +135,7 @@ class NearAndFarPairs(AllPairs):
         """See `AllPairs.values`."""
         between = distances(self.layout, weights.device)
         far = weights.masked_fill(between < self.distance, 0).to(self.far_value.dtype)
-        output = (far @ self._heads(self.far_value)).transpose(1, 2).flatten(2)
+        output = (far @ self.far_value).transpose(1, 2).flatten(2)
         if self.distance == 0:
             return output
         near = weights
@@ -144,8 +149,10 @@ class NearAndFarPairs(AllPairs):
             near = weights.gather(-1, inside).masked_fill((slot < 0) | (slot > positions), 0)
         return output + self.operators.pair_values(near, *self.value, self.layout.near(self.window))
 
-    def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+def _heads(tokens: Tensor | None, num_heads: int) -> Tensor | None:
+    """`[B, L, A·w]` to `[B, A, L, w]`."""
+    return None if tokens is None else tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def _far(inputs: PairInputs | None) -> Tensor | None:

@@ -104,7 +104,7 @@ class TranslutionMixer(Mixer):
 
         scores = None
         if dense_query is not None:
-            scores = self.split_heads(dense_query) @ self.split_heads(dense_key).transpose(-1, -2)
+            scores = dense_query @ dense_key.transpose(-1, -2)
         if self.scores_are_relative:
             relative_scores = pairs.scores()
             scores = relative_scores if scores is None else (scores + relative_scores) / 2
@@ -112,7 +112,7 @@ class TranslutionMixer(Mixer):
 
         output = None
         if dense_value is not None:
-            output = self.merge_heads(weights.to(dense_value.dtype) @ self.split_heads(dense_value))
+            output = self.merge_heads(weights.to(dense_value.dtype) @ dense_value)
         if "v" in self.relative:
             relative_output = pairs.values(weights)
             output = relative_output if output is None else (output + self.v_up(relative_output)) / 2
@@ -128,15 +128,14 @@ class TranslutionMixer(Mixer):
     def _dense(
         self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The queries, keys and values of ordinary attention, `[B, L, C']`: LoR's, or those that no bank takes part in."""
+        """The queries, keys and values of ordinary attention, `[B, A, L, d]`: LoR's, or those that no bank takes part in."""
         query = key = value = None
         if self.low_rank or not self.scores_are_relative:
-            query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+            query, key = self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
             if self.rotary:
-                dtype = query.dtype
-                query, key = (self.merge_heads(rotate(self.split_heads(x), rotation)).to(dtype) for x in (query, key))
+                query, key = (rotate(heads, rotation).to(heads.dtype) for heads in (query, key))
         if self.low_rank or "v" not in self.relative:
-            value = self.v_proj(hidden_states)
+            value = self.split_heads(self.v_proj(hidden_states))
         return query, key, value
 
     def _pair_inputs(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .pair_layout import StepLayout, distances
+from .pair_layout import StepLayout
 from .translution_basis import OffsetBasis
 
 
@@ -32,14 +32,11 @@ def pair_scores(
     """
     if isinstance(key_bank, OffsetBasis):
         return _basis_scores(query, key, query_bank, key_bank, num_heads, layout)
-    order = _by_distance(layout, query.device)
-    query = _project_one(query, query_bank, order, num_heads)
-    if key_bank is None:
-        key = key.unflatten(-1, (num_heads, -1))[:, order]
-    else:
-        key = _project_each(key, key_bank, order).unflatten(-1, (num_heads, -1))
-    scores = torch.einsum("blad,blad->bal", query.expand(-1, order.numel(), -1, -1), key)
-    return _by_slot(scores, layout).unsqueeze(2)
+    order = layout.by_distance(query.device)
+    query = _project_one(query, query_bank, order.numel()).unflatten(-1, (num_heads, -1))
+    key = _project_each(key, key_bank, order).unflatten(-1, (num_heads, -1))
+    scores = (query * key).sum(-1)  # [distances, B, A]
+    return scores.index_select(0, layout.slot_distances(query.device)).permute(1, 2, 0).unsqueeze(2)
 
 
 def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor | OffsetBasis, layout: StepLayout) -> Tensor:
@@ -47,43 +44,32 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor | Offse
     num_heads = probabilities.shape[1]
     probabilities = probabilities.squeeze(2).to(value.dtype)
     if isinstance(value_bank, OffsetBasis):
-        weights = value_bank.coefficients[layout.rows(value.device)[0]]
-        sums = torch.einsum("bal,lm,blc->bmac", probabilities, weights, value)
-        factors = value_bank.factors.unflatten(-1, (num_heads, -1))
-        return torch.einsum("bmac,mcad->bad", sums, factors).flatten(1)[:, None]
-    order = _by_distance(layout, value.device)
+        return _basis_values(probabilities, value, value_bank, num_heads, layout)
+    order = layout.by_distance(value.device)
     projected = _project_each(value, value_bank, order).unflatten(-1, (num_heads, -1))
-    filled = (layout.position >= torch.arange(order.numel(), device=value.device)).to(value.dtype)
-    return torch.einsum("bal,blad->bad", probabilities[..., order] * filled, projected).flatten(1)[:, None]
+    weights = probabilities.index_select(-1, order)
+    if not isinstance(layout.position, int) or layout.position + 1 < order.numel():
+        # Distances that no token has yet point to slot 0, whose probability is not theirs.
+        weights = weights * (layout.position >= torch.arange(order.numel(), device=value.device))
+    weights = weights.permute(2, 0, 1)
+    return (weights.unsqueeze(-1) * projected).sum(0).flatten(1)[:, None]
 
 
-def _by_distance(layout: StepLayout, device: torch.device) -> Tensor:
-    """Slot of the token at each distance that a bank tells apart, `[distances]`; slot 0 where no token is that far."""
-    reach = min(layout.num_tokens, layout.bank_height)
-    return (layout.position - torch.arange(reach, device=device)).clamp(min=0)
+def _project_each(tokens: Tensor, bank: Tensor | None, order: Tensor) -> Tensor:
+    """The token at each distance times that distance's matrix, `[distances, B, A·e]`."""
+    tokens = tokens.transpose(0, 1).index_select(0, order)
+    return tokens if bank is None else torch.bmm(tokens, bank[: order.numel()])
 
 
-def _by_slot(pairs: Tensor, layout: StepLayout) -> Tensor:
-    """`[…, distances]` to `[…, L]`."""
-    return pairs[..., distances(layout, pairs.device)[0].clamp(0, pairs.shape[-1] - 1)]
-
-
-def _project_each(tokens: Tensor, bank: Tensor, order: Tensor) -> Tensor:
-    """The token at each distance times that distance's matrix, `[B, distances, A·e]`."""
-    return torch.bmm(tokens[:, order].transpose(0, 1), bank[: order.numel()]).transpose(0, 1)
-
-
-def _project_one(query: Tensor, bank: Tensor | OffsetBasis | None, order: Tensor, num_heads: int) -> Tensor:
-    """The query for each distance, `[B, distances or 1, A, e]`."""
+def _project_one(query: Tensor, bank: Tensor | OffsetBasis | None, num_distances: int) -> Tensor:
+    """The query for each distance, `[distances or 1, B, A·e]`."""
+    query = query.transpose(0, 1)
     if bank is None:
-        projected = query
-    elif isinstance(bank, OffsetBasis):
-        each = torch.einsum("bc,mcd->bmd", query[:, 0], bank.factors)
-        projected = torch.einsum("lm,bmd->bld", bank.coefficients[: order.numel()], each)
-    else:
-        one = query.transpose(0, 1).expand(order.numel(), -1, -1)
-        projected = torch.bmm(one, bank[: order.numel()]).transpose(0, 1)
-    return projected.unflatten(-1, (num_heads, -1))
+        return query
+    if isinstance(bank, OffsetBasis):
+        each = query @ bank.factors  # [n, B, A·e]
+        return (bank.coefficients[:num_distances] @ each.flatten(1)).unflatten(-1, each.shape[1:])
+    return torch.bmm(query.expand(num_distances, -1, -1), bank[:num_distances])
 
 
 def _basis_scores(
@@ -94,17 +80,34 @@ def _basis_scores(
     num_heads: int,
     layout: StepLayout,
 ) -> Tensor:
-    rows = layout.rows(key.device)[0]
-    key_weights = key_bank.coefficients[rows]
-    factors = key_bank.factors.unflatten(-1, (num_heads, -1))
-    if query_bank is None:
-        heads = query[:, 0].unflatten(-1, (num_heads, -1))
-        absorbed = torch.einsum("bad,mcad->bamc", heads, factors)
-        return torch.einsum("bamc,blc,lm->bal", absorbed, key, key_weights).unsqueeze(2)
-    each = torch.einsum("bc,ncd->bnd", query[:, 0], query_bank.factors).unflatten(-1, (num_heads, -1))
-    absorbed = torch.einsum("bnad,mcad->banmc", each, factors)
-    query_weights = query_bank.coefficients[rows]
-    return torch.einsum("banmc,blc,lm,ln->bal", absorbed, key, key_weights, query_weights).unsqueeze(2)
+    batch, rows = len(query), layout.rows(key.device)[0]
+    each = query if query_bank is None else torch.einsum("bc,mcd->bmd", query[:, 0], query_bank.factors)
+    each = each.unflatten(-1, (num_heads, -1))  # [B, queries, A, e]
+    # z = q U[m]ᵀ, head by head: a head's columns of all factors are one matrix that no product has to copy.
+    absorbed = [each[:, :, head].flatten(0, 1) @ _columns(key_bank, head, num_heads).T for head in range(num_heads)]
+    absorbed = torch.stack(absorbed, dim=1).unflatten(-1, (len(key_bank.factors), -1))  # [B·queries, A, n, in]
+    products = absorbed.unflatten(0, (batch, -1)).flatten(1, 3) @ key.transpose(-1, -2)
+    products = products.unflatten(1, (-1, len(key_bank.factors)))  # [B, queries·A, n, L]
+    scores = (products * key_bank.coefficients[rows].T).sum(2)
+    if query_bank is not None:
+        scores = (scores.unflatten(1, (-1, num_heads)) * query_bank.coefficients[rows].T[:, None]).sum(1)
+    return scores.unsqueeze(2)
+
+
+def _basis_values(
+    probabilities: Tensor, value: Tensor, bank: OffsetBasis, num_heads: int, layout: StepLayout
+) -> Tensor:
+    weights = bank.coefficients[layout.rows(value.device)[0]]
+    weighted = probabilities.unsqueeze(2) * weights.T  # [B, A, n, L]
+    sums = (weighted.flatten(1, 2) @ value).unflatten(1, (num_heads, -1)).flatten(2)  # [B, A, n·in]
+    heads = [sums[:, head] @ _columns(bank, head, num_heads) for head in range(num_heads)]
+    return torch.cat(heads, dim=-1)[:, None]
+
+
+def _columns(bank: OffsetBasis, head: int, num_heads: int) -> Tensor:
+    """A head's columns of all factors, `[n·in, e]`, a view."""
+    size = bank.factors.shape[-1] // num_heads
+    return bank.factors.flatten(0, 1)[:, head * size : (head + 1) * size]
 
 
 __all__ = ["pair_scores", "pair_values"]

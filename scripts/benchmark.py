@@ -6,6 +6,7 @@
 Suites:
     operator    full Translution on a grid of patches, forward and with backward, against gathering a matrix per pair
     memory      what one training step of a whole model needs beside weights and gradients (Linux)
+    generation  tokens a second with and without a cache, and bytes of cache a token, against a GPT-2 of Transformers
 
 Implementations of the operator suite:
     floor           the bare matrix products of the operator, nothing else: one per offset and projection, four times as many
@@ -32,22 +33,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from translution import TranslutionConfig, TranslutionForImageClassification
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 from translution.modeling import translution_grouped, translution_reference
 from translution.modeling.pair_layout import PairLayout
 
 
 FIELDS = [
     "suite", "case", "implementation", "passes", "median_ms", "lower_quartile_ms", "upper_quartile_ms", "repeats",
-    "peak_mib", "times_floor", "times_gather", "times_published", "error", "dtype", "threads", "device", "torch", "transformers", "python", "commit",
+    "peak_mib", "times_floor", "times_gather", "times_published", "tokens_per_second", "cache_bytes_per_token", "times_no_cache",
+    "times_gpt2", "error", "dtype", "threads", "device", "torch", "transformers", "python", "commit",
 ]  # fmt: skip
 HEADS = 3
 
@@ -94,11 +97,16 @@ def peak_memory(run: Callable[[], object]) -> float | None:
     return field("VmHWM") - before
 
 
-def time_in_turn(runs: dict[str, Callable[[], object]], repeats: dict[str, int]) -> dict[str, list[float]]:
-    """Milliseconds of each run, taken in turn after one warm-up each, so that a drift of the machine meets all of them."""
+def time_in_turn(
+    runs: dict[str, Callable[[], object]], repeats: dict[str, int], warm_up: Iterable[str] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of each run, taken in turn, so that a drift of the machine meets all of them.
+
+    Before, each of `warm_up`, by default all of them, runs once.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
+    for name in runs if warm_up is None else warm_up:
+        runs[name]()
     for turn in range(max(repeats.values())):
         for name, run in runs.items():
             if turn < repeats[name]:
@@ -192,7 +200,8 @@ def operator_suite(options: argparse.Namespace) -> Iterator[dict]:
         tokens = torch.randn(batch, layout.num_tokens, hidden, requires_grad=True)
         banks = [torch.randn(layout.num_offsets, hidden, hidden).div(hidden**0.5).requires_grad_() for _ in range(3)]
         # Gathering writes one matrix per pair: past a grid of 7 × 7 no laptop has the memory.
-        names = [name for name in IMPLEMENTATIONS if not name.startswith("gather") or size <= 7]
+        # The reference keeps all it gathers for its backward pass.
+        names = [name for name in IMPLEMENTATIONS if name == "grouped" or size <= 7]
         errors = verify(names, tokens, banks, layout)
         for backward in (False, True):
             for row in operator_rows(names, tokens, banks, layout, backward, options.repeats):
@@ -243,18 +252,14 @@ def verify(names: list[str], tokens: Tensor, banks: list[Tensor], layout: PairLa
     """Largest relative error of outputs and gradients against the float64 reference, on one image; stops if one is wrong."""
     one, threshold = tokens[:1].detach().requires_grad_(), 1e-4
     wide = one.detach().double().requires_grad_(), [bank.detach().double().requires_grad_() for bank in banks]
-    truth = outputs(IMPLEMENTATIONS["reference"], *wide, layout) if layout.height <= 7 else None
-    if (
-        truth is None
-    ):  # the reference gathers too much to keep a graph of; the grouped path is tested against it elsewhere
-        truth = outputs(IMPLEMENTATIONS["grouped"], *wide, layout)
+    if layout.height <= 7:
+        truth = outputs(IMPLEMENTATIONS["reference"], *wide, layout)
+    else:  # the output alone is what the reference has the memory for
+        with torch.no_grad():
+            truth = [IMPLEMENTATIONS["reference"](*wide, layout)]
     errors = {}
     for name in names:
-        if name == "reference" and layout.height > 7:
-            with torch.no_grad():
-                values = [IMPLEMENTATIONS[name](one, banks, layout)]
-        else:
-            values = outputs(IMPLEMENTATIONS[name], one, banks, layout)
+        values = outputs(IMPLEMENTATIONS[name], one, banks, layout)
         errors[name] = max(relative_error(value, expected) for value, expected in zip(values, truth, strict=False))
         if not errors[name] < threshold:
             raise SystemExit(
@@ -290,7 +295,102 @@ def memory_suite(options: argparse.Namespace) -> Iterator[dict]:
     }
 
 
-SUITES = {"operator": operator_suite, "memory": memory_suite}
+GENERATION_MODELS = {
+    "full": {"relative_projections": "kv"},
+    "lor": {"relative_projections": "kv", "relative_rank": 8},
+    "basis": {"relative_projections": "kv", "offset_basis": 8},
+    "full-D32": {"relative_projections": "kv", "max_relative_distance": 32},
+    "attention": {"mixer_types": "rope_attention"},
+}
+
+
+def generation_suite(options: argparse.Namespace) -> Iterator[dict]:
+    """Greedy generation of models of the size "tiny" and of a GPT-2 of the same width, depth and heads."""
+    new, vocabulary, hidden, layers, heads = 128, 1000, 192, 6, 3
+    torch.manual_seed(0)
+    models = {
+        name: TranslutionForCausalLM(
+            TranslutionConfig.from_size("tiny", modality="text", vocab_size=vocabulary, pad_token_id=0, **fields)
+        ).eval()
+        for name, fields in GENERATION_MODELS.items()
+    }
+    gpt2 = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=256,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    models["gpt2"] = GPT2LMHeadModel(gpt2).eval()
+    for name, model in models.items():
+        verify_generation(name, model, vocabulary)
+    for prompt_length in (32, 128):
+        for batch in (1, 8):
+            prompt = torch.randint(1, vocabulary, (batch, prompt_length))
+            runs = {name: partial(generate, model, prompt, new, True) for name, model in models.items()}
+            runs |= {
+                f"{name}, no cache": partial(generate, model, prompt, new, False) for name, model in models.items()
+            }
+            # Without a cache a run takes long, and varies little for that.
+            counts = {name: 1 if name.endswith("no cache") else max(min(options.repeats, 5), 2) for name in runs}
+            times = time_in_turn(runs, counts, warm_up=[name for name in runs if not name.endswith("no cache")])
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            for name, values in times.items():
+                model = models[name.removesuffix(", no cache")]
+                lower, _, upper = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+                cached = not name.endswith("no cache")
+                yield {
+                    "suite": "generation",
+                    "case": f"tiny-prompt{prompt_length}-new{new}-B{batch}",
+                    "implementation": name,
+                    "passes": "generate",
+                    "median_ms": medians[name],
+                    "lower_quartile_ms": lower,
+                    "upper_quartile_ms": upper,
+                    "repeats": len(values),
+                    "tokens_per_second": batch * new / medians[name] * 1e3,
+                    "cache_bytes_per_token": cache_bytes(model, prompt) if cached else None,
+                    "times_no_cache": medians[f"{name}, no cache"] / medians[name] if cached else None,
+                    "times_gpt2": medians["gpt2"] / medians[name] if cached else None,
+                    "dtype": "float32",
+                }
+
+
+def generate(model: PreTrainedModel, prompt: Tensor, new: int, use_cache: bool) -> Tensor:
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        use_cache=use_cache,
+    )
+
+
+def verify_generation(name: str, model: PreTrainedModel, vocabulary: int) -> None:
+    """In float64 the cache must not change a token."""
+    model.double()
+    prompt = torch.randint(1, vocabulary, (2, 9))
+    if not torch.equal(generate(model, prompt, 12, True), generate(model, prompt, 12, False)):
+        raise SystemExit(f"{name} generates other tokens with a cache. Nothing timed.")
+    model.float()
+
+
+def cache_bytes(model: PreTrainedModel, prompt: Tensor) -> float:
+    """Bytes of a cache per token of one sequence, all layers together, after the prompt."""
+    with torch.no_grad():
+        cache = model(prompt[:1], use_cache=True).past_key_values
+    total = 0
+    for layer in cache.layers:
+        for state in (layer.keys, layer.values, getattr(layer, "recent", None)):
+            total += 0 if state is None else state.numel() * state.element_size()
+    return total / prompt.shape[1]
+
+
+SUITES = {"operator": operator_suite, "memory": memory_suite, "generation": generation_suite}
 
 
 def main() -> None:
@@ -318,11 +418,16 @@ def main() -> None:
 
 
 def print_row(row: dict) -> None:
-    parts = [f"{row['case']:24} {row['passes']:17} {row['implementation']:14} {row['median_ms']:10.1f} ms"]
+    parts = [f"{row['case']:24} {row['passes']:17} {row['implementation']:20} {row['median_ms']:10.1f} ms"]
     if row.get("times_floor"):
         parts.append(f"{row['times_floor']:7.2f} × floor")
     if row.get("times_gather"):
         parts.append(f"{row['times_gather']:6.1f} × gather's speed, {row['times_published']:6.1f} × gather-matmul's")
+    if row.get("tokens_per_second"):
+        parts.append(f"{row['tokens_per_second']:8.1f} tokens/s")
+    if row.get("times_no_cache"):
+        parts.append(f"{row['times_no_cache']:6.1f} × without, {row['times_gpt2']:5.2f} × GPT-2's speed")
+        parts.append(f"{row['cache_bytes_per_token']:6.0f} B/token")
     if row.get("peak_mib") is not None:
         parts.append(f"{row['peak_mib']:8.0f} MiB")
     print("  ".join(parts), flush=True)
