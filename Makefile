@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO_DIR ?= runs/demo
+# More options for pip, such as another index.
+PIP_FLAGS ?=
 
 .PHONY: install demo test benchmark quality style clean
 
@@ -10,7 +12,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --constraint constraints.txt --editable '.[demo,test]'
+	$(RUN) -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[demo,test]'
 	touch $@
 
 demo: install

@@ -66,7 +66,8 @@ class Mixer(nn.Module):
         if attention_mask is not None:
             scores = scores + attention_mask
         wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        return nn.functional.dropout(scores.softmax(dim=-1, dtype=wide), self.attention_dropout, self.training)
+        weights = scores.softmax(dim=-1, dtype=wide)
+        return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
 
 
 class AttentionMixer(Mixer):

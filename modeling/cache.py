@@ -28,7 +28,28 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 LAYER_TYPE = "translution"
 
 
-class TranslutionDynamicLayer(DynamicLayer):
+class RecentStates:
+    """What both kinds of layer do with the states of the last few tokens."""
+
+    recent: Tensor | None = None
+
+    def offload(self) -> None:
+        super().offload()
+        if self.recent is not None:
+            self.recent = self.recent.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.recent is not None:
+            self.recent = self.recent.to(self.device, non_blocking=True)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.recent is not None:
+            self.recent = self.recent.index_select(0, beam_idx.to(self.recent.device))
+
+
+class TranslutionDynamicLayer(RecentStates, DynamicLayer):
     """Grows with the text. `keys` and `values` are `[B, heads, L, width]`, `recent` is `[B, window, features]`.
 
     Without gradients `keys` and `values` are the front of memory that has room for some more tokens, so that a new token is
@@ -39,7 +60,6 @@ class TranslutionDynamicLayer(DynamicLayer):
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.recent: Tensor | None = None
         self.window = 0
         self.record_past = False
         self.room: dict[str, Tensor] = {}
@@ -109,18 +129,6 @@ class TranslutionDynamicLayer(DynamicLayer):
     def offload(self) -> None:
         super().offload()
         self.room = {}
-        if self.recent is not None:
-            self.recent = self.recent.to("cpu", non_blocking=True)
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.recent is not None:
-            self.recent = self.recent.to(self.device, non_blocking=True)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.recent is not None:
-            self.recent = self.recent.index_select(0, beam_idx.to(self.recent.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -133,7 +141,7 @@ class TranslutionDynamicLayer(DynamicLayer):
             self.recent = self.recent[indices]
 
 
-class TranslutionStaticLayer(StaticLayer):
+class TranslutionStaticLayer(RecentStates, StaticLayer):
     """The same in memory of a fixed size, written in place, so that a compiled step serves every token."""
 
     _layer_type = LAYER_TYPE
@@ -141,7 +149,6 @@ class TranslutionStaticLayer(StaticLayer):
 
     def __init__(self, max_cache_len: int, **kwargs):
         super().__init__(max_cache_len=max_cache_len)
-        self.recent: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -164,21 +171,6 @@ class TranslutionStaticLayer(StaticLayer):
         super().reset()
         if self.recent is not None:
             self.recent.zero_()
-
-    def offload(self) -> None:
-        super().offload()
-        if self.recent is not None:
-            self.recent = self.recent.to("cpu", non_blocking=True)
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.recent is not None:
-            self.recent = self.recent.to(self.device, non_blocking=True)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.recent is not None:
-            self.recent = self.recent.index_select(0, beam_idx.to(self.recent.device))
 
 
 def _is_front(states: Tensor, room: Tensor) -> bool:

@@ -85,19 +85,21 @@ def _basis_scores(
     each = each.unflatten(-1, (num_heads, -1))  # [B, queries, A, e]
     # z = q U[m]ᵀ, head by head: a head's columns of all factors are one matrix that no product has to copy.
     absorbed = [each[:, :, head].flatten(0, 1) @ _columns(key_bank, head, num_heads).T for head in range(num_heads)]
-    absorbed = torch.stack(absorbed, dim=1).unflatten(-1, (len(key_bank.factors), -1))  # [B·queries, A, n, in]
-    products = absorbed.unflatten(0, (batch, -1)).flatten(1, 3) @ key.transpose(-1, -2)
+    absorbed = torch.cat(absorbed, dim=-1).view(batch, -1, key.shape[-1])  # [B, queries·A·n, in]
+    products = absorbed @ key.transpose(-1, -2)
     products = products.unflatten(1, (-1, len(key_bank.factors)))  # [B, queries·A, n, L]
-    scores = (products * key_bank.coefficients[rows].T).sum(2)
+    scores = (products * key_bank.coefficients.index_select(0, rows).T).sum(2)
     if query_bank is not None:
-        scores = (scores.unflatten(1, (-1, num_heads)) * query_bank.coefficients[rows].T[:, None]).sum(1)
+        scores = (scores.unflatten(1, (-1, num_heads)) * query_bank.coefficients.index_select(0, rows).T[:, None]).sum(
+            1
+        )
     return scores.unsqueeze(2)
 
 
 def _basis_values(
     probabilities: Tensor, value: Tensor, bank: OffsetBasis, num_heads: int, layout: StepLayout
 ) -> Tensor:
-    weights = bank.coefficients[layout.rows(value.device)[0]]
+    weights = bank.coefficients.index_select(0, layout.rows(value.device)[0])
     weighted = probabilities.unsqueeze(2) * weights.T  # [B, A, n, L]
     sums = (weighted.flatten(1, 2) @ value).unflatten(1, (num_heads, -1)).flatten(2)  # [B, A, n·in]
     heads = [sums[:, head] @ _columns(bank, head, num_heads) for head in range(num_heads)]
