@@ -110,14 +110,17 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens (a number that is not positive)."""
+        before = self.get_seq_length()
         super().crop(tokens_to_remove)
+        self.room = {}  # what was handed out before must not be written over
         if self.recent is None:
             return
-        left = self.recent.shape[1] + tokens_to_remove
-        if tokens_to_remove and left < min(self.window, self.get_seq_length()):
+        removed = before - self.get_seq_length()
+        left = self.recent.shape[1] - removed
+        if removed and left < min(self.window, self.get_seq_length()):
             raise RuntimeError(
-                f"`crop` cannot take back {-tokens_to_remove} tokens: of the layer's recent states {self.recent.shape[1]} are "
-                f"kept, and {self.window} are needed. Call `activate_past_recording` on the cache before the tokens are added."
+                f"`crop` cannot take back {removed} tokens: of the layer's recent states {self.recent.shape[1]} are kept, and "
+                f"{self.window} are needed. Call `activate_past_recording` on the cache before the tokens are added."
             )
         self.recent = self.recent[:, max(left - self.window, 0) : left]
 

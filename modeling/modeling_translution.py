@@ -331,7 +331,8 @@ class TranslutionModel(TranslutionPreTrainedModel):
             position_ids = past_key_values = None
         else:
             _refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
-            if use_cache and past_key_values is None:
+            # A training step would remember everything for a next token that never comes.
+            if use_cache and past_key_values is None and not self.training:
                 past_key_values = DynamicCache(config=self.config)
             _check_cache(past_key_values)
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)

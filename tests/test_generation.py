@@ -469,3 +469,24 @@ def test_every_pair_of_mixers_generates():
         assert_same_as_without_cache(
             make_model("hybrid", num_hidden_layers=2, **fields), make_prompts(), max_new_tokens=4
         )
+
+
+def test_a_training_step_remembers_nothing():
+    model, inputs = make_model("hybrid"), make_prompts()
+    assert model.train()(**inputs).past_key_values is None
+    assert model.eval()(**inputs).past_key_values.get_seq_length() == 6
+    assert model(**inputs, use_cache=False).past_key_values is None
+
+
+def test_states_that_were_handed_out_stay():
+    """New tokens are written into room that is left; what was read before is not written over, not even after a crop."""
+    model, cache, ids = filled("rope_attention")
+    before, copied = cache.layers[0].keys, cache.layers[0].keys.clone()
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=cache, use_cache=True)
+        assert torch.equal(before, copied)
+        longer, kept = cache.layers[0].keys, cache.layers[0].keys.clone()
+        cache.crop(-2)
+        model(ids[:, 4:6], past_key_values=cache, use_cache=True)
+    assert torch.equal(before, copied)
+    assert torch.equal(longer, kept)
