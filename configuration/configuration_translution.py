@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: `@strict` reads the field types and skips those that are strings.
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -131,7 +132,7 @@ class TranslutionConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_dropout: float | int = 0.0
     layer_norm_eps: float = 1e-5
-    initializer_range: float | None = None
+    initializer_range: float | int | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
@@ -219,9 +220,9 @@ class TranslutionConfig(PreTrainedConfig):
             if not 0 <= value < 1:
                 raise ValueError(f"`{field}` must be at least 0 and less than 1, got {value}.")
         for field in ("rope_theta", "layer_norm_eps"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"`{field}` must be positive, got {getattr(self, field)}.")
-        if self.initializer_range is not None and self.initializer_range < 0:
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(f"`{field}` must be positive and finite, got {getattr(self, field)}.")
+        if self.initializer_range is not None and not 0 <= self.initializer_range < math.inf:
             raise ValueError(f"`initializer_range` must be None or at least 0, got {self.initializer_range}.")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {self.kernel_size}.")

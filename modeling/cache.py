@@ -11,7 +11,8 @@ the last few tokens alone (`recent`). Per token of each sequence and layer, in e
                                         is not relative
     LoR                             2·C' + R·(1 if q or k is relative) + R·(1 if v is relative)
     with a distance D               what each side costs in attention: C' (LoR: C' + R) for keys and values, those of a far
-                                    token; and the inputs (LoR: the R-dimensional ones) of the last D − 1 tokens
+                                    token; and of the last D − 1 tokens what near pairs project: C if k or v is relative (one
+                                    input serves both), and C' if q is relative and k is not (LoR: R for each side)
 
 Legend: `B` batch, `L` tokens, `C` hidden size, `C' = A·d`, `R = A·r`, `T` taps, `k` kernel size.
 """
@@ -29,19 +30,11 @@ LAYER_TYPE = "translution"
 
 
 class RecentStates:
-    """What both kinds of layer do with the states of the last few tokens."""
+    """What both kinds of layer do with the states of the last few tokens, which stay where they are used when the others are
+    offloaded.
+    """
 
     recent: Tensor | None = None
-
-    def offload(self) -> None:
-        super().offload()
-        if self.recent is not None:
-            self.recent = self.recent.to("cpu", non_blocking=True)
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.recent is not None:
-            self.recent = self.recent.to(self.device, non_blocking=True)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -62,7 +55,8 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
         super().__init__()
         self.window = 0
         self.record_past = False
-        self.room: dict[str, Tensor] = {}
+        # The memory behind keys and values, and how much of it is written: whoever holds less has lost its claim to the rest.
+        self.room: dict[str, tuple[Tensor, list[int]]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Adds the states of new tokens, `[B, heads, new, width]`; returns those of all."""
@@ -76,14 +70,22 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
     def _append(self, name: str, states: Tensor) -> Tensor:
         old = getattr(self, name)
         length, needed = old.shape[-2], old.shape[-2] + states.shape[-2]
+        if old.shape[:2] != states.shape[:2] or old.shape[-1] != states.shape[-1]:
+            raise ValueError(
+                f"`past_key_values` holds states of shape {list(old.shape)} (batch, heads, tokens, width), got new ones of shape "
+                f"{list(states.shape)}: only the number of tokens may differ."
+            )
         if states.shape[-1] == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat((old, states), dim=-2)
-        room = self.room.get(name)
-        if room is None or not _is_front(old, room) or room.shape[-2] < needed:
-            room = states.new_empty(*old.shape[:2], needed + needed // 4 + 64, states.shape[-1])
+        room, filled = self.room.get(name, (None, None))
+        if room is None or not _is_front(old, room) or filled[0] != length or room.shape[-2] < needed:
+            dtype = torch.promote_types(old.dtype, states.dtype)
+            room = states.new_empty(*old.shape[:2], needed + needed // 4 + 64, states.shape[-1], dtype=dtype)
             room[..., :length, :] = old
-            self.room[name] = room
+            filled = [length]
+            self.room = {**self.room, name: (room, filled)}
         room[..., length:needed, :] = states
+        filled[0] = needed
         return room[..., :needed, :]
 
     def get_seq_length(self) -> int:
@@ -101,7 +103,8 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
             self.recent = states[:, :0]
         whole = torch.cat((self.recent, states), dim=1)
         # A decoding mode that may take tokens back asks for all to be kept until it crops.
-        self.recent = whole if self.record_past else whole[:, max(whole.shape[1] - window, 0) :]
+        kept = whole if self.record_past else whole[:, max(whole.shape[1] - window, 0) :]
+        self.recent = kept if kept.shape[1] == whole.shape[1] else kept.clone()
         return _last(whole, window + states.shape[1])
 
     def activate_past_recording(self) -> None:
@@ -111,18 +114,17 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens (a number that is not positive)."""
         before = self.get_seq_length()
-        super().crop(tokens_to_remove)
-        self.room = {}  # what was handed out before must not be written over
-        if self.recent is None:
-            return
-        removed = before - self.get_seq_length()
-        left = self.recent.shape[1] - removed
-        if removed and left < min(self.window, self.get_seq_length()):
+        # Older versions of Transformers also take the number of tokens to keep.
+        removed = min(-tokens_to_remove, before) if tokens_to_remove <= 0 else max(before - tokens_to_remove, 0)
+        left = 0 if self.recent is None else max(self.recent.shape[1] - removed, 0)
+        if removed and self.recent is not None and left < min(self.window, before - removed):
             raise RuntimeError(
                 f"`crop` cannot take back {removed} tokens: of the layer's recent states {self.recent.shape[1]} are kept, and "
                 f"{self.window} are needed. Call `activate_past_recording` on the cache before the tokens are added."
             )
-        self.recent = self.recent[:, max(left - self.window, 0) : left]
+        super().crop(tokens_to_remove)
+        if self.recent is not None:
+            self.recent = self.recent[:, max(left - self.window, 0) : left].clone()
 
     def reset(self) -> None:
         super().reset()
@@ -133,13 +135,19 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
         super().offload()
         self.room = {}
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.room = {}
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self.room = {}
         if self.recent is not None:
             self.recent = self.recent.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
+        self.room = {}
         if self.recent is not None:
             self.recent = self.recent[indices]
 

@@ -74,6 +74,11 @@ class ConvolutionMixer(Mixer):
         return self.window_weight.unflatten(0, (size, size)).flip(0, 1).permute(3, 2, 0, 1)
 
 
+def shows(attention_mask: Tensor) -> Tensor:
+    """Whether an additive mask shows a pair. A convolution has no softmax: what is far below the others is hidden, whole."""
+    return attention_mask > -1e3
+
+
 def visible(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
     """`[B, L, C]` with the tokens set to zero that `token_mask` `[B, L]` hides."""
     return tokens if token_mask is None else tokens * token_mask.unsqueeze(-1).to(tokens.dtype)
@@ -95,7 +100,7 @@ def convolve_window(recent: Tensor, bank: Tensor, layout: PairLayout | StepLayou
     slots = layout.positions(recent.device)[:, None] - torch.arange(size, device=recent.device)
     mask = attention_mask.expand(recent.shape[0], -1, receivers, layout.num_tokens)
     seen = mask.gather(-1, slots.clamp(min=0).expand(*mask.shape[:2], -1, -1))
-    allowed = (seen > torch.finfo(mask.dtype).min / 2) & (slots >= 0)
+    allowed = shows(seen) & (slots >= 0)
     bank = bank.to(recent.dtype).unflatten(-1, (allowed.shape[1], -1))
     return torch.einsum("bilo,baio,olad->biad", windows, allowed.to(recent.dtype), bank).flatten(2)
 
@@ -113,9 +118,7 @@ def convolve_pairs(
     reach = kernel_size // 2 + 1
     inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True)
     # A mask row that hides all shows the token itself, see the model; here as there that is padding nobody reads.
-    allowed = (attention_mask > torch.finfo(attention_mask.dtype).min / 2) & _window(layout, kernel_size).to(
-        tokens.device
-    )
+    allowed = shows(attention_mask) & _window(layout, kernel_size).to(tokens.device)
     allowed = allowed.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
     return translution_grouped.pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
 

@@ -163,6 +163,13 @@ class TranslutionPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": TranslutionLayer, "attentions": Mixer}
 
+    def __init__(self, config: TranslutionConfig, *args: Any, **kwargs: Any):
+        # `from_pretrained` sets overrides one by one on a config that was checked before.
+        if isinstance(config.mixer_types, str):
+            config.mixer_types = [config.mixer_types] * config.num_hidden_layers
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Without a request Transformers would fall back to "eager", which here is the readable reference.
         if requested_attention is None:
@@ -299,7 +306,8 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 tokens, tokens)`. Text is causal whatever the mask says.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*, text):
                 Positions of absolute and rotary embeddings. By default they are counted from the first token that is not
-                masked. Translution itself needs none: offsets do not change with padding.
+                masked. Translution itself needs none: offsets do not change with padding. Positions that start again, without
+                a mask or a cache, tell packed texts apart.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden_size)`, *optional*, text):
                 Token embeddings instead of `input_ids`.
             pixel_values (`torch.FloatTensor` of shape `(batch, channels, height, width)`, images):
@@ -329,22 +337,28 @@ class TranslutionModel(TranslutionPreTrainedModel):
             mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
             mask = None if mask is None else _additive(mask, hidden_states.dtype)
             position_ids = past_key_values = None
+            packed = False
         else:
             _refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
             # A training step would remember everything for a next token that never comes.
             if use_cache and past_key_values is None and not self.training:
                 past_key_values = DynamicCache(config=self.config)
             _check_cache(past_key_values)
+            # Without a mask Transformers reads several packed texts from positions that start again.
+            packed = position_ids is not None and attention_mask is None
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
             layout = self._text_layout(inputs_embeds, past_key_values, self._wants_weights(kwargs))
+            batch, receivers = inputs_embeds.shape[:2]
+            slots = layout.num_tokens if past_key_values is None else past_key_values.get_mask_sizes(receivers, 0)[0]
+            _check_mask(attention_mask, batch, receivers, (layout.num_tokens, slots, *_known_length(layout)))
             hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
             mask = _text_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids, layout)
             rotation = self._rotation(hidden_states, layout, position_ids)
         hidden_states = self.dropout(hidden_states)
         # Convolutions need to know which tokens to leave out, or that a mask is about pairs.
-        pairs_masked = attention_mask is not None and attention_mask.ndim == 4
+        pairs_masked = packed or (attention_mask is not None and attention_mask.ndim == 4)
         token_mask = None if pairs_masked else attention_mask
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while it assists itself
             hidden_states = layer(
                 hidden_states,
                 layout,
@@ -410,10 +424,14 @@ class TranslutionModel(TranslutionPreTrainedModel):
         position_ids: Tensor | None,
         layout: PairLayout | StepLayout,
     ) -> tuple[Tensor, Tensor]:
+        if position_ids is not None and position_ids.shape[-1] != inputs_embeds.shape[1]:
+            raise ValueError(
+                f"`position_ids` must be [batch, length] {list(inputs_embeds.shape[:2])}, got shape {list(position_ids.shape)}."
+            )
         if position_ids is None:
-            new = inputs_embeds.shape[1]
             if attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = position_ids.index_select(-1, layout.positions(position_ids.device))
             else:
                 position_ids = layout.positions(inputs_embeds.device).expand(inputs_embeds.shape[0], -1)
         if self.config.use_absolute_position_embeddings:
@@ -441,6 +459,8 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # The losses of images average over a batch: the Trainer has to divide by the number of batches it accumulates.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: TranslutionConfig):
         _require_modality(self, config, "image")
@@ -508,6 +528,20 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head = new_embeddings
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        """The mask of a static step: of one shape for every step, so that one graph serves them all."""
+        if attention_mask is None:
+            return None
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # A compiled step cannot look at its position: texts that may outgrow the bank are not compiled, and checked.
+        bounded = self.config.max_relative_distance is None or self.config.use_absolute_position_embeddings
+        if bounded and generation_config.max_length - 1 > self.config.max_position_embeddings:
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def generate_batch(self, *args: Any, **kwargs: Any):
         """Continuous batching of Transformers keeps keys and values of attention in pages; Translution has neither.
@@ -602,6 +636,11 @@ def _check_mask(mask: Tensor | None, batch: int, receivers: int, lengths: tuple[
             f"`attention_mask` must be [batch, tokens] {[batch, lengths[0]]} or broadcastable to [batch, heads, tokens, tokens] "
             f"[{batch}, heads, {receivers}, {lengths[0]}], got shape {list(mask.shape)}."
         )
+    if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            "`attention_mask` of four dimensions must be bool, True for pairs to attend to, or floating point, to be added to "
+            f"the scores; got {mask.dtype}."
+        )
 
 
 def _check_cache(cache: Cache | None):
@@ -635,9 +674,6 @@ def _text_mask(
     layout: PairLayout | StepLayout,
 ) -> Tensor:
     """Additive causal mask, `[B, 1 or A, receivers, L]`."""
-    batch, receivers = hidden_states.shape[:2]
-    slots = layout.num_tokens if cache is None else cache.get_mask_sizes(receivers, 0)[0]
-    _check_mask(attention_mask, batch, receivers, (layout.num_tokens, slots, *_known_length(layout)))
     mask = create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
     if attention_mask is not None:
         mask = _causal(_additive(mask, hidden_states.dtype), layout)
@@ -653,7 +689,8 @@ def _known_length(layout: PairLayout | StepLayout) -> tuple[int, ...]:
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
-        return mask
+        # A row of -inf alone would have no softmax.
+        return mask.clamp(min=torch.finfo(mask.dtype).min)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 

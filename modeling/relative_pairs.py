@@ -48,6 +48,7 @@ class AllPairs:
     ):
         self.operators, self.layout, self.num_heads = operators, layout, num_heads
         self.query, self.key, self.value = query, key, value
+        self.shared = key is not None and value is not None and key.tokens is value.tokens
 
     def remember(
         self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
@@ -73,7 +74,7 @@ class AllPairs:
         """What keys and values are projected from, and whether that is one tensor, to be remembered once."""
         key = None if self.key is None else self.key.tokens
         value = None if self.value is None else self.value.tokens
-        return key, value, key is not None and key is value
+        return key, value, self.shared
 
     def _extend(self, key: Tensor | None, value: Tensor | None, shared: bool) -> None:
         if key is not None:

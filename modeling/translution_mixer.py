@@ -97,6 +97,10 @@ class TranslutionMixer(Mixer):
         implementation = self.implementation(output_attentions)
         operators = self._operators(implementation, layout)
         dense_query, dense_key, dense_value = self._dense(hidden_states, rotation)
+        # Autocast knows PyTorch's own operators, not these: their inputs are cast as a Linear's would be, once for all three.
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         query, key, value = (self._pair_inputs(name, operators, hidden_states, layout) for name in "qkv")
         pairs_class = NearAndFarPairs if layout.causal and layout.clamp else AllPairs
         pairs = pairs_class(operators, layout, self.num_heads, query, key, value)
@@ -153,11 +157,8 @@ class TranslutionMixer(Mixer):
             tokens = getattr(self, f"{name}_down")(tokens)
         elif bank is None:
             tokens = getattr(self, f"{name}_proj")(tokens)
-        # Autocast knows PyTorch's own operators, not these: their inputs are cast as a Linear's would be.
-        device = hidden_states.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            tokens, bank = tokens.to(dtype), None if bank is None else bank.to(dtype)
+        if bank is not None and torch.is_autocast_enabled(hidden_states.device.type):
+            bank = bank.to(tokens.dtype)
         return PairInputs(tokens, bank)
 
     def _bank(self, name: str, layout: PairLayout | StepLayout) -> Tensor | OffsetBasis:

@@ -35,7 +35,8 @@ def pair_scores(
     order = layout.by_distance(query.device)
     query = _project_one(query, query_bank, order.numel()).unflatten(-1, (num_heads, -1))
     key = _project_each(key, key_bank, order).unflatten(-1, (num_heads, -1))
-    scores = (query * key).sum(-1)  # [distances, B, A]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = (query * key).sum(-1, dtype=wide)  # [distances, B, A]
     return scores.index_select(0, layout.slot_distances(query.device)).permute(1, 2, 0).unsqueeze(2)
 
 

@@ -6,7 +6,14 @@ import itertools
 import pytest
 import torch
 from test_modeling import make_tokenizer
-from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache, TextIteratorStreamer
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+    TextIteratorStreamer,
+)
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from translution import TranslutionConfig, TranslutionForCausalLM
@@ -399,8 +406,8 @@ def test_bytes(variant, static):
         assert kept == 3 * (tokens * elements_per_token(model.config, mixer) + recent_elements(model.config, mixer))
 
 
-def filled(variant, length=9, batch=2):
-    model = make_model(variant)
+def filled(variant, length=9, batch=2, **fields):
+    model = make_model(variant, **fields)
     cache = DynamicCache(config=model.config)
     ids = torch.randint(1, 19, (batch, length))
     with torch.no_grad():
@@ -490,3 +497,76 @@ def test_states_that_were_handed_out_stay():
         model(ids[:, 4:6], past_key_values=cache, use_cache=True)
     assert torch.equal(before, copied)
     assert torch.equal(longer, kept)
+
+
+@few_variants
+def test_own_compile_of_generate(variant):
+    """What `generate` does by itself with a static cache on an accelerator, on prompts that are padded."""
+    torch._dynamo.reset()  # graphs of other models count towards the limit
+    model, inputs = make_model(variant), make_prompts()
+    expected = generate(model, inputs, use_cache=False, max_new_tokens=5)
+    compile_config = CompileConfig(backend="aot_eager", fullgraph=True)
+    compile_config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compile_config, "max_new_tokens": 5}
+    assert torch.equal(generate(model, inputs, **options), expected)
+
+
+def test_own_compile_does_not_outgrow_the_bank():
+    model = make_model("full-kv", max_position_embeddings=9)
+    compile_config = CompileConfig(backend="aot_eager", fullgraph=True)
+    compile_config._compile_all_devices = True
+    with pytest.raises(ValueError, match="at most `max_position_embeddings` 9 tokens, got 10"):
+        generate(model, make_prompts(), cache_implementation="static", compile_config=compile_config)
+
+
+def test_a_model_assists_itself():
+    model = make_model("full-kv", num_hidden_layers=3)
+    prompt = {"input_ids": torch.tensor([[3, 4, 5, 6, 3]])}
+    assert torch.equal(generate(model, prompt, assistant_early_exit=1), generate(model, prompt, use_cache=False))
+
+
+@few_variants
+def test_branches_of_a_prefix(variant):
+    """Two texts go on from one cache, its layers copied but not their tensors."""
+    model, cache, ids = filled(variant)
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    one, other = torch.randint(1, 19, (2, 2, 1))
+    with torch.no_grad():
+        model(one, past_key_values=cache, use_cache=True)
+        model(other, past_key_values=branch, use_cache=True)
+    assert_continues(model, cache, torch.cat((ids, one), dim=1))
+    assert_continues(model, branch, torch.cat((ids, other), dim=1))
+
+
+@few_variants
+def test_a_cache_of_another_batch_is_refused(variant):
+    model, cache, ids = filled(variant)
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)):
+        model(ids[:1, :1], past_key_values=cache, use_cache=True)
+
+
+def test_positions_of_a_static_cache():
+    """A mask may be as wide as the cache: positions count what is filled."""
+    for variant in ("rope_attention", "absolute"):
+        model, inputs = make_model(variant), make_prompts(length=7)
+        expected = model(**inputs, use_cache=False).logits
+        cache = StaticCache(model.config, max_cache_len=12)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5))
+        with torch.no_grad():
+            logits = model(inputs["input_ids"], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        assert (logits - expected)[inputs["attention_mask"].bool()].abs().max().item() < 1e-10
+
+
+def test_crop_where_nothing_recent_is_needed():
+    for variant in ("full-qv-D1", "convolution"):
+        model, cache, ids = filled(variant) if variant != "convolution" else filled(variant, kernel_size=1)
+        cache.crop(-3)
+        assert_continues(model, cache, ids[:, :6])
+
+
+def test_autocast_keeps_one_input_for_two_banks():
+    model = make_model("full-kv").float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(torch.randint(1, 19, (2, 5)), use_cache=True).past_key_values
+    assert sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) == LAYERS * 2 * 5 * HIDDEN

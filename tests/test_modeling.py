@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
@@ -1233,3 +1234,81 @@ def test_bad_cache_for_images():
     model = make_model("image", head=False)
     words = ("`past_key_values`", "'image'", "got DynamicCache", "`pixel_values`")
     assert_rejected(words, model, **make_inputs(model.config), past_key_values=DynamicCache())
+
+
+# What is set on a config after it was checked
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"relative_projections": "xyz"}, ("`relative_projections`", "'xyz'", "'qkv'")),
+        ({"num_hidden_layers": 4}, ("`mixer_types`", "`num_hidden_layers` is 4", "got 2 names")),
+        ({"num_hidden_layers": 1}, ("`mixer_types`", "`num_hidden_layers` is 1", "got 2 names")),
+        ({"relative_rank": 0}, ("`relative_rank`", "got 0", "at least 1")),
+        ({"image_size": [13, 10]}, ("`image_size`", "[13, 10]", "`patch_size`")),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_overrides_of_from_pretrained_are_checked(override, words, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError) as caught:
+        TranslutionForImageClassification.from_pretrained(tmp_path, **override)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_one_mixer_name_overrides_all(tmp_path):
+    make_model(variant="attention").save_pretrained(tmp_path)
+    model = TranslutionForImageClassification.from_pretrained(tmp_path, mixer_types="rope_attention", head_dim=8)
+    assert model.config.mixer_types == ["rope_attention"] * 2
+
+
+@each_modality
+@each_variant
+def test_finite_masks_hide_as_well(modality, variant):
+    """-1e4 and -1e9 are what many write for minus infinity."""
+    model = make_model(modality, variant, head=False)
+    inputs = make_inputs(model.config)
+    tokens = num_tokens(model.config)
+    changed = {name: value.clone() for name, value in inputs.items()}
+    if modality == "text":
+        changed["input_ids"][:, 3] = (changed["input_ids"][:, 3] + 1) % 19
+        hidden = 3
+    else:
+        changed["pixel_values"][:, :, 4:8, 5:10] += 1
+        hidden = 4
+    others = [i for i in range(tokens) if i != hidden]
+    for value in (-1e4, -1e9, -math.inf):
+        mask = torch.zeros(2, 1, tokens, tokens, dtype=torch.float64)
+        mask[..., hidden] = value
+        first = model(**inputs, attention_mask=mask).last_hidden_state
+        second = model(**changed, attention_mask=mask).last_hidden_state
+        assert_same(second[:, others], first[:, others], 1e-12)
+    # A row that hides everything is no reason for NaN.
+    mask[:, :, 2] = -math.inf
+    assert model(**inputs, attention_mask=mask).last_hidden_state.isfinite().all()
+
+
+@each_modality
+def test_integer_masks_of_four_dimensions_are_refused(modality):
+    model = make_model(modality)
+    tokens = num_tokens(model.config)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.long)
+    words = ("`attention_mask`", "bool", "floating point", "torch.int64")
+    assert_rejected(words, model, **make_inputs(model.config), attention_mask=mask)
+
+
+@each_variant
+def test_packed_texts_do_not_see_each_other(variant):
+    model = make_model("text", variant).train()
+    ids = make_inputs(model.config)["input_ids"]
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, -1)
+    packed = model(ids, position_ids=position_ids).logits
+    assert_same(packed[:, :3], model(ids[:, :3]).logits, 1e-10)
+    assert_same(packed[:, 3:], model(ids[:, 3:]).logits, 1e-10)
+
+
+def test_bad_position_ids():
+    model = make_model("text", "rope")
+    words = ("`position_ids`", "[2, 7]", "got shape [1, 2]")
+    assert_rejected(words, model, **make_inputs(model.config), position_ids=torch.tensor([[0, 1]]))
