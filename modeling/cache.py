@@ -127,8 +127,10 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
             self.recent = self.recent[:, max(left - self.window, 0) : left].clone()
 
     def reset(self) -> None:
-        super().reset()
-        self.recent = None
+        """Forgets all tokens."""
+        # Older versions of Transformers fill with zeros and keep the length.
+        self.keys = self.values = self.recent = None
+        self.is_initialized = False
         self.room = {}
 
     def offload(self) -> None:
