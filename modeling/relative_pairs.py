@@ -48,6 +48,7 @@ class AllPairs:
     ):
         self.operators, self.layout, self.num_heads = operators, layout, num_heads
         self.query, self.key, self.value = query, key, value
+        # One input of two banks is remembered once.
         self.shared = key is not None and value is not None and key.tokens is value.tokens
 
     def remember(
@@ -61,26 +62,26 @@ class AllPairs:
         Returns:
             The same of all tokens, `[B, A, L, d]`.
         """
-        key, value, shared = self._inputs()
-        tokens = [None if part is None else part.unsqueeze(1) for part in (key, None if shared else value)]
+        tokens = [None if part is None else part.unsqueeze(1) for part in self._inputs()]
         dense, tokens = (
             [None if part is None else part[:, :, : self.layout.num_tokens] for part in parts]
             for parts in remember(cache, layer_idx, [dense_key, dense_value], tokens)
         )
-        self._extend(*(None if part is None else part.squeeze(1) for part in tokens), shared)
+        self._extend(*(None if part is None else part.squeeze(1) for part in tokens))
         return dense[0], dense[1]
 
-    def _inputs(self) -> tuple[Tensor | None, Tensor | None, bool]:
-        """What keys and values are projected from, and whether that is one tensor, to be remembered once."""
+    def _inputs(self) -> tuple[Tensor | None, Tensor | None]:
+        """What keys and values are projected from; `None` for values that share the keys' input."""
         key = None if self.key is None else self.key.tokens
-        value = None if self.value is None else self.value.tokens
-        return key, value, self.shared
+        value = None if self.value is None or self.shared else self.value.tokens
+        return key, value
 
-    def _extend(self, key: Tensor | None, value: Tensor | None, shared: bool) -> None:
+    def _extend(self, key: Tensor | None, value: Tensor | None) -> None:
+        """Puts the inputs of all tokens, in the form of `_inputs`, in the place of the new ones'."""
         if key is not None:
             self.key = self.key._replace(tokens=key)
         if self.value is not None:
-            self.value = self.value._replace(tokens=key if shared else value)
+            self.value = self.value._replace(tokens=key if self.shared else value)
 
     def scores(self) -> Tensor:
         """`<q_ij, k_ij>`, `[B, A, receivers, L]`."""
@@ -109,8 +110,7 @@ class NearAndFarPairs(AllPairs):
         self.window = 0 if cache is None else max(self.distance - 1, 0)
         if self.distance == 0:
             return dense_key, dense_value
-        key, value, shared = self._inputs()
-        self._extend(*remember_recent(cache, layer_idx, [key, None if shared else value], self.window), shared)
+        self._extend(*remember_recent(cache, layer_idx, self._inputs(), self.window))
         return dense_key, dense_value
 
     def scores(self) -> Tensor:
