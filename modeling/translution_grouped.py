@@ -6,9 +6,7 @@ operators are enough for every variant:
 - `pair_scores(q, k)[i, j] = <q_ij, k_ij>` per head, with `q_ij = q_i Wq[o(j, i)]` and `k_ij = k_j Wk[o(i, j)]`;
 - `pair_values(p, v)[i] = Σ_j p_ij v_j Wv[o(i, j)]` per head.
 
-Each of the three projections is the plain input where its bank is `None`. Scores are the derivative of the trilinear form
-`T(s, q, k) = Σ_ij s_ij <q_ij, k_ij>` by `s`, values its derivative by a plain `q`. So the backward pass of the scores is the
-only gradient to write down, and that of the values is made of the other two.
+Each of the three projections is the plain input where its bank is `None`.
 
 Memory: projections live in a workspace of bounded size and are computed again in the backward pass. Nothing of size
 `[B, L, L, C']` and no matrix per pair exists. Scores and probabilities, `[B, A, L, L]`, do.
@@ -22,72 +20,16 @@ Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` col
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
+from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, ColumnShift, OffsetRun, PairLayout
 
 
 # Elements of one projection kept at a time. Two such buffers in float32 stay in a processor's cache.
 WORKSPACE_ELEMENTS = 1 << 19
-
-
-def pair_scores(
-    query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
-) -> Tensor:
-    """Inner products `<q_ij, k_ij>` of every pair and head.
-
-    Args:
-        query, key: `[B, receivers, in]` and `[B, L, in]`, token inputs of a bank, or plain projections `[…, A·e]` where it is
-            `None`.
-        query_bank, key_bank: `[num_offsets, in, A·e]` or `None`, of the tokens' dtype.
-        num_heads: `A`.
-        layout: the pairs.
-
-    Returns:
-        `[B, A, receivers, L]`, float64 for float64 inputs and float32 otherwise; 0 for pairs that a causal layout does not have.
-    """
-    return torch.ops.translution.pair_scores(query, key, query_bank, key_bank, num_heads, _pack(layout))
-
-
-def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head.
-
-    Args:
-        probabilities: `[B, A, receivers, L]`; entries of pairs that a causal layout does not have are not read.
-        value: `[B, L, in]`, the token inputs.
-        value_bank: `[num_offsets, in, A·e]`, of the tokens' dtype.
-        layout: the pairs.
-
-    Returns:
-        `[B, receivers, A·e]` of the tokens' dtype.
-    """
-    return torch.ops.translution.pair_values(probabilities, value, value_bank, _pack(layout))
-
-
-def _pack(layout: PairLayout) -> list[int]:
-    return [-1 if field is None else int(field) for field in astuple(layout)]
-
-
-def _unpack(layout: list[int]) -> PairLayout:
-    height, width, class_token, causal, bank_height, bank_width, clamp, past, band = layout
-    return PairLayout(
-        height,
-        width,
-        bool(class_token),
-        bool(causal),
-        bank_height,
-        bank_width,
-        bool(clamp),
-        past,
-        None if band < 0 else band,
-    )
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:
@@ -140,7 +82,7 @@ class _Side:
         # The gradient of a token sums over all its offsets: accumulated in a wider type than it is stored in. A matrix
         # sums over offsets only where clamped ones share it. Where every matrix belongs to one offset, its gradient is
         # written once and needs no zeros before: a bank is the largest tensor here, and touching it twice shows.
-        wide = _accumulation_dtype(self.tokens.dtype)
+        wide = accumulation_dtype(self.tokens.dtype)
         self.token_gradient = torch.zeros_like(self.tokens, dtype=wide)
         self.bank_gradient = None
         if self.bank is not None:
@@ -255,7 +197,7 @@ def _scores(
     receiver = _Side(_tokens_first(query), query_bank, layout, receives=True, reverse=True)
     giver = _Side(_tokens_first(key), key_bank, layout, receives=False, reverse=False)
     batch, features = receiver.batch, receiver.features
-    wide = _accumulation_dtype(query.dtype)
+    wide = accumulation_dtype(query.dtype)
     num_pairs = layout.pair_order()[0].numel()
     grouped = query.new_empty(num_pairs + 1, batch, num_heads, dtype=wide)
     grouped[num_pairs] = 0
@@ -337,7 +279,7 @@ def _scores_backward(
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
     giver = _Side(_tokens_first(value), value_bank, layout, receives=False, reverse=False)
     batch, features, num_heads = giver.batch, giver.features, probabilities.shape[1]
-    wide = _accumulation_dtype(value.dtype)
+    wide = accumulation_dtype(value.dtype)
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
     flat = grouped.view(-1, num_heads, 1)
     workspace = _workspace(layout, batch, features, value)
@@ -365,103 +307,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     return output.transpose(0, 1).to(value.dtype).contiguous()
 
 
-@torch.library.custom_op("translution::pair_scores", mutates_args=())
-def _pair_scores_op(
-    query: Tensor,
-    key: Tensor,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    num_heads: int,
-    layout: list[int],
-) -> Tensor:
-    return _scores(query, key, query_bank, key_bank, num_heads, _unpack(layout))
-
-
-@_pair_scores_op.register_fake
-def _(query, key, query_bank, key_bank, num_heads, layout):
-    return query.new_empty(
-        query.shape[0], num_heads, query.shape[1], key.shape[1], dtype=_accumulation_dtype(query.dtype)
-    )
-
-
-@torch.library.custom_op("translution::pair_scores_backward", mutates_args=())
-def _pair_scores_backward_op(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    layout: list[int],
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _scores_backward(gradient, query, key, query_bank, key_bank, _unpack(layout), need_query, need_key)
-
-
-@_pair_scores_backward_op.register_fake
-def _(gradient, query, key, query_bank, key_bank, layout, need_query, need_key):
-    def like(tensor, needed):
-        return query.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor).contiguous()
-
-    return like(query, need_query), like(query_bank, need_query), like(key, need_key), like(key_bank, need_key)
-
-
-def _save_scores(ctx, inputs, output):
-    query, key, query_bank, key_bank, _, ctx.layout = inputs
-    ctx.save_for_backward(query, key, query_bank, key_bank)
-
-
-def _differentiate_scores(ctx, gradient):
-    query, key, query_bank, key_bank = ctx.saved_tensors
-    need_query = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
-    need_key = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-    query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = torch.ops.translution.pair_scores_backward(
-        gradient, query, key, query_bank, key_bank, ctx.layout, need_query, need_key
-    )
-    return (
-        query_gradient if ctx.needs_input_grad[0] else None,
-        key_gradient if ctx.needs_input_grad[1] else None,
-        query_bank_gradient if ctx.needs_input_grad[2] else None,
-        key_bank_gradient if ctx.needs_input_grad[3] else None,
-        None,
-        None,
-    )
-
-
-_pair_scores_op.register_autograd(_differentiate_scores, setup_context=_save_scores)
-
-
-@torch.library.custom_op("translution::pair_values", mutates_args=())
-def _pair_values_op(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: list[int]) -> Tensor:
-    return _values(probabilities, value, value_bank, _unpack(layout))
-
-
-@_pair_values_op.register_fake
-def _(probabilities, value, value_bank, layout):
-    return value.new_empty(value.shape[0], probabilities.shape[2], value_bank.shape[-1])
-
-
-def _save_values(ctx, inputs, output):
-    probabilities, value, value_bank, ctx.layout = inputs
-    ctx.save_for_backward(probabilities, value, value_bank)
-
-
-def _differentiate_values(ctx, gradient):
-    probabilities, value, value_bank = ctx.saved_tensors
-    num_heads = probabilities.shape[1]
-    probability_gradient = value_gradient = bank_gradient = None
-    if ctx.needs_input_grad[0]:
-        probability_gradient = torch.ops.translution.pair_scores(
-            gradient, value, None, value_bank, num_heads, ctx.layout
-        ).to(probabilities.dtype)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        _, _, value_gradient, bank_gradient = torch.ops.translution.pair_scores_backward(
-            probabilities, gradient, value, None, value_bank, ctx.layout, False, True
-        )
-    return probability_gradient, value_gradient, bank_gradient, None
-
-
-_pair_values_op.register_autograd(_differentiate_values, setup_context=_save_values)
+pair_scores, pair_values = register_pair_operators("", _scores, _scores_backward, _values)
 
 
 __all__ = ["pair_scores", "pair_values"]

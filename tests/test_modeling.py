@@ -29,7 +29,8 @@ from transformers import (
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification, TranslutionModel
 from translution.configuration import configuration_translution
-from translution.modeling import pair_layout, translution_grouped, translution_mixer
+from translution.modeling import pair_layout, translution_mixer
+from translution.modeling.pair_autograd import pack
 
 
 MIXER_TYPES = configuration_translution.MIXER_TYPES
@@ -985,7 +986,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
 def test_operators_keep_the_rules_of_torch(operator, layout, banks):
     layout = LAYOUTS[layout]
-    packed = translution_grouped._pack(layout)
+    packed = pack(layout)
     trained = operator != "pair_scores_backward"
 
     def tensor(*shape):

@@ -1,0 +1,168 @@
+"""What makes three functions over pairs two differentiable operators that PyTorch's compiler and dispatcher know.
+
+A way to compute the pairs, be it grouped matrix products or CUDA kernels, brings `scores`, `scores_backward` and `values`; their
+derivatives do not depend on it. Scores are the derivative of the trilinear form `T(s, q, k) = Σ_ij s_ij <q_ij, k_ij>` by `s`,
+values its derivative by a plain `q`. So the backward pass of the scores is the only gradient to write down, and that of the
+values is made of the other two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple
+
+import torch
+from torch import Tensor
+
+from .pair_layout import PairLayout
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to add up in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def register_pair_operators(
+    prefix: str,
+    scores: Callable[..., Tensor],
+    scores_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    values: Callable[..., Tensor],
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Registers `translution::{prefix}pair_scores`, `…pair_scores_backward` and `…pair_values` with `torch.library`.
+
+    Args:
+        prefix: of the operators' names.
+        scores: `(query, key, query_bank, key_bank, num_heads, layout)` to `[B, A, receivers, L]`, float64 for float64 inputs
+            and float32 otherwise.
+        scores_backward: `(gradient, query, key, query_bank, key_bank, layout, need_query, need_key)` to the gradients of
+            query, query bank, key and key bank; an empty tensor for each that is not needed or does not exist.
+        values: `(probabilities, value, value_bank, layout)` to `[B, receivers, A·e]` of the tokens' type.
+
+    Returns:
+        `pair_scores` and `pair_values`, with the signatures of `translution_reference.py`.
+    """
+    names = [f"translution::{prefix}{name}" for name in ("pair_scores", "pair_scores_backward", "pair_values")]
+
+    @torch.library.custom_op(names[0], mutates_args=())
+    def scores_operator(
+        query: Tensor,
+        key: Tensor,
+        query_bank: Tensor | None,
+        key_bank: Tensor | None,
+        num_heads: int,
+        layout: list[int],
+    ) -> Tensor:
+        return scores(query, key, query_bank, key_bank, num_heads, unpack(layout))
+
+    @scores_operator.register_fake
+    def _(query, key, query_bank, key_bank, num_heads, layout):
+        shape = (query.shape[0], num_heads, query.shape[1], key.shape[1])
+        return query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+
+    @torch.library.custom_op(names[1], mutates_args=())
+    def scores_backward_operator(
+        gradient: Tensor,
+        query: Tensor,
+        key: Tensor,
+        query_bank: Tensor | None,
+        key_bank: Tensor | None,
+        layout: list[int],
+        need_query: bool,
+        need_key: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return scores_backward(gradient, query, key, query_bank, key_bank, unpack(layout), need_query, need_key)
+
+    @scores_backward_operator.register_fake
+    def _(gradient, query, key, query_bank, key_bank, layout, need_query, need_key):
+        def like(tensor, needed):
+            return query.new_empty(0) if tensor is None or not needed else torch.empty_like(tensor).contiguous()
+
+        return like(query, need_query), like(query_bank, need_query), like(key, need_key), like(key_bank, need_key)
+
+    def save_scores(ctx, inputs, output):
+        query, key, query_bank, key_bank, _, ctx.layout = inputs
+        ctx.save_for_backward(query, key, query_bank, key_bank)
+
+    def differentiate_scores(ctx, gradient):
+        query, key, query_bank, key_bank = ctx.saved_tensors
+        need_query = ctx.needs_input_grad[0] or ctx.needs_input_grad[2]
+        need_key = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = scores_backward_operator(
+            gradient, query, key, query_bank, key_bank, ctx.layout, need_query, need_key
+        )
+        return (
+            query_gradient if ctx.needs_input_grad[0] else None,
+            key_gradient if ctx.needs_input_grad[1] else None,
+            query_bank_gradient if ctx.needs_input_grad[2] else None,
+            key_bank_gradient if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+        )
+
+    scores_operator.register_autograd(differentiate_scores, setup_context=save_scores)
+
+    @torch.library.custom_op(names[2], mutates_args=())
+    def values_operator(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: list[int]) -> Tensor:
+        return values(probabilities, value, value_bank, unpack(layout))
+
+    @values_operator.register_fake
+    def _(probabilities, value, value_bank, layout):
+        return value.new_empty(value.shape[0], probabilities.shape[2], value_bank.shape[-1])
+
+    def save_values(ctx, inputs, output):
+        probabilities, value, value_bank, ctx.layout = inputs
+        ctx.save_for_backward(probabilities, value, value_bank)
+
+    def differentiate_values(ctx, gradient):
+        probabilities, value, value_bank = ctx.saved_tensors
+        num_heads = probabilities.shape[1]
+        probability_gradient = value_gradient = bank_gradient = None
+        if ctx.needs_input_grad[0]:
+            probability_gradient = scores_operator(gradient, value, None, value_bank, num_heads, ctx.layout)
+            probability_gradient = probability_gradient.to(probabilities.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            _, _, value_gradient, bank_gradient = scores_backward_operator(
+                probabilities, gradient, value, None, value_bank, ctx.layout, False, True
+            )
+        return probability_gradient, value_gradient, bank_gradient, None
+
+    values_operator.register_autograd(differentiate_values, setup_context=save_values)
+
+    def pair_scores(
+        query: Tensor,
+        key: Tensor,
+        query_bank: Tensor | None,
+        key_bank: Tensor | None,
+        num_heads: int,
+        layout: PairLayout,
+    ) -> Tensor:
+        return scores_operator(query, key, query_bank, key_bank, num_heads, pack(layout))
+
+    def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+        return values_operator(probabilities, value, value_bank, pack(layout))
+
+    return pair_scores, pair_values
+
+
+def pack(layout: PairLayout) -> list[int]:
+    """A layout as an operator can take it."""
+    return [-1 if field is None else int(field) for field in astuple(layout)]
+
+
+def unpack(layout: list[int]) -> PairLayout:
+    """The layout that was packed."""
+    height, width, class_token, causal, bank_height, bank_width, clamp, past, band = layout
+    return PairLayout(
+        height,
+        width,
+        bool(class_token),
+        bool(causal),
+        bank_height,
+        bank_width,
+        bool(clamp),
+        past,
+        None if band < 0 else band,
+    )
+
+
+__all__ = ["accumulation_dtype", "pack", "register_pair_operators", "unpack"]
