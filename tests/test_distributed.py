@@ -1,0 +1,249 @@
+"""Two processes do what one does: the same losses and final weights, however the work is shared.
+
+One launch of `distributed_worker.py` runs every case in two processes over gloo, through the launch file that the
+documentation names; each test runs one case in this process and compares.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import StateDictType
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+
+LAUNCH_FILES = Path(__file__).resolve().parent.parent / "scripts" / "accelerate"
+FULL = worker.FULL
+
+
+@dataclass
+class Shared:
+    """What two processes left behind."""
+
+    folder: Path
+
+    def __getitem__(self, case):
+        return load_file(self.folder / f"{case}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-processes")
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(LAUNCH_FILES / "two_cpu_processes.yaml"), worker.__file__, str(folder)]
+    # A launch of its own, whatever launched the tests.
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=worker.LIFETIME + 60, check=False
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return Shared(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process():
+    """Accelerate remembers one state per process; it is on the CPU, and there is one of it."""
+    assert PartialState(cpu=True).num_processes == 1
+
+
+def train_alone(modality, count, epochs, **fields):
+    """The same training in one process: whole batches, their mean loss. Returns the model and the loss of each step."""
+    model = worker.model_for(modality, **fields).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=worker.LEARNING_RATE)
+    curve = []
+    for batch in worker.batches(modality, count, epochs):
+        logits, wanted = worker.predictions(model(**{**batch, "labels": None}).logits, batch["labels"])
+        loss = cross_entropy(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), worker.MAX_GRAD_NORM)
+        optimizer.step()
+        curve.append(loss.detach())
+    return model, torch.stack(curve)
+
+
+def largest_difference(state, found):
+    assert set(state) <= set(found)
+    return max((state[name] - found[name]).abs().max().item() for name in state)
+
+
+def assert_same(found, losses, model, atol):
+    assert found["losses"].shape == losses.shape
+    state = {"losses": losses, **model.state_dict()}
+    torch.testing.assert_close({name: found[name] for name in state}, state, rtol=0, atol=atol)
+
+
+def assert_trained(model, modality, **fields):
+    """Equal weights say nothing of a model that was not trained."""
+    before = worker.model_for(modality, **fields).to(next(model.parameters()).dtype)
+    for (name, first), last in zip(before.named_parameters(), model.parameters(), strict=True):
+        assert not torch.equal(first, last), name
+
+
+@pytest.mark.parametrize(
+    ("case", "modality", "count", "epochs", "fields"),
+    [
+        # The last batch is of 1: one process has nothing to do in it.
+        ("ddp-image", "image", 25, 3, FULL),
+        ("ddp-text", "text", 29, 3, FULL),
+        ("fsdp-image", "image", 25, 3, FULL),
+        ("fsdp-text", "text", 29, 3, {"tie_word_embeddings": True, **FULL}),
+        ("fsdp-basis", "text", 16, 2, worker.VARIANTS["lor-basis"]),
+    ],
+)
+def test_sharing_batches_changes_nothing(shared, case, modality, count, epochs, fields):
+    model, losses = train_alone(modality, count, epochs, **fields)
+    assert_same(shared[case], losses, model, atol=1e-12)
+    assert_trained(model, modality, **fields)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("variant", worker.VARIANTS)
+def test_every_variant_is_shared(shared, modality, variant):
+    """DDP that does not look for unused parameters: every parameter of every mixer takes part in every step."""
+    fields = worker.VARIANTS[variant]
+    model, losses = train_alone(modality, 16, 1, **fields)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert_same(shared[f"step-{modality}-{variant}"], losses, model, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["fsdp-image", "fsdp-text", "fsdp-basis"])
+def test_fsdp_shards_the_rows_of_banks(shared, case):
+    found = shared[case]
+    rows = {name.removeprefix("rows of "): value for name, value in found.items() if name.startswith("rows of ")}
+    assert rows
+    for name, (first, second) in rows.items():
+        assert first + second == found[name].shape[0]
+        assert first == -(-found[name].shape[0] // 2)
+
+
+@pytest.mark.parametrize("case", ["fsdp-image", "fsdp-text", "fsdp-basis"])
+def test_what_fsdp_gathers_loads(shared, case):
+    auto = AutoModelForImageClassification if case == "fsdp-image" else AutoModelForCausalLM
+    folder = shared.folder / case
+    assert {path.suffix for path in folder.glob("*model*")} == {".safetensors"}
+    model, loading = auto.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.architectures == [type(model).__name__]
+    assert largest_difference(model.state_dict(), shared[case]) == 0
+    if case == "fsdp-text":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def assert_equal_runs(found, expected, atol=1e-12, rtol=0):
+    assert set(found) == set(expected)
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+
+
+def test_trainer_repeats_samples_to_fill_the_last_batch(shared, tmp_path):
+    """By default what is missing in the last batch is taken from the beginning; see `scripts/accelerate/README.md`."""
+    samples, held_out = worker.image_samples(29), worker.image_samples(13)
+    run = worker.trainer(tmp_path, worker.model_for("image", **FULL), samples + samples[:3], held_out=held_out)
+    assert_equal_runs(shared["trainer-image"], worker.train_and_evaluate(run))
+    assert_trained(run.model, "image", **FULL)
+
+
+def test_trainer_evaluates_every_sample_once(shared):
+    accuracy, samples = shared["trainer-image"]["metrics"].tolist()
+    assert samples == 13
+    model = worker.model_for("image", **FULL).double()
+    model.load_state_dict({name: shared["trainer-image"][name] for name in model.state_dict()})
+    batch = worker.stack(worker.image_samples(13))
+    found = model.eval()(pixel_values=batch["pixel_values"]).logits.argmax(-1) == batch["labels"]
+    assert accuracy == pytest.approx(found.double().mean().item())
+
+
+def test_trainer_without_repeats_is_exact(shared, tmp_path):
+    """Padding whose labels are ignored, and a loss that counts labels over all processes."""
+    run = worker.trainer(tmp_path, worker.model_for("image", **FULL), worker.image_samples(29))
+    assert_equal_runs(shared["trainer-image-exact"], worker.train_and_evaluate(run))
+
+
+def test_trainer_draws_the_same_batches(shared, tmp_path):
+    samples = worker.image_samples(29)
+    run = worker.trainer(tmp_path, worker.model_for("image", **FULL), samples, **worker.SHUFFLED)
+    assert_equal_runs(shared["trainer-image-shuffled"], worker.train_and_evaluate(run))
+
+
+def test_trainer_weighs_tokens_not_processes(shared, tmp_path):
+    """Transformers computes the loss of a text in float32 whatever the model's type."""
+    run = worker.trainer(tmp_path, worker.model_for("text", **FULL), worker.text_samples(29))
+    assert_equal_runs(shared["trainer-text"], worker.train_and_evaluate(run), atol=1e-6, rtol=1e-6)
+    assert_trained(run.model, "text", **FULL)
+
+
+def test_trainer_accumulates_and_checkpoints(shared, tmp_path):
+    """Two processes, half a share at a time, activations computed twice: the weights of whole batches."""
+    run = worker.trainer(tmp_path, worker.model_for("text", **FULL), worker.text_samples(32))
+    found = shared["trainer-text-halves"]
+    found["losses"] = found["losses"].view(-1, 2).sum(dim=1)
+    assert_equal_runs(found, worker.train_and_evaluate(run), atol=1e-6, rtol=1e-6)
+
+
+def test_accelerate_accumulates(shared):
+    assert_equal_runs(shared["accelerate"], worker.run_accelerate(32, 2, accumulation=1))
+
+
+def test_accelerate_in_bfloat16(shared):
+    """Half precision is in the products, not in the weights; two processes round as one does, but for sums of gradients."""
+    found, exact = shared["accelerate-bf16"], shared["accelerate"]
+    before = worker.model_for("image", **FULL).state_dict()
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert not torch.equal(found["losses"], exact["losses"].float())
+    torch.testing.assert_close(found["losses"], exact["losses"].float(), rtol=torch.finfo(torch.bfloat16).eps, atol=0)
+
+    def update(state):
+        return torch.cat([(state[name].double() - before[name].double()).flatten() for name in before])
+
+    assert torch.cosine_similarity(update(found), update(exact), dim=0) > 0.99
+
+
+# Launch files
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH_FILES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_launch_files_say_what_accelerate_knows(path):
+    """Accelerate takes an unknown word within `fsdp_config` or `deepspeed_config` without a murmur."""
+    parser = launch_command_parser()
+    known = vars(parser.parse_args(["script.py"]))
+    args, config, _ = _validate_launch_command(parser.parse_args(["--config_file", str(path), "script.py"]))
+    for block in (config.fsdp_config, config.deepspeed_config):
+        assert set(block or {}) <= set(known)
+    assert (args.use_fsdp, args.use_deepspeed) == (path.stem == "fsdp2", path.stem.startswith("deepspeed"))
+    assert args.multi_gpu == (path.stem in ("ddp", "two_cpu_processes"))
+    assert args.mixed_precision == ("no" if path.stem == "two_cpu_processes" else "bf16")
+    assert (args.num_processes == 1) == (path.stem == "one_gpu")
+
+
+def test_fsdp2_file_wraps_the_layers(monkeypatch):
+    parser = launch_command_parser()
+    args = parser.parse_args(["--config_file", str(LAUNCH_FILES / "fsdp2.yaml"), "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    for name, value in prepare_multi_gpu_env(args).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    model = worker.model_for("text", **FULL)
+    plugin.set_auto_wrap_policy(model)
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert [module for module in model.modules() if policy(module)] == list(model.model.layers)
+
+
+def test_readme_lists_the_launch_files():
+    text = (LAUNCH_FILES / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\[`(\w+\.yaml)`\]", text)) == {path.name for path in LAUNCH_FILES.glob("*.yaml")}
