@@ -82,8 +82,8 @@ def model_for(modality: str, **fields: Any) -> PreTrainedModel:
     """A model with the same weights in every process."""
     torch.manual_seed(0)
     if modality == "image":
-        return TranslutionForImageClassification(TranslutionConfig(**IMAGE, **fields))
-    return TranslutionForCausalLM(TranslutionConfig(**TEXT, **fields))
+        return TranslutionForImageClassification(TranslutionConfig(**{**IMAGE, **fields}))
+    return TranslutionForCausalLM(TranslutionConfig(**{**TEXT, **fields}))
 
 
 def image_samples(count: int) -> list[dict[str, Tensor]]:

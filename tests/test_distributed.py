@@ -19,6 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import StateDictType
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 LAUNCH_FILES = Path(__file__).resolve().parent.parent / "scripts" / "accelerate"
 FULL = worker.FULL
+DONE = "done"
 
 
 @dataclass
@@ -40,9 +42,7 @@ class Shared:
         return load_file(self.folder / f"{case}.safetensors")
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two-processes")
+def launch(folder):
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(LAUNCH_FILES / "two_cpu_processes.yaml"), worker.__file__, str(folder)]
     # A launch of its own, whatever launched the tests.
@@ -51,6 +51,20 @@ def shared(tmp_path_factory):
         command, capture_output=True, text=True, env=environment, timeout=worker.LIFETIME + 60, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
+    (folder / DONE).touch()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Tests that run side by side wait for one launch; their folders have a common parent.
+        folder = folder.parent
+    folder /= "two-processes"
+    with FileLock(folder.with_suffix(".lock")):
+        folder.mkdir(exist_ok=True)
+        if not (folder / DONE).exists():
+            launch(folder)
     return Shared(folder)
 
 
