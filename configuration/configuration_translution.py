@@ -3,10 +3,14 @@
 # No `from __future__ import annotations` here: `@strict` reads the field types and skips those that are strings.
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from .self_contained import auto_map, copy_code, own_auto_map
 
 
 MIXER_TYPES = (
@@ -170,6 +174,31 @@ class TranslutionConfig(PreTrainedConfig):
             "intermediate_size": intermediate_size,
         }
         return cls(**{**values, **fields})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
+        """Saves the configuration, and beside it the code that a checkpoint needs where this package is not installed.
+
+        Every way of saving or pushing a model passes here, before anything is uploaded.
+
+        Args:
+            save_directory: folder to write to; made if it is not there.
+            push_to_hub: whether to push the configuration to `repo_id` (the folder's name, if not given) as well; other
+                arguments go to `push_to_hub`.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"`save_directory` must be a folder, got the file {folder}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Where the class itself came with a checkpoint, Transformers has copied the files, which lie side by side.
+        if type(self).__module__.startswith("transformers_modules"):
+            super().save_pretrained(folder)
+            self.auto_map = own_auto_map(getattr(self, "auto_map", None) or {}, folder)
+        elif type(self) is TranslutionConfig:
+            self.auto_map = auto_map(self.modality)
+            copy_code(folder)
+        super().save_pretrained(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
     @property
     def image_height_width(self) -> tuple[int, int]:
