@@ -1,0 +1,156 @@
+"""Writes the model card of a saved run from what the run left behind: `config.json` and `run.json`.
+
+python scripts/model_card.py runs/digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from translution import TranslutionConfig
+
+
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+RUN, CARD = "run.json", "README.md"
+TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
+# What the Hub calls the kinds of metric it knows; names of other metrics are their kinds.
+METRIC_TYPES = {"top_5_accuracy": "accuracy"}
+# Fields of the config that say what the model is, in the order of the card's table.
+FIELDS = (
+    "modality",
+    "mixer_types",
+    "relative_projections",
+    "relative_rank",
+    "offset_basis",
+    "max_relative_distance",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "intermediate_size",
+    "use_absolute_position_embeddings",
+)
+IMAGE_FIELDS, TEXT_FIELDS = ("image_size", "patch_size", "pooling"), ("vocab_size", "max_position_embeddings")
+
+
+def write_model_card(directory: Path) -> Path:
+    """Writes `README.md` beside a saved model, and returns its path.
+
+    `run.json` names the task; whatever else it does not tell is left out.
+
+    Raises:
+        FileNotFoundError: if `config.json` or `run.json` is missing.
+        ValueError: if `run.json` is no JSON object, or its `task` is none of `TASKS`.
+    """
+    directory = Path(directory)
+    run = _read(directory / RUN)
+    if run.get("task") not in TASKS:
+        raise ValueError(f"`task` of {directory / RUN} must be one of {', '.join(TASKS)}, got {run.get('task')!r}.")
+    config = TranslutionConfig.from_dict(_read(directory / "config.json"))
+    name = run.get("name") or directory.resolve().name
+    card = ModelCard.from_template(
+        card_data=_metadata(name, run),
+        template_path=str(TEMPLATE),
+        name=name,
+        run=run,
+        variant=describe(config),
+        auto_class=TASKS[run["task"]],
+        fields={field: _plain(getattr(config, field)) for field in _told(config)},
+    )
+    path = directory / CARD
+    card.save(path)
+    return path
+
+
+def describe(config: TranslutionConfig) -> str:
+    """The kind of model in words, such as `"LoR-Translution (rank 8) of keys and values"`."""
+    names = [_describe_mixer(config, name) for name in dict.fromkeys(config.mixer_types)]
+    return names[0] if len(names) == 1 else f"a hybrid of {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _describe_mixer(config: TranslutionConfig, mixer: str) -> str:
+    if mixer.removeprefix("rope_") != "translution":
+        return mixer.replace("rope_", "rotary ").replace("_", " ").replace("acmix", "ACmix")
+    kind = "Translution" if config.relative_rank is None else f"LoR-Translution (rank {config.relative_rank})"
+    if config.offset_basis is not None:
+        kind = f"basis {kind} ({config.offset_basis} matrices)"
+    words = [{"q": "queries", "k": "keys", "v": "values"}[letter] for letter in config.relative_projections]
+    relative = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{'rotary ' if mixer.startswith('rope_') else ''}{kind} of {relative}"
+
+
+def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
+    """What the Hub reads: YAML at the head of the card."""
+    data, metrics = run.get("dataset") or {}, run.get("metrics") or {}
+    results = [
+        EvalResult(
+            task_type=run["task"],
+            dataset_type=data.get("id") or data["name"],
+            dataset_name=data["name"],
+            dataset_config=data.get("config"),
+            dataset_split=data.get("eval_split"),
+            dataset_revision=data.get("revision"),
+            metric_type=METRIC_TYPES.get(metric, metric),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if data.get("name")
+    ]
+    grams = run.get("co2_grams")
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=run["task"],
+        license=run.get("license"),
+        base_model=run.get("base_model"),
+        datasets=[data["name"]] if data.get("name") else None,
+        metrics=list(dict.fromkeys(METRIC_TYPES.get(metric, metric) for metric in metrics)) or None,
+        tags=["translution"],
+        # The Hub's client wants a name for a model with results, and no name for one without.
+        model_name=name if results else None,
+        eval_results=results or None,
+        co2_eq_emissions=None if grams is None else {"emissions": grams},
+    )
+
+
+def _told(config: TranslutionConfig) -> list[str]:
+    fields = FIELDS + (IMAGE_FIELDS if config.modality == "image" else TEXT_FIELDS)
+    return [field for field in fields if getattr(config, field) is not None]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return value[0] if len(set(value)) == 1 else ", ".join(map(str, value))
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the card is written from it.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}.")
+    return found
+
+
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="folder of a saved run")
+    args = parser.parse_args(arguments)
+    try:
+        print(write_model_card(args.directory))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
