@@ -18,6 +18,8 @@ from .rotary import rotate
 
 # The default `attn_implementation`: offset-grouped Translution, and PyTorch's fused attention.
 GROUPED = "grouped"
+# Insists on the CUDA kernels, which the default takes where it can; see `kernel_choice.py`.
+TRITON = "triton"
 
 
 class Mixer(nn.Module):
@@ -42,7 +44,13 @@ class Mixer(nn.Module):
 
     def implementation(self, output_attentions: bool) -> str:
         """The path to run: weights that are to be returned come from the readable one; a lone mixer is grouped."""
-        return "eager" if output_attentions else self.config._attn_implementation or GROUPED
+        chosen = self.config._attn_implementation or GROUPED
+        if output_attentions and chosen == TRITON:
+            raise ValueError(
+                f"`output_attentions` must be False with `attn_implementation={TRITON!r}`, got True: the kernels hold no weights. "
+                f"{GROUPED!r} and 'eager' return them."
+            )
+        return "eager" if output_attentions else chosen
 
     def offset_parameters(self) -> list[str]:
         """Names of the parameters with one row per offset."""
@@ -186,12 +194,22 @@ class RelativeVectorAttentionMixer(AttentionMixer):
 
 
 def _never_called(*args, **kwargs):
-    raise RuntimeError(f"`attn_implementation={GROUPED!r}` belongs to Translution models and cannot serve others.")
+    raise RuntimeError(
+        f"`attn_implementation` {GROUPED!r} or {TRITON!r} belongs to Translution models and cannot serve others."
+    )
 
 
 # Transformers accepts names from these registries alone. The mask is an additive one, as for "eager".
-AttentionInterface.register(GROUPED, _never_called)
-AttentionMaskInterface.register(GROUPED, eager_mask)
+for _name in (GROUPED, TRITON):
+    AttentionInterface.register(_name, _never_called)
+    AttentionMaskInterface.register(_name, eager_mask)
 
 
-__all__ = ["GROUPED", "AttentionMixer", "Mixer", "RelativeBiasAttentionMixer", "RelativeVectorAttentionMixer"]
+__all__ = [
+    "GROUPED",
+    "TRITON",
+    "AttentionMixer",
+    "Mixer",
+    "RelativeBiasAttentionMixer",
+    "RelativeVectorAttentionMixer",
+]

@@ -25,6 +25,7 @@ from ..configuration.configuration_translution import TranslutionConfig
 from .acmix_mixer import ACmixMixer
 from .attention_mixer import (
     GROUPED,
+    TRITON,
     AttentionMixer,
     Mixer,
     RelativeBiasAttentionMixer,
@@ -174,9 +175,9 @@ class TranslutionPreTrainedModel(PreTrainedModel):
         # Without a request Transformers would fall back to "eager", which here is the readable reference.
         if requested_attention is None:
             return GROUPED
-        if requested_attention not in (GROUPED, "eager"):
+        if requested_attention not in (GROUPED, TRITON, "eager"):
             raise ValueError(
-                f"`attn_implementation` must be {GROUPED!r} or 'eager', got {requested_attention!r}: Translution's attention is "
+                f"`attn_implementation` must be {GROUPED!r}, {TRITON!r} or 'eager', got {requested_attention!r}: Translution's attention is "
                 "its own."
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from . import translution_basis, translution_grouped, translution_reference, translution_step
-from .attention_mixer import GROUPED, Mixer
+from .attention_mixer import Mixer
+from .kernel_choice import pair_kernels, use_kernels
 from .pair_layout import PairLayout, StepLayout
 from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
 from .rotary import rotate
 from .translution_basis import OffsetBasis
-
-
-PAIR_OPERATORS = {"eager": translution_reference, GROUPED: translution_grouped}
 
 
 class TranslutionMixer(Mixer):
@@ -95,12 +93,12 @@ class TranslutionMixer(Mixer):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         implementation = self.implementation(output_attentions)
-        operators = self._operators(implementation, layout)
         dense_query, dense_key, dense_value = self._dense(hidden_states, rotation)
         # Autocast knows PyTorch's own operators, not these: their inputs are cast as a Linear's would be, once for all three.
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
+        operators = self._operators(implementation, layout, hidden_states)
         query, key, value = (self._pair_inputs(name, operators, hidden_states, layout) for name in "qkv")
         pairs_class = NearAndFarPairs if layout.causal and layout.clamp else AllPairs
         pairs = pairs_class(operators, layout, self.num_heads, query, key, value)
@@ -122,12 +120,18 @@ class TranslutionMixer(Mixer):
             output = relative_output if output is None else (output + self.v_up(relative_output)) / 2
         return self.o_proj(output), weights if implementation == "eager" else None
 
-    def _operators(self, implementation: str, layout: PairLayout | StepLayout) -> ModuleType:
+    def _operators(self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor) -> ModuleType:
+        """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `kernel_choice.py`."""
         if isinstance(layout, StepLayout):
             return translution_step
-        if self.offset_basis is not None and implementation != "eager":
+        if implementation == "eager":
+            return translution_reference
+        if self.offset_basis is not None:
             return translution_basis
-        return PAIR_OPERATORS[implementation]
+        head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
+        if use_kernels(implementation, tokens.device, tokens.dtype, head_size):
+            return pair_kernels()
+        return translution_grouped
 
     def _dense(
         self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None

@@ -1,7 +1,14 @@
-"""Every test starts from the same seed and uses one thread."""
+"""Every test starts from the same seed and uses one thread. Without a GPU Triton's kernels are interpreted on the CPU."""
+
+import os
 
 import pytest
 import torch
+
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported. The models choose the kernels by themselves on GPUs alone.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

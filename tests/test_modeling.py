@@ -340,9 +340,10 @@ class Spy:
 
 @pytest.fixture
 def spies(monkeypatch):
-    spies = {name: Spy(module) for name, module in translution_mixer.PAIR_OPERATORS.items()}
-    for name, spy in spies.items():
-        monkeypatch.setitem(translution_mixer.PAIR_OPERATORS, name, spy)
+    spies = {}
+    for name, module in (("grouped", "translution_grouped"), ("eager", "translution_reference")):
+        spies[name] = Spy(getattr(translution_mixer, module))
+        monkeypatch.setattr(translution_mixer, module, spies[name])
     return spies
 
 

@@ -1,0 +1,102 @@
+"""The pairs of a class token: three matrices, two tokens of the `L²` pairs wide, as ordinary products.
+
+Each block of pairs has one receiver or one giver, so that a projection per pair is one per token. Banks may be `None`, as in
+`translution_reference.py`.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, PairLayout
+
+
+def class_blocks(layout: PairLayout) -> tuple[tuple[slice, slice, int, int], ...]:
+    """Receivers, givers, row and reverse row of each block of pairs."""
+    cls, patches, first = slice(0, 1), slice(1, None), layout.num_grid_offsets
+    return (
+        (cls, cls, first + CLASS_TO_CLASS, first + CLASS_TO_CLASS),
+        (cls, patches, first + CLASS_FROM_PATCH, first + PATCH_FROM_CLASS),
+        (patches, cls, first + PATCH_FROM_CLASS, first + CLASS_FROM_PATCH),
+    )
+
+
+def write_class_scores(
+    scores: Tensor, query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, layout: PairLayout
+) -> None:
+    """Writes `<q_ij, k_ij>` of a class token's pairs into `scores`, `[B, A, L, L]`."""
+    for receivers, givers, row, reverse in class_blocks(layout):
+        q = _heads(_project(query[:, receivers], query_bank, reverse), scores)
+        k = _heads(_project(key[:, givers], key_bank, row), scores)
+        scores[:, :, receivers, givers] = q @ k.transpose(-1, -2)
+
+
+def add_class_values(
+    output: Tensor, probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout
+) -> None:
+    """Adds `Σ_j p_ij v_ij` over a class token's pairs to `output`, `[B, L, A·e]`."""
+    for receivers, givers, row, _ in class_blocks(layout):
+        v = _heads(_project(value[:, givers], value_bank, row), probabilities)
+        output[:, receivers] += _merge(probabilities[:, :, receivers, givers].to(v.dtype) @ v)
+
+
+def add_class_gradients(
+    gradients: list[Tensor | None],
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    layout: PairLayout,
+) -> None:
+    """Adds what the scores of a class token's pairs contribute to the gradients of query, query bank, key and key bank.
+
+    `gradients` holds those four, or `None` where one is not wanted. Token gradients are added to, the three rows of a bank's
+    gradient written.
+    """
+    query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = gradients
+    for receivers, givers, row, reverse in class_blocks(layout):
+        weight = gradient[:, :, receivers, givers].to(query.dtype)
+        if query_gradient is not None:
+            k = _heads(_project(key[:, givers], key_bank, row), gradient)
+            _add(query_gradient, query_bank_gradient, query, query_bank, receivers, reverse, _merge(weight @ k))
+        if key_gradient is not None:
+            q = _heads(_project(query[:, receivers], query_bank, reverse), gradient)
+            projected = _merge(weight.transpose(-1, -2) @ q)
+            _add(key_gradient, key_bank_gradient, key, key_bank, givers, row, projected)
+
+
+def _add(
+    token_gradient: Tensor,
+    bank_gradient: Tensor | None,
+    tokens: Tensor,
+    bank: Tensor | None,
+    place: slice,
+    row: int,
+    gradient: Tensor,
+) -> None:
+    if bank is None:
+        token_gradient[:, place] += gradient
+        return
+    token_gradient[:, place] += gradient @ bank[row].t()
+    if bank_gradient is not None:
+        torch.mm(tokens[:, place].flatten(0, 1).t(), gradient.flatten(0, 1), out=bank_gradient[row])
+
+
+def _project(tokens: Tensor, bank: Tensor | None, row: int) -> Tensor:
+    return tokens if bank is None else tokens @ bank[row]
+
+
+def _heads(tokens: Tensor, pairs: Tensor) -> Tensor:
+    """`[B, tokens, A·e]` to `[B, A, tokens, e]`, with the heads of `pairs`."""
+    return tokens.unflatten(-1, (pairs.shape[1], -1)).transpose(1, 2)
+
+
+def _merge(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).flatten(2)
+
+
+__all__ = ["add_class_gradients", "add_class_values", "class_blocks", "write_class_scores"]

@@ -1,0 +1,61 @@
+"""Compiles every kernel over pairs for a GPU that need not be there, and prints the shared memory each takes.
+
+    python tests/compile_kernels.py DTYPE OPTION BACKEND ARCHITECTURE
+
+`OPTION` is the place of the tile sizes among those that a device may be given.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from translution.modeling import translution_triton
+from translution.modeling.pair_layout import PairLayout
+
+
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+HEADS, FEATURES = 2, 64
+
+
+def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]]:
+    """Every kernel with the arguments that a small problem would launch it with."""
+    noted = []
+
+    def note(kernel, grid, options, derived, **arguments):
+        noted.append((kernel, arguments | derived(options[option]) | options[option]))
+
+    translution_triton.launch = note
+    layout = PairLayout.for_image(2, 2, 2, 2)
+    x = torch.zeros(2, layout.num_tokens, FEATURES, dtype=dtype)
+    bank = torch.zeros(layout.num_offsets, FEATURES, FEATURES, dtype=dtype)
+    pairs = torch.zeros(2, HEADS, layout.num_tokens, layout.num_tokens)
+    translution_triton._scores(x, x, bank, bank, HEADS, layout)
+    translution_triton._values(pairs, x, bank, layout)
+    translution_triton._scores_backward(pairs, x, x, bank, bank, layout, True, False)
+    return noted
+
+
+def main(dtype: str, option: str, backend: str, architecture: str) -> None:
+    name = int(architecture) if architecture.isdigit() else architecture
+    target = GPUTarget(backend, name, 64 if backend == "hip" else 32)
+    for kernel, arguments in launches(getattr(torch, dtype), int(option)):
+        signature, constants = {}, {}
+        for place, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+            value = arguments[argument]
+            if parameter.is_constexpr:
+                signature[argument], constants[(place,)] = "constexpr", value
+            else:
+                signature[argument] = NAMES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        options = {name: arguments[name] for name in ("num_warps", "num_stages")}
+        compiled = compile_kernel(ASTSource(kernel, signature, constants), target=target, options=options)
+        print(kernel.__name__, compiled.metadata.shared)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

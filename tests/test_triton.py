@@ -1,0 +1,369 @@
+"""The Triton kernels against the readable reference, interpreted on a CPU or run on a GPU; and how they are chosen."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_operators import BATCH, HIDDEN, make_mask, make_mixer, poisoned_memory, relative_error, run  # noqa: F401
+from test_pair_layout import layout_id
+
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+from translution.modeling import kernel_choice
+from translution.modeling.attention_mixer import GROUPED, TRITON
+from translution.modeling.pair_autograd import pack
+from translution.modeling.pair_layout import PairLayout
+
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
+
+from translution.modeling import translution_reference, translution_triton, triton_launch
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's tensor cores have no float64; its interpreter has.
+EXACT, TOLERANCE = (torch.float32, 1e-4) if DEVICE == "cuda" else (torch.float64, 1e-10)
+
+LAYOUTS = [
+    PairLayout.for_image(1, 1, 1, 1),
+    PairLayout.for_image(2, 3, 2, 3),
+    PairLayout.for_image(1, 3, 2, 4),
+    PairLayout.for_image(3, 2, 3, 2, max_relative_distance=1),
+    PairLayout.for_image(2, 2, 2, 2, max_relative_distance=0),
+    PairLayout.for_text(1, 4),
+    PairLayout.for_text(5, 6),
+    PairLayout.for_text(7, 3, max_relative_distance=2),
+]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+SMALL_TILES = dict.fromkeys((2, 4, 8), ((16, 16, 16, 2, 1),))
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_in_the_interpreter(monkeypatch):
+    """Triton's interpreter holds bfloat16 as integers and multiplies them as such; here they become float32 before."""
+    if DEVICE == "cuda":
+        return
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        data = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self, a, b, *arguments):
+        return multiply(self, widened(a), widened(b), *arguments)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that every loop and every edge of a kernel is reached."""
+    monkeypatch.setattr(translution_triton, "_TILES", SMALL_TILES)
+
+
+def on_device(mixer, hidden_states, mask, weight, dtype):
+    mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min).to(DEVICE)
+    return mixer.to(DEVICE, dtype), hidden_states.to(DEVICE, dtype), mask, weight.to(DEVICE, dtype)
+
+
+def assert_same(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        if expected[name].norm() < 1e-12:  # one token: its probability is 1, and the scores' gradients are rounding
+            assert actual[name].norm() < 1e-5, name
+        else:
+            assert relative_error(actual[name], expected[name]) < tolerance, name
+
+
+@pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", None), ("q", None), ("qk", 3), ("v", 3)], ids=str)
+@every_layout
+def test_kernels_equal_reference(layout, subset, rank):
+    mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    expected = run(mixer.to(DEVICE), "eager", hidden_states.to(DEVICE), layout, None if mask is None else mask.to(DEVICE), weight.to(DEVICE))  # fmt: skip
+    mixer, hidden_states, mask, weight = on_device(mixer, hidden_states, mask, weight, EXACT)
+    assert_same(run(mixer, TRITON, hidden_states, layout, mask, weight), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "layout", [PairLayout.for_image(2, 2, 2, 2), LAYOUTS[4], PairLayout.for_text(3, 4)], ids=layout_id
+)
+def test_every_edge_of_a_tile(layout, small_tiles):
+    """Inner sizes, heads, batches and pairs that fill several tiles, and the last of each in part."""
+    batch, heads, size, features = 17, 3, 5, 17
+    operators = [translution_triton, translution_reference]
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
+
+    query, key = (tensor(batch, layout.num_tokens, features) for _ in range(2))
+    plain = tensor(batch, layout.num_tokens, heads * size)
+    query_bank, key_bank = (tensor(layout.num_offsets, features, heads * size) for _ in range(2))
+    pairs = tensor(batch, heads, layout.num_tokens, layout.num_tokens)
+    cases = [(query, key, query_bank, key_bank), (plain, key, None, key_bank), (query, plain, query_bank, None)]
+    for inputs in cases:
+        given = [tensor for tensor in inputs if tensor is not None]
+        results = [module.pair_scores(*inputs, heads, layout) for module in operators]
+        gradients = [torch.autograd.grad((result * pairs.detach()).sum(), given) for result in results]
+        for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+            assert relative_error(actual, expected) < TOLERANCE
+    results = [module.pair_values(pairs, key, key_bank, layout) for module in operators]
+    gradients = [torch.autograd.grad(result.square().sum(), (pairs, key, key_bank)) for result in results]
+    for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        assert relative_error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("past", "band"), [(0, 2), (3, 3), (2, None)])
+def test_text_with_a_past_and_a_band(past, band):
+    layout = PairLayout(6, 1, False, True, 4 if band else 6, 1, band is not None, past, band)
+    receivers, tokens = layout.num_receivers, layout.num_tokens
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
+
+    inputs = (tensor(2, receivers, 4), tensor(2, tokens, 4), *(tensor(layout.num_offsets, 4, 6) for _ in range(2)))
+    pairs = tensor(2, 2, receivers, tokens).detach()
+    results = [m.pair_scores(*inputs, 2, layout) for m in (translution_triton, translution_reference)]
+    gradients = [torch.autograd.grad((result * pairs).sum(), inputs) for result in results]
+    for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        assert relative_error(actual, expected) < TOLERANCE
+    values = [m.pair_values(pairs, inputs[1], inputs[3], layout) for m in (translution_triton, translution_reference)]
+    assert relative_error(*values) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", 3)], ids=str)
+def test_lower_precision_within_twice_plain_pytorch(subset, rank, dtype):
+    layout = LAYOUTS[1]
+    mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    mixer, hidden_states, mask, weight = on_device(mixer, hidden_states, mask, weight, dtype)
+    plain = run(mixer, "eager", hidden_states, layout, mask, weight)
+    actual = run(mixer, TRITON, hidden_states, layout, mask, weight)
+    truth = run(mixer.double(), "eager", hidden_states.double(), layout, mask, weight)
+    for name in truth:
+        allowed = 2 * relative_error(plain[name], truth[name]) + torch.finfo(dtype).eps
+        assert relative_error(actual[name], truth[name]) <= allowed, name
+
+
+def test_the_same_twice():
+    layout = LAYOUTS[1]
+    mixer = make_mixer(layout, "qkv")
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN)
+    mixer, hidden_states, _, weight = on_device(mixer, hidden_states, None, weight, torch.float32)
+    first, second = (run(mixer, TRITON, hidden_states, layout, None, weight) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
+def test_opcheck(operator):
+    layout = LAYOUTS[1]
+    tokens, trained = layout.num_tokens, operator != "pair_scores_backward"
+
+    def tensor(*shape):
+        return torch.randn(*shape, device=DEVICE, requires_grad=trained)
+
+    query, key, pairs = tensor(2, tokens, 4), tensor(2, tokens, 4), tensor(2, 2, tokens, tokens)
+    banks = [tensor(layout.num_offsets, 4, 6) for _ in range(2)]
+    arguments = {
+        "pair_scores": (query, key, *banks, 2, pack(layout)),
+        "pair_scores_backward": (pairs, query, key, *banks, pack(layout), True, True),
+        "pair_values": (pairs, key, banks[1], pack(layout)),
+    }[operator]
+    torch.library.opcheck(getattr(torch.ops.translution, f"triton_{operator}").default, arguments)
+
+
+def image_model(**fields):
+    fields = {"relative_projections": "kv", "image_size": 8, "patch_size": 4, "num_labels": 3, **fields}
+    return TranslutionForImageClassification(small_config(**fields)).to(DEVICE).eval()
+
+
+def small_config(**fields):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 4}
+    return TranslutionConfig(**{**sizes, "intermediate_size": 16, "num_channels": 1, **fields})
+
+
+@pytest.mark.parametrize("fields", [{}, {"relative_rank": 3}, {"max_relative_distance": 1}], ids=str)
+def test_models_train_and_generate_with_the_kernels(fields):
+    model = image_model(**fields)
+    pixels = torch.randn(3, 1, 8, 8, device=DEVICE)
+    expected = model(pixel_values=pixels).logits
+    model.set_attn_implementation(TRITON)
+    loss = model(pixel_values=pixels, labels=torch.tensor([0, 1, 2], device=DEVICE)).loss
+    loss.backward()
+    torch.testing.assert_close(model(pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+    config = small_config(
+        modality="text", vocab_size=11, max_position_embeddings=12, relative_projections="kv", **fields
+    )
+    model = TranslutionForCausalLM(config).to(DEVICE).eval()
+    ids = torch.randint(1, 11, (2, 5), device=DEVICE)
+    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    model.set_attn_implementation(TRITON)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).equal(wanted)
+
+
+def test_one_graph_with_the_kernels():
+    model = image_model(num_hidden_layers=1)
+    model.set_attn_implementation(TRITON)
+    pixels = torch.randn(2, 1, 8, 8, device=DEVICE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "option", "backend", "architecture", "shared"),
+    [("bfloat16", 0, "cuda", "90", 227), ("float32", -1, "cuda", "80", 48), ("bfloat16", 2, "hip", "gfx942", 64)],
+)
+def test_kernels_compile_without_a_gpu(dtype, option, backend, architecture, shared, tmp_path):
+    """For a data centre's GPU, for little shared memory (KiB), and for ROCm."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    program = Path(__file__).parent / "compile_kernels.py"
+    command = [sys.executable, str(program), dtype, str(option), backend, architecture]
+    output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
+    compiled = dict(line.split() for line in output.splitlines())
+    assert set(compiled) == {"_scores_kernel", "_sum_kernel", "_token_gradient_kernel", "_bank_gradient_kernel"}
+    assert max(map(int, compiled.values())) <= shared << 10
+
+
+# The choice
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that seems to have a GPU, of the capability that a test may set."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    return monkeypatch
+
+
+def test_a_gpu_takes_the_kernels_by_itself(gpu):
+    verdict = kernel_choice.can_serve(CUDA, torch.bfloat16, 64)
+    assert verdict == (True, "")
+    assert kernel_choice.choose(GROUPED, CUDA, verdict)
+    assert kernel_choice.use_kernels(GROUPED, CUDA, torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize(
+    ("reason", "arguments", "change"),
+    [
+        ("are on 'cpu'", (torch.device("cpu"), torch.float32, 64), None),
+        ("not torch.float64", (CUDA, torch.float64, 64), None),
+        ("larger than 256", (CUDA, torch.float32, 257), None),
+        ("Triton is not installed", (CUDA, torch.float32, 64), ("find_spec", lambda name: None)),
+        ("compute capability 8.0", (CUDA, torch.bfloat16, 64), (7, 5)),
+        ("compute capability 7.0", (CUDA, torch.float16, 64), (6, 1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_reason_falls_back_with_one_warning_and_refuses_a_wish(gpu, reason, arguments, change):
+    if change is not None and isinstance(change[0], str):
+        gpu.setattr(kernel_choice, *change)
+    elif change is not None:
+        gpu.setattr(torch.cuda, "get_device_capability", lambda device: change)
+    warnings = []
+    gpu.setattr(kernel_choice.logger, "warning_once", warnings.append)
+    verdict = kernel_choice.can_serve(*arguments)
+    assert not verdict.ok
+    assert reason in verdict.reason
+    assert not kernel_choice.use_kernels(GROUPED, *arguments)
+    assert len(warnings) == (arguments[0] == CUDA)
+    assert all(reason in warning for warning in warnings)
+    with pytest.raises(ValueError, match=r"attn_implementation='triton'.*cannot be met: ") as error:
+        kernel_choice.use_kernels(TRITON, *arguments)
+    assert reason in str(error.value)
+    gpu.setenv(kernel_choice.VARIABLE, "1")
+    with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1"):
+        kernel_choice.use_kernels(GROUPED, *arguments)
+
+
+@pytest.mark.parametrize(("value", "chosen"), [("0", False), ("off", False), ("1", True), ("ON", True), ("auto", True), ("", True)])  # fmt: skip
+def test_the_variable(gpu, value, chosen):
+    gpu.setenv(kernel_choice.VARIABLE, value)
+    assert kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64) is chosen
+    assert kernel_choice.use_kernels(TRITON, CUDA, torch.float32, 64)
+
+
+def test_an_unknown_value_of_the_variable(gpu):
+    gpu.setenv(kernel_choice.VARIABLE, "maybe")
+    with pytest.raises(ValueError, match=r"`TRANSLUTION_TRITON` must be 0, 1 or auto, got 'maybe'"):
+        kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64)
+
+
+def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish():
+    model = image_model()
+    pixels = torch.randn(1, 1, 8, 8, device=DEVICE)
+    assert model(pixel_values=pixels, output_attentions=True).attentions[0].shape == (1, 2, 5, 5)
+    model.set_attn_implementation(TRITON)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(pixel_values=pixels, output_attentions=True)
+
+
+def test_no_triton_is_imported_without_a_gpu():
+    code = """
+import sys, torch
+sys.modules["triton"] = None  # as where it is not installed
+from translution import TranslutionConfig, TranslutionForImageClassification
+model = TranslutionForImageClassification(TranslutionConfig(image_size=32, num_hidden_layers=1))
+model(pixel_values=torch.randn(1, 3, 32, 32)).logits.sum().backward()
+assert not any(name.endswith(("translution_triton", "triton_launch")) for name in sys.modules)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+class TightDevice:
+    """A kernel on a device that holds tiles of at most `rows`."""
+
+    __name__ = "tight"
+
+    def __init__(self, rows):
+        self.rows, self.tried = rows, []
+
+    def __getitem__(self, programs):
+        def start(ROWS, **arguments):  # noqa: N803
+            self.tried.append(ROWS)
+            if self.rows < ROWS:
+                raise OutOfResources(ROWS, self.rows, "shared memory")
+
+        return start
+
+
+def test_a_device_with_little_shared_memory_gets_smaller_tiles(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_fitting", {})
+    options = [{"ROWS": rows} for rows in (128, 64, 32)]
+    kernel = TightDevice(64)
+    for _ in range(2):
+        triton_launch.launch(kernel, lambda option: (1,), options, lambda option: {}, tokens=torch.zeros(1))
+    assert kernel.tried == [128, 64, 64]
+    with pytest.raises(RuntimeError, match=r"tight does not fit .* `TRANSLUTION_TRITON=0`"):
+        triton_launch.launch(
+            TightDevice(8), lambda option: (1,), options[1:], lambda option: {}, tokens=torch.zeros(1)
+        )
+
+
+def test_tile_sizes_suit_the_problem():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for heads, width, features in ((3, 64, 192), (1, 1, 3), (12, 64, 768), (3, 8, 24), (2, 256, 512)):
+            for option in translution_triton._tiles(torch.empty(0, dtype=dtype), features, heads, width):
+                columns = option["HEADS"] * width
+                assert columns >= 16
+                assert columns <= max(128, width)
+                assert option["HEADS"] & (option["HEADS"] - 1) == 0
+                assert 16 <= option["BLOCK_C"] <= max(16, 2 * features)
