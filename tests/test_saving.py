@@ -38,6 +38,12 @@ def texts(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
+def fail_half_way(target: Path, error: BaseException):
+    with written_whole(target) as folder:
+        (folder / "file").write_text("half")
+        raise error
+
+
 def test_replaces_and_leaves_nothing_else(tmp_path):
     target = tmp_path / "parent" / "run"
     for version in ("one", "two"):
@@ -53,15 +59,13 @@ def test_replaces_and_leaves_nothing_else(tmp_path):
 def test_failure_leaves_the_old_folder(tmp_path, error):
     target = tmp_path / "run"
     for _ in range(2):
-        with pytest.raises(type(error)), written_whole(target) as folder:
-            (folder / "file").write_text("half")
-            raise error
+        with pytest.raises(type(error)):
+            fail_half_way(target, error)
         assert not any(tmp_path.iterdir())
     with written_whole(target) as folder:
         (folder / "file").write_text("old")
-    with pytest.raises(type(error)), written_whole(target) as folder:
-        (folder / "file").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        fail_half_way(target, error)
     assert texts(target) == {"file": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

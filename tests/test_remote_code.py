@@ -1,0 +1,91 @@
+"""Checkpoints carry their code: they load, generate and are saved again in a process without the package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
+MODELS = {
+    "text": (
+        "AutoModelForCausalLM",
+        TranslutionForCausalLM,
+        {"vocab_size": 20, "max_position_embeddings": 16, "mixer_types": ["translution", "rope_attention"]},
+        torch.arange(6)[None],
+    ),
+    "image": (
+        "AutoModelForImageClassification",
+        TranslutionForImageClassification,
+        {"image_size": 8, "patch_size": 4, "mixer_types": ["translution", "convolution"]},
+        torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
+    ),
+}
+# An editable install finds the package by an import hook, another one by its folder.
+WITHOUT_PACKAGE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+"""
+SHADOW = "raise ImportError('the package is not here')\n"
+LOAD_AND_SAVE = """
+import sys, torch, transformers
+from safetensors.torch import load_file
+try:
+    import translution
+except ImportError:
+    pass
+else:
+    raise SystemExit("the package is here")
+auto, first, second, sample = sys.argv[1:]
+stored = load_file(sample)
+model = getattr(transformers, auto).from_pretrained(first, trust_remote_code=True)
+model.save_pretrained(second)
+again = getattr(transformers, auto).from_pretrained(second, trust_remote_code=True)
+for one in (model, again):
+    torch.testing.assert_close(one(stored["input"]).logits, stored["logits"])
+if auto == "AutoModelForCausalLM":
+    assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
+"""
+
+
+@pytest.mark.parametrize("modality", MODELS)
+def test_loads_without_the_package(modality, tmp_path):
+    auto_class, model_class, fields, inputs = MODELS[modality]
+    model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).eval()
+    model.save_pretrained(tmp_path / "first")
+    save_file({"input": inputs, "logits": model(inputs).logits.detach()}, tmp_path / "sample.safetensors")
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(WITHOUT_PACKAGE)
+    (path / "translution.py").write_text(SHADOW)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_SAVE, auto_class, "first", "second", "sample.safetensors"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(path), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
+    assert configs[0] == configs[1]
+    files = [{file.name for file in (tmp_path / name).glob("*.py")} for name in ("first", "second")]
+    assert files[0] == files[1]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_every_module_of_the_models_is_copied(tmp_path):
+    TranslutionConfig(**TINY).save_pretrained(tmp_path)
+    modeling = Path(sys.modules[TranslutionForCausalLM.__module__].__file__).parent
+    assert {file.name for file in modeling.glob("*.py")} - {"__init__.py"} <= {
+        file.name for file in tmp_path.iterdir()
+    }
