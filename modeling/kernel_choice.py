@@ -35,14 +35,15 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-class PairKernels(NamedTuple):
-    """The signatures of `translution_reference.py`."""
+class Kernels(NamedTuple):
+    """Operators over pairs, with the signatures of `translution_reference.py`, and the whole attention with a basis."""
 
     pair_scores: Callable[..., Tensor]
     pair_values: Callable[..., Tensor]
+    basis_attention: Callable[..., tuple[Tensor, Tensor | None]]
 
 
-_loaded: list[PairKernels] = []
+_loaded: list[Kernels] = []
 
 
 def can_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> Verdict:
@@ -87,13 +88,22 @@ def choose(implementation: str, device: torch.device, verdict: Verdict) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def use_kernels(implementation: str, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+def use_kernels(
+    implementation: str, device: torch.device, dtype: torch.dtype, head_size: int, obstacle: str = ""
+) -> bool:
     """Whether the kernels shall serve a call; a GPU that has to do without them is told why, once.
+
+    Args:
+        implementation: `"grouped"` or `"triton"`.
+        device, dtype, head_size: see `can_serve`.
+        obstacle: what the caller knows to stand in the way.
 
     Raises:
         ValueError: see `choose`.
     """
     verdict = can_serve(device, dtype, head_size)
+    if verdict.ok and obstacle:
+        verdict = Verdict(False, obstacle)
     chosen = choose(implementation, device, verdict)
     if device.type == "cuda" and not verdict.ok:
         logger.warning_once(f"Translution runs without its CUDA kernels: {verdict.reason}.")
@@ -102,17 +112,18 @@ def use_kernels(implementation: str, device: torch.device, dtype: torch.dtype, h
     return chosen
 
 
-def pair_kernels() -> PairKernels:
-    """The operators over pairs, where `use_kernels` said to use them."""
+def kernels() -> Kernels:
+    """The kernels, where `use_kernels` said to use them."""
     return _loaded[0]
 
 
 def _load() -> None:
     # Triton is imported here, when it is needed, and not before.
     if not _loaded:
+        from .basis_triton import basis_attention
         from .translution_triton import pair_scores, pair_values
 
-        _loaded.append(PairKernels(pair_scores, pair_values))
+        _loaded.append(Kernels(pair_scores, pair_values, basis_attention))
 
 
-__all__ = ["Verdict", "can_serve", "choose", "pair_kernels", "use_kernels"]
+__all__ = ["Verdict", "can_serve", "choose", "kernels", "use_kernels"]

@@ -69,21 +69,31 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, l
     return output.transpose(1, 2).flatten(2)
 
 
+def project_factors(tokens: Tensor, basis: OffsetBasis | None, num_heads: int) -> tuple[Tensor, Tensor | None]:
+    """The tokens' projections by every factor, `[B, A, n, L, e]`, and their coefficients `[num_offsets, n]`.
+
+    Without a basis the tokens are projections already: one factor, and no coefficients.
+    """
+    if basis is None:
+        return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)[:, :, None], None
+    projected = torch.einsum("blc,mcd->bmld", tokens, basis.factors)
+    return projected.unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4), basis.coefficients
+
+
 def _project(
     tokens: Tensor, basis: OffsetBasis | None, rows: Tensor, num_heads: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """Per factor, the tokens' projections `[B, A, L, e]` and the factor's weight in each pair `[receivers, L]`."""
-    if basis is None:
-        return (tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2),), (None,)
-    projected = torch.einsum("blc,mcd->mbld", tokens, basis.factors)
-    heads = projected.unflatten(-1, (num_heads, -1)).transpose(2, 3).unbind(0)
+    heads, coefficients = project_factors(tokens, basis, num_heads)
+    if coefficients is None:
+        return heads.unbind(2), (None,)
     # Pairs that do not exist have no row; whatever weight they get is multiplied by zero.
-    weights = basis.coefficients[rows.clamp(min=0).to(tokens.device)]
-    return heads, weights.unbind(-1)
+    weights = coefficients[rows.clamp(min=0).to(tokens.device)]
+    return heads.unbind(2), weights.unbind(-1)
 
 
 def _weighted(pairs: Tensor, weight: Tensor | None) -> Tensor:
     return pairs if weight is None else pairs * weight
 
 
-__all__ = ["OffsetBasis", "pair_scores", "pair_values"]
+__all__ = ["OffsetBasis", "pair_scores", "pair_values", "project_factors"]

@@ -13,11 +13,11 @@ from transformers.cache_utils import Cache
 
 from . import translution_basis, translution_grouped, translution_reference, translution_step
 from .attention_mixer import Mixer
-from .kernel_choice import pair_kernels, use_kernels
+from .kernel_choice import kernels, use_kernels
 from .pair_layout import PairLayout, StepLayout
 from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
 from .rotary import rotate
-from .translution_basis import OffsetBasis
+from .translution_basis import OffsetBasis, project_factors
 
 
 class TranslutionMixer(Mixer):
@@ -100,9 +100,14 @@ class TranslutionMixer(Mixer):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         operators = self._operators(implementation, layout, hidden_states)
         query, key, value = (self._pair_inputs(name, operators, hidden_states, layout) for name in "qkv")
-        pairs_class = NearAndFarPairs if layout.causal and layout.clamp else AllPairs
+        fused = self._fused(implementation, layout, hidden_states, past_key_values)
+        # Without a cache to keep small, the kernel clamps distances itself.
+        pairs_class = NearAndFarPairs if layout.causal and layout.clamp and not fused else AllPairs
         pairs = pairs_class(operators, layout, self.num_heads, query, key, value)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
+        if fused:
+            output = self._basis_attention(pairs, dense_query, dense_key, dense_value, attention_mask)
+            return self.o_proj(output), None
 
         scores = None
         if dense_query is not None:
@@ -130,8 +135,66 @@ class TranslutionMixer(Mixer):
             return translution_basis
         head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
         if use_kernels(implementation, tokens.device, tokens.dtype, head_size):
-            return pair_kernels()
+            return kernels()
         return translution_grouped
+
+    def _fused(
+        self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor, cache: Cache | None
+    ) -> bool:
+        """Whether one kernel shall do the whole attention: with a basis, wherever it can, see `kernel_choice.py`."""
+        if self.offset_basis is None or implementation == "eager" or isinstance(layout, StepLayout):
+            return False
+        obstacle = ""
+        if self.training and self.attention_dropout > 0:
+            obstacle = "attention dropout is on, and a fused kernel never holds what it would drop"
+        elif cache is not None and layout.clamp:
+            obstacle = "a cache with `max_relative_distance` keeps far keys and values apart from near ones"
+        head_size = max(self.config.head_dim, self.config.relative_rank or 0)
+        return use_kernels(implementation, tokens.device, tokens.dtype, head_size, obstacle)
+
+    def _basis_attention(
+        self,
+        pairs: AllPairs,
+        dense_query: Tensor | None,
+        dense_key: Tensor | None,
+        dense_value: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
+        scale = self.scaling
+        if self.scores_are_relative:
+            query, query_coefficients = project_factors(*pairs.query, self.num_heads)
+            key, key_coefficients = project_factors(*pairs.key, self.num_heads)
+            scale /= 1 if dense_query is None else 2
+        else:
+            # Ordinary scores are those of one factor without coefficients.
+            query, key, query_coefficients, key_coefficients = (
+                dense_query[:, :, None],
+                dense_key[:, :, None],
+                None,
+                None,
+            )
+            dense_query = dense_key = None
+        if "v" in self.relative:
+            value, value_coefficients = project_factors(*pairs.value, self.num_heads)
+        else:
+            value, value_coefficients, dense_value = dense_value[:, :, None], None, None
+        output, dense_output = kernels().basis_attention(
+            query,
+            key,
+            value,
+            query_coefficients,
+            key_coefficients,
+            value_coefficients,
+            dense_query,
+            dense_key,
+            dense_value,
+            attention_mask,
+            scale,
+            pairs.layout,
+        )
+        output = self.merge_heads(output)
+        return output if dense_output is None else (self.merge_heads(dense_output) + self.v_up(output)) / 2
 
     def _dense(
         self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None

@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_operators import BATCH, HIDDEN, make_mask, make_mixer, poisoned_memory, relative_error, run  # noqa: F401
+from test_operators import (
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LargestTensor,
+    make_mask,
+    make_mixer,
+    relative_error,
+    run,
+)
 from test_pair_layout import layout_id
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
@@ -140,11 +150,63 @@ def test_text_with_a_past_and_a_band(past, band):
     assert relative_error(*values) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", 3)], ids=str)
-def test_lower_precision_within_twice_plain_pytorch(subset, rank, dtype):
+@pytest.mark.parametrize(
+    ("subset", "rank"), [("qkv", None), ("kv", None), ("v", None), ("kv", 3), ("qk", 3), ("v", 3)], ids=str
+)
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3], LAYOUTS[6], LAYOUTS[7]], ids=layout_id)
+def test_basis_kernels_equal_reference(layout, subset, rank):
+    mixer, mask = make_mixer(layout, subset, rank, offset_basis=3), make_mask(layout, True)
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    expected = run(mixer.to(DEVICE), "eager", hidden_states.to(DEVICE), layout, mask.to(DEVICE), weight.to(DEVICE))
+    mixer, hidden_states, mask, weight = on_device(mixer, hidden_states, mask, weight, EXACT)
+    assert_same(run(mixer, TRITON, hidden_states, layout, mask, weight), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [PairLayout.for_image(3, 20, 3, 20), PairLayout.for_text(37, 37, max_relative_distance=20)],
+    ids=layout_id,
+)
+def test_basis_over_several_tiles(layout):
+    """More tokens than a tile has, and more offsets than a program owns."""
+    mixer, mask = make_mixer(layout, "kv", offset_basis=2), make_mask(layout, False)
+    mixer.attention_dropout = 0.5  # of training alone
+    mixer.eval()
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    hidden_states, weight = hidden_states[:1], weight[:1]
+    mask = None if mask is None else mask[:1]
+    mixer.to(DEVICE)
+    expected = run(mixer, GROUPED, *(None if t is None else t.to(DEVICE) for t in (hidden_states,)), layout, mask, weight.to(DEVICE))  # fmt: skip
+    mixer, hidden_states, mask, weight = on_device(mixer, hidden_states, mask, weight, EXACT)
+    assert_same(run(mixer, TRITON, hidden_states, layout, mask, weight), expected, TOLERANCE)
+
+
+def test_basis_with_dropout_falls_back_or_refuses():
     layout = LAYOUTS[1]
-    mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
+    mixer = make_mixer(layout, "kv", offset_basis=2, attention_dropout=0.5).train()
+    mixer.config._attn_implementation = TRITON
+    with pytest.raises(ValueError, match="attention dropout is on"):
+        mixer(torch.randn(1, layout.num_tokens, HIDDEN, dtype=torch.float64), layout)
+
+
+def test_basis_stores_nothing_per_pair():
+    layout = PairLayout.for_text(64, 64)
+    mixer = make_mixer(layout, "kv", offset_basis=2)
+    mixer.config._attn_implementation = TRITON
+    hidden_states = torch.randn(1, 64, HIDDEN, dtype=torch.float64).to(DEVICE, EXACT)
+    with LargestTensor() as largest:
+        mixer.to(DEVICE, EXACT)(hidden_states, layout)[0].sum().backward()
+    # Projections by two factors, sums of coefficients by head and offset.
+    assert largest.numel <= 64 * max(2 * HEADS * HEAD_DIM, HEADS * 2)
+    assert largest.numel < 64 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("basis", [None, 2], ids=["", "basis"])
+@pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", 3)], ids=str)
+def test_lower_precision_within_twice_plain_pytorch(subset, rank, basis, dtype):
+    layout = LAYOUTS[1]
+    mixer, mask = make_mixer(layout, subset, rank, offset_basis=basis), make_mask(layout, True)
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     mixer, hidden_states, mask, weight = on_device(mixer, hidden_states, mask, weight, dtype)
     plain = run(mixer, "eager", hidden_states, layout, mask, weight)
@@ -162,6 +224,19 @@ def test_the_same_twice():
     mixer, hidden_states, _, weight = on_device(mixer, hidden_states, None, weight, torch.float32)
     first, second = (run(mixer, TRITON, hidden_states, layout, None, weight) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_opcheck_of_the_basis():
+    layout = LAYOUTS[1]
+    tokens = layout.num_tokens
+
+    def tensor(*shape):
+        return torch.randn(*shape, device=DEVICE, requires_grad=True)
+
+    factors = (tensor(1, 2, 1, tokens, 3), tensor(1, 2, 2, tokens, 3), tensor(1, 2, 2, tokens, 4))
+    coefficients = (None, tensor(layout.num_offsets, 2), tensor(layout.num_offsets, 2))
+    arguments = (*factors, *coefficients, *(tensor(1, 2, tokens, 4) for _ in range(3)), None, 0.5, pack(layout))
+    torch.library.opcheck(torch.ops.translution.basis_attention.default, arguments)
 
 
 @pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
@@ -192,7 +267,9 @@ def small_config(**fields):
     return TranslutionConfig(**{**sizes, "intermediate_size": 16, "num_channels": 1, **fields})
 
 
-@pytest.mark.parametrize("fields", [{}, {"relative_rank": 3}, {"max_relative_distance": 1}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"relative_rank": 3}, {"max_relative_distance": 1}, {"offset_basis": 2}], ids=str
+)
 def test_models_train_and_generate_with_the_kernels(fields):
     model = image_model(**fields)
     pixels = torch.randn(3, 1, 8, 8, device=DEVICE)
