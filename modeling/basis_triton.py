@@ -750,14 +750,14 @@ def _coefficient_gradient_kernel(
         tl.store(value_sums + sums_place * NV + factor[:, None], value_total, mask=kept)
 
 
-# Receivers, givers, warps, stages.
+# Receivers, givers, warps, stages. A loop over factors is unrolled: prefetching all of them would not fit.
 _TILES = {
-    2: ((128, 64, 8, 2), (64, 64, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
-    4: ((64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)),
+    2: ((128, 64, 8, 1), (64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
+    4: ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     8: ((16, 16, 4, 1),),
 }
 # Offsets, warps, stages.
-_OFFSET_TILES = {2: ((32, 4, 2), (16, 4, 1)), 4: ((32, 4, 1), (16, 4, 1)), 8: ((16, 4, 1),)}
+_OFFSET_TILES = {2: ((32, 4, 1), (16, 4, 1)), 4: ((32, 4, 1), (16, 4, 1)), 8: ((16, 4, 1),)}
 
 _NAMES = ("query", "key", "value", "query_coefficients", "key_coefficients", "value_coefficients", "dense_query", "dense_key", "dense_value")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel over pairs for a GPU that need not be there, and prints the shared memory each takes.
+"""Compiles every kernel for a GPU that need not be there, and prints the shared memory each takes.
 
     python tests/compile_kernels.py DTYPE OPTION BACKEND ARCHITECTURE
 
@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from translution.modeling import translution_triton
+from translution.modeling import basis_triton, translution_triton
+from translution.modeling.pair_autograd import pack
 from translution.modeling.pair_layout import PairLayout
 
 
@@ -28,9 +29,10 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
     noted = []
 
     def note(kernel, grid, options, derived, **arguments):
-        noted.append((kernel, arguments | derived(options[option]) | options[option]))
+        chosen = options[max(option, -len(options)) if option < 0 else min(option, len(options) - 1)]
+        noted.append((kernel, arguments | derived(chosen) | chosen))
 
-    translution_triton.launch = note
+    translution_triton.launch = basis_triton.launch = note
     layout = PairLayout.for_image(2, 2, 2, 2)
     x = torch.zeros(2, layout.num_tokens, FEATURES, dtype=dtype)
     bank = torch.zeros(layout.num_offsets, FEATURES, FEATURES, dtype=dtype)
@@ -38,6 +40,16 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
     translution_triton._scores(x, x, bank, bank, HEADS, layout)
     translution_triton._values(pairs, x, bank, layout)
     translution_triton._scores_backward(pairs, x, x, bank, bank, layout, True, False)
+
+    heads = torch.zeros(2, HEADS, 4, layout.num_tokens, FEATURES, dtype=dtype)
+    one, sums = heads[:, :, :1].contiguous(), torch.zeros(2, HEADS, layout.num_tokens)
+    coefficients = torch.zeros(layout.num_offsets, 4)
+    given = (one, heads, heads, None, coefficients, coefficients, None, None, None, None, 1.0, pack(layout))
+    output = one[:, :, 0]
+    torch.ops.translution.basis_attention(*given)
+    torch.ops.translution.basis_attention_backward(
+        output, output.new_empty(0), output, output.new_empty(0), sums, *given
+    )
     return noted
 
 
@@ -50,8 +62,10 @@ def main(dtype: str, option: str, backend: str, architecture: str) -> None:
             value = arguments[argument]
             if parameter.is_constexpr:
                 signature[argument], constants[(place,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[argument] = NAMES[value.dtype]
             else:
-                signature[argument] = NAMES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+                signature[argument] = "fp32" if isinstance(value, float) else "i32"
         options = {name: arguments[name] for name in ("num_warps", "num_stages")}
         compiled = compile_kernel(ASTSource(kernel, signature, constants), target=target, options=options)
         print(kernel.__name__, compiled.metadata.shared)
