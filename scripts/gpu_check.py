@@ -1,0 +1,432 @@
+"""Checks the CUDA kernels on the GPU that is there, then times them, then trains on digits: one table, one CSV, within 8 minutes.
+
+    python scripts/gpu_check.py                   # writes scripts/results/gpu.csv
+    TRITON_INTERPRET=1 python scripts/gpu_check.py --dry_run --output /tmp/dry.csv   # tiny, on a CPU: does the script run?
+
+Nothing is timed before it is right: errors are those of outputs and of all gradients against float64, on fresh random inputs, with
+uninitialised memory holding NaN, and at most twice those of plain PyTorch in the same type.
+
+Rates count the relative projections alone: `2·B·pairs·C·C'` operations each, three times that with backward (recomputation is not
+counted). `share` is of the rate that an 8192³ product of the same device reaches in bfloat16, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from benchmark import hardware
+from torch import Tensor, nn
+
+from translution import TranslutionConfig, TranslutionForImageClassification
+from translution.modeling.attention_mixer import TRITON
+from translution.modeling.modeling_translution import _causal
+from translution.modeling.pair_layout import PairLayout
+from translution.modeling.translution_mixer import TranslutionMixer
+
+
+FIELDS = [
+    "part", "case", "passes", "dtype", "error", "error_plain", "median_ms", "lower_ms", "upper_ms", "repeats", "tflops", "share",
+    "times_baseline", "peak_gib", "images_per_second", "accuracy", "ok", "note", "gpu", "triton", "cuda", "torch", "transformers",
+    "python", "commit",
+]  # fmt: skip
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Bench:
+    """Where to run, how long, and the rows so far."""
+
+    device: torch.device
+    dry: bool
+    deadline: float
+    rows: list[dict[str, Any]]
+
+    @property
+    def half(self) -> torch.dtype:
+        """The type to time in. Triton's interpreter cannot multiply bfloat16."""
+        return torch.float16 if self.dry else torch.bfloat16
+
+    @property
+    def half_name(self) -> str:
+        return str(self.half).removeprefix("torch.")
+
+    def row(self, **values: Any) -> None:
+        self.rows.append(values)
+        print(" ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()), flush=True)  # fmt: skip
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, run: Callable[[], object], repeats: int = 9) -> dict[str, Any]:
+        """Milliseconds: median and quartiles, after two runs to warm up; and the peak of memory above the start, in GiB."""
+        repeats, warm_up = (2, 0) if self.dry else (repeats, 2)
+        for _ in range(warm_up):
+            run()
+        self.synchronize()
+        peak = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        times = []
+        for _ in range(repeats):
+            self.synchronize()
+            start = time.perf_counter()
+            run()
+            self.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        if self.device.type == "cuda":
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        lower, median, upper = statistics.quantiles(times, n=4)
+        return {"median_ms": median, "lower_ms": lower, "upper_ms": upper, "repeats": repeats, "peak_gib": peak}
+
+
+def mixer_of(layout: PairLayout, hidden: int, heads: int, head_dim: int, **fields: Any) -> TranslutionMixer:
+    """A mixer of its own for a layout, with random weights."""
+    text = layout.causal
+    config = TranslutionConfig(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        num_hidden_layers=1,
+        modality="text" if text else "image",
+        image_size=[layout.height, 1 if text else layout.width],
+        patch_size=1,
+        max_position_embeddings=layout.bank_height,
+        max_relative_distance=layout.bank_height - 1 if layout.clamp else None,
+        **fields,
+    )
+    mixer = TranslutionMixer(config, 0)
+    for name, parameter in mixer.named_parameters():
+        nn.init.normal_(parameter, std=0.5 if name.endswith("_coefficients") else parameter.shape[-1] ** -0.5)
+    return mixer
+
+
+def causal_mask(layout: PairLayout, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """The additive mask of a text, `[1, 1, L, L]`."""
+    if not layout.causal:
+        return None
+    return _causal(torch.zeros(1, 1, layout.num_receivers, layout.num_tokens, device=device, dtype=dtype), layout)
+
+
+def results(
+    mixer: TranslutionMixer, name: str, tokens: Tensor, layout: PairLayout, weight: Tensor
+) -> dict[str, Tensor]:
+    """Output and gradients by name, of one implementation."""
+    mixer.config._attn_implementation = name
+    mixer.zero_grad()
+    tokens = tokens.detach().requires_grad_()
+    output, _ = mixer(tokens, layout, causal_mask(layout, tokens.device, tokens.dtype))
+    (output * weight).sum().backward()
+    gradients = {key: parameter.grad for key, parameter in mixer.named_parameters()}
+    return {"output": output.detach(), "tokens": tokens.grad, **gradients}
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
+
+
+def check(bench: Bench) -> None:
+    """Every kernel in every type against float64, at odd sizes."""
+    kinds = {"full": {}, "LoR": {"relative_rank": 8}, "basis": {"offset_basis": 3}}
+    layouts = {
+        "image 5x7": (PairLayout.for_image(5, 7, 5, 7), ["kv", "qkv", "q", "v"]),
+        "image 4x9, D 2": (PairLayout.for_image(4, 9, 4, 9, max_relative_distance=2), ["qkv"]),
+        "text 67": (PairLayout.for_text(67, 70), ["kv", "qkv"]),
+    }
+    if bench.dry:
+        layouts = {"image 2x2": (PairLayout.for_image(2, 2, 2, 2), ["kv"])}
+    hidden, heads, size = (8, 2, 4) if bench.dry else (72, 3, 24)
+    for layout_name, (layout, subsets) in layouts.items():
+        for subset in subsets:
+            # Each type compiles its kernels: all three for the subset that the paper advises.
+            names = ["float32", "float16" if bench.dry or subset == "kv" else "bfloat16", bench.half_name]
+            for kind, fields in kinds.items():
+                for dtype_name in dict.fromkeys(names):
+                    dtype = DTYPES[dtype_name]
+                    mixer = mixer_of(layout, hidden, heads, size, relative_projections=subset, **fields).to(
+                        bench.device, dtype
+                    )
+                    tokens, weight = torch.randn(2, 3, layout.num_tokens, hidden, device=bench.device, dtype=dtype)
+                    ours = results(mixer, TRITON, tokens, layout, weight)
+                    plain = results(mixer, "eager", tokens, layout, weight)
+                    truth = results(mixer.double(), "eager", tokens.double(), layout, weight.double())
+                    worst, allowed, finite = 0.0, True, True
+                    plain_error = 0.0
+                    for name in truth:
+                        error, other = (
+                            relative_error(ours[name], truth[name]),
+                            relative_error(plain[name], truth[name]),
+                        )
+                        finite &= bool(ours[name].isfinite().all())
+                        allowed &= error <= 2 * other + torch.finfo(dtype).eps
+                        worst, plain_error = max(worst, error), max(plain_error, other)
+                    bench.row(
+                        part="check",
+                        case=f"{kind} {subset}, {layout_name}",
+                        dtype=dtype_name,
+                        error=worst,
+                        error_plain=plain_error,
+                        ok=allowed and finite,
+                    )
+
+
+def matrix_rate(bench: Bench) -> float:
+    """TFLOP/s of a large bfloat16 product."""
+    size = 64 if bench.dry else 8192
+    left, right = torch.randn(2, size, size, device=bench.device, dtype=bench.half)
+    timing = bench.time(lambda: left @ right, 15)
+    rate = 2 * size**3 / timing["median_ms"] / 1e9
+    bench.row(part="rate", case=f"{size}³ product", dtype=bench.half_name, tflops=rate, **timing)
+    return rate
+
+
+def time_mixer(
+    bench: Bench, case: str, layout: PairLayout, batch: int, sizes: tuple[int, int, int], peak: float, **fields: Any
+) -> None:
+    """Forward, and forward with backward, of a mixer in bfloat16."""
+    mixer = mixer_of(layout, *sizes, **fields).to(bench.device, bench.half)
+    mixer.config._attn_implementation = TRITON
+    tokens = torch.randn(batch, layout.num_tokens, sizes[0], device=bench.device, dtype=bench.half)
+    mask = causal_mask(layout, bench.device, bench.half)
+    pairs = layout.num_tokens**2 / (2 if layout.causal else 1)
+    per_pair = 2 * sizes[0] * sizes[1] * sizes[2] * len(fields["relative_projections"])
+
+    def forward() -> None:
+        with torch.no_grad():
+            mixer(tokens, layout, mask)
+
+    def both() -> None:
+        mixer.zero_grad()
+        mixer(tokens, layout, mask)[0].sum().backward()
+
+    for passes, run, factor in (("forward", forward, 1), ("forward+backward", both, 3)):
+        timing = bench.time(run)
+        tflops = factor * batch * pairs * per_pair / timing["median_ms"] / 1e9
+        bench.row(
+            part="mixer", case=case, passes=passes, dtype=bench.half_name, tflops=tflops, share=tflops / peak, **timing
+        )
+
+
+def time_gathering(bench: Bench) -> None:
+    """Against a matrix gathered per pair, as the published code does: 7 × 7, all of q, k, v."""
+    batch, layout, (hidden, heads, size) = 64, PairLayout.for_image(7, 7, 7, 7), (192, 3, 64)
+    if bench.dry:
+        batch, layout, (hidden, heads, size) = 2, PairLayout.for_image(2, 2, 2, 2), (8, 2, 4)
+    mixer = mixer_of(layout, hidden, heads, size, relative_projections="qkv").to(bench.device, bench.half)
+    tokens = torch.randn(batch, layout.num_tokens, hidden, device=bench.device, dtype=bench.half)
+    rows, reverse = (index.to(bench.device) for index in layout.offsets())
+
+    def gathered(tokens: Tensor) -> Tensor:
+        query = (tokens[:, :, None, None, :] @ mixer.q_bank[reverse]).squeeze(-2)
+        key, value = ((tokens[:, None, :, None, :] @ bank[rows]).squeeze(-2) for bank in (mixer.k_bank, mixer.v_bank))
+        query, key, value = (pairs.unflatten(-1, (heads, -1)) for pairs in (query, key, value))
+        weights = ((query * key).sum(-1) * size**-0.5).softmax(2)
+        return mixer.o_proj((weights[..., None] * value).sum(2).flatten(2))
+
+    def ours(tokens: Tensor) -> Tensor:
+        mixer.config._attn_implementation = TRITON
+        return mixer(tokens, layout)[0]
+
+    def backward(run: Callable[[Tensor], Tensor]) -> None:
+        mixer.zero_grad()
+        run(tokens).sum().backward()
+
+    def forward(run: Callable[[Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            run(tokens)
+
+    with torch.no_grad():
+        error = relative_error(ours(tokens), gathered(tokens).double())
+    if error > 0.05:
+        raise RuntimeError(f"gathering and the kernels differ by {error:.3g}: nothing is timed")
+    for passes, way in (("forward", forward), ("forward+backward", backward)):
+        timing = bench.time(partial(way, ours))
+        try:
+            baseline = bench.time(partial(way, gathered), 3)
+            bench.row(part="gathering", case="7x7 qkv, gathered", passes=passes, dtype=bench.half_name, **baseline)
+            timing["times_baseline"] = baseline["median_ms"] / timing["median_ms"]
+        except torch.OutOfMemoryError:
+            timing["note"] = "gathering does not fit in this GPU's memory"
+        bench.row(part="gathering", case="7x7 qkv, kernels", passes=passes, dtype=bench.half_name, **timing)
+
+
+def time_basis(bench: Bench) -> None:
+    """A basis of 8 against PyTorch's flash attention of the same width, and memory over lengths."""
+    heads, size, batch = (2, 4, 1) if bench.dry else (3, 64, 4)
+    for length in (8,) if bench.dry else (2048, 4096, 8192):
+        layout = PairLayout.for_text(length, length)
+        mixer = mixer_of(layout, heads * size, heads, size, relative_projections="kv", offset_basis=8)
+        mixer = mixer.to(bench.device, bench.half)
+        mixer.config._attn_implementation = TRITON
+        tokens = torch.randn(batch, length, heads * size, device=bench.device, dtype=bench.half)
+        query, key, value = torch.randn(
+            3, batch, heads, length, size, device=bench.device, dtype=bench.half
+        ).requires_grad_()
+
+        def flash(heads=(query, key, value)) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+
+        def ours(mixer=mixer, tokens=tokens, layout=layout) -> Tensor:
+            return mixer(tokens, layout)[0]
+
+        for passes in ("forward", "forward+backward"):
+            timings = {}
+            for name, run in (("flash attention", flash), ("basis 8", ours)):
+
+                def step(run=run, passes=passes) -> None:
+                    if passes == "forward":
+                        with torch.no_grad():
+                            run()
+                    else:
+                        run().sum().backward()
+
+                timings[name] = bench.time(step, 5)
+            ratio = timings["basis 8"]["median_ms"] / timings["flash attention"]["median_ms"]
+            for name, timing in timings.items():
+                bench.row(part="basis", case=f"{name}, L {length}", passes=passes, dtype=bench.half_name, **timing, times_baseline=ratio if name == "basis 8" else None)  # fmt: skip
+
+
+def time_training(bench: Bench) -> None:
+    """A training step of tiny at patch 16, all of q, k, v, 256 images, with AdamW, under autocast."""
+    fields = {"relative_projections": "qkv", "num_labels": 1000}
+    batch, image = (2, 32) if bench.dry else (256, 224)
+    if bench.dry:
+        fields |= {"hidden_size": 8, "num_attention_heads": 2, "head_dim": 4, "num_hidden_layers": 1}
+    config = TranslutionConfig.from_size("tiny", image_size=image, patch_size=16, **fields)
+    model = TranslutionForImageClassification(config).to(bench.device).train()
+    model.set_attn_implementation(TRITON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    pixels = torch.randn(batch, 3, image, image, device=bench.device)
+    labels = torch.randint(1000, (batch,), device=bench.device)
+
+    def step() -> None:
+        with torch.autocast(bench.device.type, bench.half):
+            loss = model(pixel_values=pixels, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    timing = bench.time(step, 5)
+    if bench.device.type == "cuda":
+        timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    bench.row(
+        part="training",
+        case=f"tiny, patch 16, qkv, batch {batch}",
+        passes="step",
+        dtype=bench.half_name,
+        images_per_second=batch / timing["median_ms"] * 1e3,
+        note="peak of the whole process",
+        **timing,
+    )
+
+
+def train_digits(bench: Bench) -> None:
+    """Full Translution learns digits at random places."""
+    try:
+        from data import DigitCanvases, digits_split
+    except ImportError as error:
+        bench.row(part="digits", case="dynamic", ok=False, note=f"not run: {error}")
+        return
+    from demo import IMAGE_FIELDS, all_pixels
+
+    digits, held_out = digits_split()
+    torch.manual_seed(0)
+    fields = IMAGE_FIELDS | ({"patch_size": 8, "num_hidden_layers": 1} if bench.dry else {})
+    model = TranslutionForImageClassification(TranslutionConfig(**fields, relative_projections="kv"))
+    model = model.to(bench.device).train()
+    model.set_attn_implementation(TRITON)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    start, epochs = time.perf_counter(), 1 if bench.dry else 30
+    for epoch in range(epochs):
+        canvases = DigitCanvases(digits, "dynamic", epoch)
+        pixels, labels = all_pixels(canvases), torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
+        for chosen in torch.randperm(len(labels)).split(4 if bench.dry else 64)[: 1 if bench.dry else None]:
+            loss = model(pixel_values=pixels[chosen].to(bench.device), labels=labels[chosen].to(bench.device)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    seconds = time.perf_counter() - start
+    canvases = DigitCanvases(held_out, "dynamic", 0)
+    labels = torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
+    with torch.no_grad():
+        pixels = all_pixels(canvases)[: 2 if bench.dry else None]
+        guessed = model.eval()(pixel_values=pixels.to(bench.device)).logits.argmax(-1).cpu()
+    right = (guessed == labels[: len(guessed)]).float().mean().item()
+    bench.row(part="digits", case=f"dynamic, {epochs} epochs", accuracy=right, note=f"{seconds:.0f} s", ok=bench.dry or right > 0.5)  # fmt: skip
+
+
+def write(bench: Bench, path: Path) -> None:
+    common = {**hardware(), "triton": triton.__version__, "cuda": torch.version.cuda}
+    common["gpu"] = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "none"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**common, **row} for row in bench.rows)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gpu.csv")
+    parser.add_argument("--dry_run", action="store_true", help="tiny sizes, on the CPU, with Triton's interpreter")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no part after this time")
+    args = parser.parse_args(arguments)
+    if not args.dry_run and not torch.cuda.is_available():
+        print("error: there is no GPU; `--dry_run` with TRITON_INTERPRET=1 tries the script on a CPU.")
+        return 1
+    device = torch.device("cpu" if args.dry_run else "cuda")
+    bench = Bench(device, args.dry_run, time.monotonic() + 60 * args.minutes, [])
+    base, tiny = PairLayout.for_image(14, 14, 14, 14), (192, 3, 64)
+    sizes, batches, text = (768, 12, 64), (64, 256, 8), PairLayout.for_text(1024, 1024)
+    if args.dry_run:
+        base, tiny, sizes, batches = PairLayout.for_image(2, 2, 2, 2), (8, 2, 4), (8, 2, 4), (2, 2, 2)
+        text = PairLayout.for_text(6, 6)
+
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    check(bench)
+    torch.use_deterministic_algorithms(False)
+    wrong = [row["case"] for row in bench.rows if not row["ok"]]
+    if wrong:
+        write(bench, args.output)
+        print(f"error: wrong results, nothing is timed: {wrong}")
+        return 1
+    peak = matrix_rate(bench)
+    parts = [
+        partial(time_mixer, bench, "base, patch 16, kv, batch 64", base, batches[0], sizes, peak, relative_projections="kv"),
+        partial(time_mixer, bench, "tiny, patch 16, qkv, batch 256", base, batches[1], tiny, peak, relative_projections="qkv"),
+        partial(time_mixer, bench, "tiny, text 1024, kv, batch 8", text, batches[2], tiny, peak, relative_projections="kv"),
+        partial(time_gathering, bench),
+        partial(time_basis, bench),
+        partial(time_training, bench),
+        partial(train_digits, bench),
+    ]  # fmt: skip
+    for part in parts:
+        if time.monotonic() > bench.deadline:
+            bench.row(part="skipped", case=part.func.__name__, note="out of time")
+            continue
+        try:
+            part()
+        except torch.OutOfMemoryError as error:
+            bench.row(part="failed", case=part.func.__name__, ok=False, note=str(error).splitlines()[0])
+        write(bench, args.output)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(f"{len(bench.rows)} rows in {args.output}")
+    return int(any(row.get("ok") is False for row in bench.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
