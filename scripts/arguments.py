@@ -1,0 +1,212 @@
+"""What the training scripts take from the command line and from a recipe, and the config they make of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from translution import TranslutionConfig
+
+
+RECIPE_ENDINGS = (".yaml", ".yml", ".json")
+# What a script decides by itself, from its task or its data.
+DECIDED_FIELDS = ("modality",)
+TOKEN_OPTIONS = ("token", "hub_token")
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train: a new one by size, or a checkpoint."""
+
+    model_size: str | None = field(
+        default=None, metadata={"help": "Size of a new model: tiny (if nothing is said), mini, small, base or large."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Config fields of a new model, 'hidden_size=48,relative_rank=8' or a JSON object. Those of the command "
+            "line come after those of a recipe."
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on from: a folder, or a name on the Hub."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that the checkpoint has."})
+    token: str | None = field(
+        default=None, metadata={"help": "Token for the Hub. It is neither printed nor saved; HF_TOKEN serves as well."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Whether tensors of another shape (another head) start anew."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """What Transformers' own arguments leave open."""
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without improvement of `metric_for_best_model` after which training ends."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew: checkpoints in the output folder are deleted."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the model, for its card."})
+
+    def __post_init__(self):
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(
+                f"`early_stopping_patience` must be an integer of at least 1, got {self.early_stopping_patience}."
+            )
+
+
+def parse_arguments(classes: Sequence[type], arguments: Sequence[str], description: str) -> tuple[Any, ...]:
+    """One instance of each dataclass, from `[recipe] [--name value …]`; the command line wins over the recipe.
+
+    Raises:
+        FileNotFoundError: for a recipe that is not there.
+        ValueError: for a recipe that is no mapping, or names what no dataclass has.
+    """
+    recipe, rest = {}, list(arguments)
+    if rest and rest[0].endswith(RECIPE_ENDINGS):
+        recipe = read_recipe(Path(rest.pop(0)))
+    parser = HfArgumentParser(
+        classes, description=description, usage="%(prog)s [recipe.yaml] [--name value ...]", allow_abbrev=False
+    )
+    names = {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
+    unknown = sorted(set(recipe) - names)
+    if unknown:
+        raise ValueError(f"A recipe may set the options that --help lists; {', '.join(unknown)} is not among them.")
+    overrides = recipe.pop("config_overrides", None)
+    parser.set_defaults(**recipe)
+    parsed = parser.parse_args_into_dataclasses(rest)
+    for part in parsed:
+        if isinstance(part, ModelArguments):
+            merged = {**read_overrides(overrides), **read_overrides(part.config_overrides)}
+            part.config_overrides = json.dumps(merged) if merged else None
+        hide_tokens(part)
+    return parsed
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe's options by name.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no recipe {path}.")
+    # JSON is YAML, and YAML's error messages name the line.
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"A recipe must be a mapping of options to values, got {type(recipe).__name__} in {path}.")
+    return recipe
+
+
+def read_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
+    """`"a=1,b=x"`, a JSON object, or a mapping, as a mapping. Values are JSON where they can be, or else strings.
+
+    Raises:
+        ValueError: for a piece without "=", and for a field that the config does not have.
+    """
+    if overrides is None:
+        return {}
+    if isinstance(overrides, str) and overrides.lstrip().startswith("{"):
+        overrides = json.loads(overrides)
+    if isinstance(overrides, str):
+        pairs = [piece.partition("=") for piece in overrides.split(",") if piece.strip()]
+        wrong = [name for name, equals, _ in pairs if not equals]
+        if wrong:
+            raise ValueError(
+                f"`config_overrides` must be 'field=value,field=value' or a JSON object, got {wrong[0]!r}."
+            )
+        overrides = {name.strip(): _value(text.strip()) for name, _, text in pairs}
+    allowed = sorted(
+        name for name in TranslutionConfig.__annotations__ if not name.startswith("_") and name not in DECIDED_FIELDS
+    )
+    for name in overrides:
+        if name not in allowed:
+            raise ValueError(f"`config_overrides` must name fields among {', '.join(allowed)}, got {name!r}.")
+    return overrides
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"None": None, "True": True, "False": False}.get(text, text)
+
+
+def new_config(model: ModelArguments, decided: dict[str, Any], asked: dict[str, Any]) -> TranslutionConfig:
+    """The config of a new model.
+
+    Args:
+        model: size and overrides.
+        decided: fields that the task and the data decide.
+        asked: fields with an option of their own; None where the option was not given.
+    """
+    overrides = read_overrides(model.config_overrides)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name in asked.keys() & overrides.keys():
+        if asked[name] != overrides[name]:
+            raise ValueError(f"`{name}` {asked[name]} contradicts `config_overrides`, where it is {overrides[name]}.")
+    return TranslutionConfig.from_size(model.model_size or "tiny", **{**decided, **overrides, **asked})
+
+
+def refuse_new_model_options(model: ModelArguments):
+    """A checkpoint has its config already.
+
+    Raises:
+        ValueError: if there are options that only a new model takes.
+    """
+    for name in ("model_size", "config_overrides"):
+        if getattr(model, name) is not None:
+            raise ValueError(
+                f"`{name}` shapes a new model; `model_name_or_path` {model.model_name_or_path} has a shape."
+            )
+
+
+def hide_tokens(arguments: Any):
+    """Moves the Hub's token from the arguments, which get printed and saved, to where the Hub's client looks for it."""
+    for name in TOKEN_OPTIONS:
+        token = getattr(arguments, name, None)
+        if token is not None:
+            os.environ["HF_TOKEN"] = token
+            setattr(arguments, name, None)
+
+
+def without_tokens(arguments: Iterable[str]) -> list[str]:
+    """A command line that may be written down."""
+    kept, arguments = [], iter(arguments)
+    options = {f"--{name}" for name in TOKEN_OPTIONS}
+    options |= {option.replace("_", "-") for option in options}
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name not in options:
+            kept.append(argument)
+        elif not equals:
+            next(arguments, None)
+    return kept
+
+
+def hyperparameters(training: TrainingArguments, *others: Any) -> dict[str, Any]:
+    """Everything that was set to something else than its default, without tokens and places of this machine."""
+    places = {"output_dir", "cache_dir", "logging_dir", "run_name", "hub_model_id", *TOKEN_OPTIONS}
+    values = {}
+    for part in (*others, training):
+        for item in dataclasses.fields(part):
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            value = getattr(part, item.name, None)
+            if item.init and item.name not in places and value != default:
+                values[item.name] = value if isinstance(value, int | float | str | None) else str(value)
+    return values

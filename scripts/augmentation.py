@@ -1,0 +1,213 @@
+"""Augmentation of pictures, without torchvision: crop, flip, RandAugment, and mixup or CutMix of a batch.
+
+What is drawn depends on the seed, the epoch and the sample alone: the number of loading processes does not matter, and a
+resumed run sees what an uninterrupted one sees. Legend: `N` pictures, `K` classes.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from load_data import endless
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import BaseImageProcessor
+
+
+# Ratios of width to height of a random crop, as is usual.
+CROP_RATIOS = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+
+
+@dataclass
+class AugmentationArguments:
+    """What is done to pictures in training; nothing, if nothing is said."""
+
+    crop_scale: float | None = field(
+        default=None, metadata={"help": "Least share of the area that a random crop keeps; 0.08 is usual."}
+    )
+    flip_probability: float = field(default=0.0, metadata={"help": "How often a picture is mirrored; 0.5 is usual."})
+    rand_augment_ops: int = field(default=0, metadata={"help": "Operations of RandAugment; 2 is usual, 0 is none."})
+    rand_augment_magnitude: float = field(default=9.0, metadata={"help": "Their strength, more than 0, less than 30."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Parameter of mixup; 0.2 or 0.8 is usual, 0 is none."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "Parameter of CutMix; 1 is usual, 0 is none."})
+
+    def __post_init__(self):
+        if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
+            raise ValueError(f"`crop_scale` must be more than 0 and at most 1, got {self.crop_scale}.")
+        if not 0 <= self.flip_probability <= 1:
+            raise ValueError(f"`flip_probability` must be at least 0 and at most 1, got {self.flip_probability}.")
+        # There are 15 operations, and none is drawn twice.
+        if not 0 <= self.rand_augment_ops <= 15:
+            raise ValueError(f"`rand_augment_ops` must be at least 0 and at most 15, got {self.rand_augment_ops}.")
+        if not 0 < self.rand_augment_magnitude < 30:
+            raise ValueError(
+                f"`rand_augment_magnitude` must be more than 0 and less than 30, got {self.rand_augment_magnitude}."
+            )
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+
+
+def seed_of(*parts: object) -> int:
+    """One number for several: neighbouring seeds, epochs and samples must not share what they draw."""
+    return zlib.crc32(" ".join(map(str, parts)).encode())
+
+
+def crop_box(width: int, height: int, least: float, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a random part of a picture, at least `least` of its area."""
+    for _ in range(CROP_TRIES):
+        area = width * height * random.uniform(least, 1)
+        ratio = math.exp(random.uniform(*map(math.log, CROP_RATIOS)))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(random.integers(width - crop_width + 1))
+            top = int(random.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    # A very long picture: all of it.
+    return 0, 0, width, height
+
+
+def rand_augment(picture: Image.Image, operations: int, magnitude: float, seed: int) -> Image.Image:
+    """Kornia's RandAugment of an RGB picture. Its draws come from PyTorch's generator, which is left as it was."""
+    # Imported here: training without it needs no Kornia.
+    from kornia.augmentation.auto import RandAugment
+
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255)
+    before = torch.get_rng_state()
+    # Not `torch.manual_seed`, which seeds the accelerator's generator too.
+    torch.default_generator.manual_seed(seed)
+    try:
+        pixels = RandAugment(operations, magnitude)(pixels[None])[0]
+    finally:
+        torch.set_rng_state(before)
+    return Image.fromarray(pixels.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+class ImageTransform:
+    """Makes `pixel_values` of a picture: with a seed augmented, without as the processor does it.
+
+    Any mode of picture becomes RGB in the way of Transformers' pipelines.
+
+    Args:
+        processor: resizes, rescales and normalises.
+        args: what to do in training.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, args: AugmentationArguments):
+        self.processor = processor
+        self.args = args
+
+    def __call__(self, picture: Image.Image, seed: int | None = None) -> Tensor:
+        """`[3, height, width]`, float."""
+        picture = picture.convert("RGB")
+        if seed is not None:
+            picture = self.augment(picture, seed)
+        return torch.as_tensor(np.asarray(self.processor(images=picture)["pixel_values"][0]))
+
+    def augment(self, picture: Image.Image, seed: int) -> Image.Image:
+        """A picture of the processor's size."""
+        args, random = self.args, np.random.default_rng(seed)
+        size = (self.processor.size["width"], self.processor.size["height"])
+        box = None if args.crop_scale is None else crop_box(*picture.size, args.crop_scale, random)
+        if box is not None or picture.size != size:
+            # Kornia's crop does not smooth what it shrinks; Pillow's resize does.
+            picture = picture.resize(size, self.processor.resample, box=box)
+        if random.random() < args.flip_probability:
+            picture = ImageOps.mirror(picture)
+        if args.rand_augment_ops:
+            picture = rand_augment(picture, args.rand_augment_ops, args.rand_augment_magnitude, seed)
+        return picture
+
+
+class ImageSamples(Dataset):
+    """Model inputs of a data set with `image` and `label`; augmented if there is a seed."""
+
+    def __init__(self, data: Any, transform: ImageTransform, seed: int | None = None):
+        self.data = data
+        self.transform = transform
+        self.seed = seed
+        # Shared with loading processes, which may outlive an epoch.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int):
+        """Every epoch has its own random numbers."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        seed = None if self.seed is None else seed_of(self.seed, int(self.epoch), index)
+        return sample(self.data[index], self.transform, seed)
+
+
+class ImageStream(IterableDataset):
+    """The same of a stream; in training, with a seed, one without end: its epochs follow each other."""
+
+    def __init__(self, data: Any, transform: ImageTransform, seed: int | None = None):
+        self.data = data
+        self.transform = transform
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.seed is None:
+            yield from (sample(row, self.transform, None) for row in self.data)
+            return
+        worker = get_worker_info()
+        for index, row in enumerate(endless(self.data)):
+            yield sample(row, self.transform, seed_of(self.seed, worker.id if worker else 0, index))
+
+
+def sample(row: dict[str, Any], transform: ImageTransform, seed: int | None) -> dict[str, Any]:
+    inputs = {"pixel_values": transform(row["image"], seed), "labels": row["label"]}
+    return inputs if seed is None else inputs | {"seed": seed}
+
+
+class ImageBatch:
+    """Collates samples, and mixes those of training by mixup or CutMix (half the batches each, where both are asked for).
+
+    Mixup (Zhang et al. 2018) blends a batch with itself in another order, CutMix (Yun et al. 2019) pastes a rectangle. Kornia has
+    both, but draws the share of mixup uniformly, not from a Beta distribution as the papers do.
+
+    Labels are `[N]` class indices, or, mixed, the probabilities `[N, K]`.
+    """
+
+    def __init__(self, num_labels: int, args: AugmentationArguments):
+        self.num_labels = num_labels
+        self.args = args
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixels = torch.stack([item["pixel_values"] for item in samples])
+        labels = torch.tensor([item["labels"] for item in samples])
+        mixes = [name for name in ("mixup", "cutmix") if getattr(self.args, f"{name}_alpha")]
+        if mixes and "seed" in samples[0]:
+            random = np.random.default_rng(seed_of(*(item["seed"] for item in samples)))
+            mix = mixes[random.integers(len(mixes))]
+            pixels, labels = getattr(self, mix)(pixels, F.one_hot(labels, self.num_labels).float(), random)
+        return {"pixel_values": pixels, "labels": labels}
+
+    def mixup(self, pixels: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        share, order = random.beta(self.args.mixup_alpha, self.args.mixup_alpha), random.permutation(len(pixels))
+        return pixels * share + pixels[order] * (1 - share), labels * share + labels[order] * (1 - share)
+
+    def cutmix(self, pixels: Tensor, labels: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        share, order = random.beta(self.args.cutmix_alpha, self.args.cutmix_alpha), random.permutation(len(pixels))
+        height, width = pixels.shape[-2:]
+        half_height, half_width = (side * math.sqrt(1 - share) / 2 for side in (height, width))
+        row, column = random.uniform(0, height), random.uniform(0, width)
+        # The middle lies anywhere in the picture, so the edge may cut the rectangle short.
+        rows = slice(max(0, round(row - half_height)), min(height, round(row + half_height)))
+        columns = slice(max(0, round(column - half_width)), min(width, round(column + half_width)))
+        pasted = pixels.clone()
+        pasted[..., rows, columns] = pixels[order][..., rows, columns]
+        share = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+        return pasted, labels * share + labels[order] * (1 - share)

@@ -1,0 +1,203 @@
+"""Checkpoints that are whole or not there: a Trainer that saves to one side, and the search for the newest whole one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from saving import written_whole
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+TRAINER_STATE, TRAINER_ARGUMENTS, PICKLED_ARGUMENTS = "trainer_state.json", "training_args.json", "training_args.bin"
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+# A run that was killed before its first checkpoint is known by this file.
+RUN_ARGUMENTS = "arguments.json"
+# What a run leaves besides checkpoints, and a later one would go on with.
+LEFT_BEHIND = "tokenizer"
+
+
+class WholeCheckpointTrainer(Trainer):
+    """`Trainer` writes a checkpoint in place; here it appears, in one rename, when it is complete and on the disk.
+
+    So a run may be killed at any moment and the newest checkpoint is good. Several processes need a folder that they all
+    see. In place of the pickled `training_args.bin`, arguments are saved as JSON, without tokens.
+    """
+
+    # Where a checkpoint is being written, while it is.
+    _partial: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any):
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.exists():
+            self.state.best_model_checkpoint = str(best)
+        with self._shared(folder / name) as partial:
+            self._partial = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._partial = None
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                inner = partial / name
+                self.state.save_to_json(str(inner / TRAINER_STATE))
+                for path in list(inner.iterdir()):
+                    path.rename(partial / path.name)
+                inner.rmdir()
+        # Nobody goes on before the checkpoint is in its place.
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        # While it is being written there is nothing to push yet.
+        if self._partial is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextlib.contextmanager
+    def _shared(self, target: Path) -> Iterator[Path]:
+        """`written_whole` of the one process that saves; the others learn its folder."""
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(written_whole(target)) if self.args.should_save else None
+            yield Path(broadcast_object_list([str(partial)])[0]) if self.args.world_size > 1 else partial
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Saves model and processor; each file that was there is replaced when the new one is complete."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with self._shared(folder / "final-model") as partial:
+            super().save_model(str(partial), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for path in (folder / "final-model").iterdir():
+                os.replace(path, folder / path.name)
+            (folder / "final-model").rmdir()
+
+    def create_model_card(self, *args: Any, **kwargs: Any):
+        """The scripts write a card of their own."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+            (folder / TRAINER_ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of most steps that is whole; those that are not are skipped with a warning."""
+    found = [(CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
+    for step in sorted(steps, reverse=True):
+        reason = why_incomplete(steps[step])
+        if reason is None:
+            return steps[step]
+        logger.warning("%s is left out: %s", steps[step], reason)
+    return None
+
+
+def why_incomplete(checkpoint: Path) -> str | None:
+    """What keeps training from going on from a checkpoint, or None."""
+    state = checkpoint / TRAINER_STATE
+    try:
+        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except OSError:
+        return f"there is no {TRAINER_STATE}"
+    except (ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE} is damaged"
+    if checkpoint.name != f"checkpoint-{step}":
+        return f"{TRAINER_STATE} is of step {step}"
+    index = checkpoint / WEIGHTS_INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            return f"{WEIGHTS_INDEX} is damaged"
+    else:
+        names = [name for name in WEIGHTS if (checkpoint / name).is_file()]
+    # The sharded formats of FSDP and DeepSpeed have no safetensors and check themselves.
+    sharded = any(path.is_dir() for path in checkpoint.iterdir())
+    if not names and not sharded:
+        return f"there is no {WEIGHTS[0]}"
+    for name in names:
+        try:
+            # Opening compares the file's length with its header.
+            with safe_open(checkpoint / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{name} is damaged ({error})"
+    for path in checkpoint.glob("*.pt*"):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is damaged"
+    if not sharded and not (checkpoint / "optimizer.pt").is_file():
+        return "there is no optimizer.pt (`save_only_model`?)"
+    return None
+
+
+def claim_output_dir(folder: Path, resume: str | None, overwrite: bool, arguments: dict[str, Any]) -> Path | None:
+    """Says from which checkpoint to go on, and refuses a folder that holds something else.
+
+    Args:
+        folder: what a run writes to; made if it is not there.
+        resume: a checkpoint that the user asks for.
+        overwrite: whether to delete the checkpoints, and the tokenizer, of an earlier run.
+        arguments: what to leave behind, so that the folder is known as a run's.
+
+    Raises:
+        FileExistsError: if `folder` is no folder, or has files and none of them is a run's.
+        FileNotFoundError: if `resume` is no folder.
+        ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"`output_dir` must be a folder, got the file {folder}.")
+    checkpoint = None if overwrite else newest_checkpoint(folder)
+    if resume is not None:
+        if overwrite:
+            raise ValueError(f"`overwrite_output_dir` starts anew, and `resume_from_checkpoint` {resume} goes on.")
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(f"`resume_from_checkpoint` must be a folder, got {resume}.")
+        reason = why_incomplete(Path(resume))
+        if reason is not None:
+            raise ValueError(f"`resume_from_checkpoint` {resume} cannot be continued: {reason}.")
+        checkpoint = Path(resume)
+    known = (folder / RUN_ARGUMENTS).is_file() or checkpoint is not None
+    if folder.is_dir() and any(folder.iterdir()) and not known and not overwrite:
+        raise FileExistsError(
+            f"`output_dir` {folder} has files and no checkpoint: give another folder, or `--overwrite_output_dir`."
+        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for path in folder.iterdir():
+                if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name == LEFT_BEHIND):
+                    shutil.rmtree(path)
+        text = json.dumps(arguments, indent=2, ensure_ascii=False, default=str)
+        (folder / RUN_ARGUMENTS).write_text(text + "\n", encoding="utf-8")
+    return checkpoint

@@ -1,0 +1,110 @@
+"""Trains a causal language model, new or from a checkpoint.
+
+    python scripts/run_clm.py scripts/recipes/stdlib.yaml --output_dir runs/stdlib
+    python scripts/run_clm.py --train_dir texts --block_size 128 --output_dir runs/texts
+
+Text is `.txt`, `.md`, `.py`, JSON lines or Parquet. A run that is stopped, in training or before, goes on when it is called again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
+from checkpoints import LEFT_BEHIND, WholeCheckpointTrainer
+from datasets import IterableDataset
+from load_data import TextDataArguments, load_texts
+from metrics import text_metrics, token_losses
+from text_blocks import BlockArguments, BlockBatch, BlockStream, Packer, blocks, hold_out_blocks, load_tokenizer
+from training import Run, ScriptTrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from translution import TranslutionForCausalLM
+
+
+def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model of the tokenizer's vocabulary whose positions a block fits in.
+
+    Raises:
+        ValueError: for options that contradict each other, the config, or the checkpoint.
+    """
+    if args.model_name_or_path is None:
+        decided = {"modality": "text", "vocab_size": len(tokenizer)}
+        decided |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if block.block_size is not None:
+            decided["max_position_embeddings"] = block.block_size
+        model = TranslutionForCausalLM(new_config(args, decided, {}))
+    else:
+        refuse_new_model_options(args)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path,
+            revision=args.model_revision or "main",
+            trust_remote_code=args.trust_remote_code,
+            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+            dtype="float32",
+        )
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"`vocab_size` must be at least the tokenizer's {len(tokenizer)}, got {config.vocab_size}.")
+    bounded = config.max_relative_distance is None or config.use_absolute_position_embeddings
+    if bounded and (block.block_size or 0) > config.max_position_embeddings:
+        raise ValueError(
+            f"`block_size` must be at most `max_position_embeddings` {config.max_position_embeddings}, got {block.block_size}."
+        )
+    return model
+
+
+def main(arguments: Sequence[str]):
+    classes = (ModelArguments, TextDataArguments, BlockArguments, ScriptTrainingArguments, RunArguments)
+    model_args, data_args, block_args, training, run_args = parse_arguments(
+        classes, arguments, __doc__.splitlines()[0]
+    )
+    if training.label_smoothing_factor:
+        # The Trainer's own would not shift the labels of a model that Transformers does not know.
+        raise ValueError(f"`label_smoothing_factor` must be 0 for text, got {training.label_smoothing_factor}.")
+    run = Run(
+        script="run_clm.py",
+        task="text-generation",
+        arguments=list(arguments),
+        model=model_args,
+        data=data_args,
+        training=training,
+        run=run_args,
+        others=(block_args,),
+    )
+    with training.main_process_first(desc="reading the text"):
+        train, evaluation = load_texts(data_args, training.do_eval)
+    checkpoint = run.start()
+    with training.main_process_first(desc="training the tokenizer"):
+        tokenizer = load_tokenizer(block_args, model_args, train, run.folder / LEFT_BEHIND)
+    model = load_model(model_args, block_args, tokenizer)
+    length = block_args.block_size or model.config.max_position_embeddings
+    tokenizer.model_max_length = length
+    packer = Packer(tokenizer, length)
+    with training.main_process_first(desc="tokenising"):
+        train, evaluation = (
+            None
+            if data is None
+            else blocks(data, packer, block_args.tokenization_shards, data_args.num_proc, data_args.cache_dir)
+            for data in (train, evaluation)
+        )
+    if isinstance(train, IterableDataset):
+        train = BlockStream(train.shuffle(seed=training.seed, buffer_size=data_args.shuffle_buffer))
+    elif training.do_eval and evaluation is None:
+        train, evaluation = hold_out_blocks(train, data_args.validation_share)
+    trainer = WholeCheckpointTrainer(
+        model,
+        training,
+        data_collator=BlockBatch(tokenizer, length),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        compute_metrics=text_metrics(),
+        preprocess_logits_for_metrics=token_losses,
+    )
+    run.finish(trainer, checkpoint)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,198 @@
+"""From documents to blocks of tokens: a tokenizer, a tokenisation that goes on where it was stopped, and batches.
+
+Legend: `N` blocks, `L` tokens of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from arguments import ModelArguments
+from data import train_tokenizer
+from datasets import Dataset, IterableDataset
+from load_data import AnyDataset, endless
+from metrics import IGNORED
+from saving import written_whole
+from torch import Tensor
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+# Documents that are put together and cut at a time; only the last block of them may be short.
+PACKED_DOCUMENTS = 1000
+# A tokenizer of its own is trained on the first ones of a stream.
+TOKENIZER_DOCUMENTS = 10_000
+
+
+@dataclass
+class BlockArguments:
+    """How text becomes blocks of tokens."""
+
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or name on the Hub. If not given: that of the checkpoint, or a new one, trained on the data."
+        },
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Tokens of a tokenizer that is trained."})
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a block; if not given, the model's `max_position_embeddings`."}
+    )
+    tokenization_shards: int = field(
+        default=16,
+        metadata={"help": "Parts that are cached one by one: a run that is stopped goes on after the last."},
+    )
+
+    def __post_init__(self):
+        # The bytes, and the end of a text.
+        if self.vocab_size < 257:
+            raise ValueError(f"`vocab_size` must be an integer of at least 257, got {self.vocab_size}.")
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(f"`block_size` must be an integer of at least 2, got {self.block_size}.")
+        if self.tokenization_shards < 1:
+            raise ValueError(
+                f"`tokenization_shards` must be an integer of at least 1, got {self.tokenization_shards}."
+            )
+
+
+def load_tokenizer(
+    args: BlockArguments, model: ModelArguments, data: AnyDataset, folder: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer by name, of the checkpoint, or a new one, which is kept in `folder` for a resumed run.
+
+    Raises:
+        ValueError: for a tokenizer without an end-of-text token, and where there is no text to train one on.
+    """
+    name = args.tokenizer_name or model.model_name_or_path
+    if name is not None:
+        revision = model.model_revision if args.tokenizer_name is None else None
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=model.trust_remote_code
+        )
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"`tokenizer_name` must have an end-of-text token, {name} has none.")
+        return tokenizer
+    if folder.is_dir():
+        return AutoTokenizer.from_pretrained(folder)
+    documents = data.take(TOKENIZER_DOCUMENTS) if isinstance(data, IterableDataset) else data
+    texts = [row["text"] for row in documents if row["text"]]
+    if not texts:
+        raise ValueError("The data to train on must hold text, got empty documents only.")
+    tokenizer = train_tokenizer(texts, args.vocab_size, args.block_size or 256)
+    with written_whole(folder) as partial:
+        tokenizer.save_pretrained(partial)
+    return tokenizer
+
+
+class Packer:
+    """Puts documents together, an end-of-text token after each, and cuts them into blocks. No token is left out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
+        self.tokenizer = tokenizer
+        self.length = length
+
+    def __call__(self, documents: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        """`{"text": …}` to `{"input_ids": …}`; the last block may be short."""
+        texts = [text for text in documents["text"] if text]
+        if not texts:
+            return {"input_ids": []}
+        # The model's length is no matter here: long documents are cut below.
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [token for document in encoded for token in (*document, self.tokenizer.eos_token_id)]
+        return {"input_ids": [ids[start : start + self.length] for start in range(0, len(ids), self.length)]}
+
+    def key(self) -> str:
+        """What blocks depend on beside the documents."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else repr(sorted(self.tokenizer.get_vocab().items()))
+        text = f"{self.length} {self.tokenizer.eos_token_id} {PACKED_DOCUMENTS} {vocabulary}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def blocks(
+    data: AnyDataset, packer: Packer, shards: int, num_proc: int | None = None, cache_dir: str | None = None
+) -> AnyDataset:
+    """The blocks of a data set, one a row.
+
+    They are cached part by part, each complete or not there, under a name that says documents, tokenizer and length. So a run
+    that is stopped goes on with the next part, and a second run finds all.
+
+    Raises:
+        ValueError: if there is no text.
+    """
+    # The columns are named: an empty part could not tell them.
+    features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
+    options = {"batched": True, "batch_size": PACKED_DOCUMENTS, "remove_columns": ["text"], "features": features}
+    if isinstance(data, IterableDataset):
+        return data.map(packer, **options)
+    shards = max(1, min(shards, len(data)))
+    key = hashlib.sha256(f"{data._fingerprint} {shards} {packer.key()}".encode()).hexdigest()[:32]
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "translution-blocks" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for index in range(shards):
+        part = data.shard(shards, index, contiguous=True)
+        parts.append(
+            part.map(
+                packer,
+                num_proc=num_proc,
+                cache_file_name=str(folder / f"{index:05d}-of-{shards:05d}.arrow"),
+                load_from_cache_file=True,
+                new_fingerprint=f"{key}-{index}",
+                desc=f"Tokenising, part {index + 1} of {shards}",
+                **options,
+            )
+        )
+    packed = datasets.concatenate_datasets(parts)
+    if len(packed) == 0:
+        raise ValueError("The data must hold text, got empty documents only.")
+    return packed
+
+
+def hold_out_blocks(data: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """The first blocks to train on and the last ones to evaluate on: for data of a single document.
+
+    Raises:
+        ValueError: if there is no block for one of them.
+    """
+    count = round(len(data) * share)
+    if not 0 < count < len(data):
+        raise ValueError(
+            f"`validation_share` must leave at least 1 block on each side, got {share} of {len(data)} blocks in one document."
+        )
+    return data.select(range(len(data) - count)), data.select(range(len(data) - count, len(data)))
+
+
+class BlockStream(TorchIterableDataset):
+    """A stream of blocks without end, to train on."""
+
+    def __init__(self, data: IterableDataset):
+        self.data = data
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return endless(self.data)
+
+
+class BlockBatch:
+    """Collates blocks to `input_ids` and `labels`, `[N, L]`; a short block is filled up, and what fills it is not learned.
+
+    No mask is needed: what fills a block comes after all of its tokens, which look back only.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
+        self.filling = tokenizer.eos_token_id
+        self.length = length
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        shape = (len(samples), self.length)
+        input_ids, labels = torch.full(shape, self.filling), torch.full(shape, IGNORED)
+        for row, item in enumerate(samples):
+            ids = torch.as_tensor(item["input_ids"])
+            input_ids[row, : len(ids)] = labels[row, : len(ids)] = ids
+        return {"input_ids": input_ids, "labels": labels}
