@@ -1,0 +1,730 @@
+"""The Triton kernels of Basis Translution; `basis_triton.py` launches them and has the formulas.
+
+Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
+
+Legend: `i` receivers, `j` givers, `m` and `n` factors; a group is a head of a batch entry.
+"""
+
+from __future__ import annotations
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("`attn_implementation='triton'` needs Triton: `pip install triton`.") from error
+
+
+# Lengths must not be compiled in: each new one would compile again.
+_LENGTHS = ["receivers", "tokens", "height", "width", "past", "reach_x", "reach_y", "stride_x", "base_y", "class_row"]
+_jit = triton.jit(do_not_specialize=_LENGTHS)
+
+
+@triton.jit
+def _bank_rows(
+    i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Rows of the coefficients of pairs of receivers `i` and givers `j`; of the reverse offset for queries."""
+    if CAUSAL:
+        return tl.minimum(tl.maximum(i[:, None] + past - j[None, :], 0), reach_y)
+    # Token 0 is the class token: its rows follow those of the grid.
+    i_patch, j_patch = tl.maximum(i - 1, 0), tl.maximum(j - 1, 0)
+    dx = (i_patch // width)[:, None] - (j_patch // width)[None, :]
+    dy = (i_patch % width)[:, None] - (j_patch % width)[None, :]
+    from_patch, from_class = 1, 2
+    if REVERSE:
+        dx, dy = -dx, -dy
+        from_patch, from_class = 2, 1
+    dx = tl.minimum(tl.maximum(dx, -reach_x), reach_x)
+    dy = tl.minimum(tl.maximum(dy, -reach_y), reach_y)
+    rows = (dx + reach_x) * stride_x + dy + base_y
+    i_class, j_class = (i == 0)[:, None], (j == 0)[None, :]
+    rows = tl.where(j_class, class_row + from_class, rows)
+    rows = tl.where(i_class, class_row + from_patch, rows)
+    return tl.where(i_class & j_class, class_row, rows)
+
+
+@triton.jit
+def _tokens(pointer, group, index, exists, length, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Some tokens of one group, `[index, WIDTH]`, of a tensor `[groups, length, SIZE]`."""
+    column = tl.arange(0, WIDTH)
+    place = (group * length + index)[:, None] * SIZE + column[None, :]
+    return tl.load(pointer + place, mask=exists[:, None] & (column < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_tokens(pointer, group, index, exists, length, value, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    place = (group * length + index)[:, None] * SIZE + column[None, :]
+    tl.store(pointer + place, value, mask=exists[:, None] & (column < SIZE)[None, :])
+
+
+@triton.jit
+def _coefficient(pointer, rows, m, N: tl.constexpr):
+    return tl.load(pointer + rows * N + m)
+
+
+@triton.jit
+def _products(
+    left,
+    right,
+    right_coefficients,
+    rows,
+    group,
+    m,
+    i,
+    i_exists,
+    j,
+    j_exists,
+    receivers,
+    tokens,
+    LEFT_N: tl.constexpr,
+    RIGHT_N: tl.constexpr,
+    RIGHT_BASIS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`Σ_n b[row, n] <left_mi, right_nj>`, `[i, j]`."""
+    one = _tokens(left, group * LEFT_N + m, i, i_exists, receivers, SIZE, WIDTH)
+    total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
+    for n in tl.static_range(RIGHT_N):
+        other = _tokens(right, group * RIGHT_N + n, j, j_exists, tokens, SIZE, WIDTH)
+        product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
+        if RIGHT_BASIS:
+            product *= _coefficient(right_coefficients, rows, n, RIGHT_N)
+        total += product
+    return total
+
+
+@triton.jit
+def _scores(
+    query,
+    key,
+    query_coefficients,
+    key_coefficients,
+    dense_query,
+    dense_key,
+    mask,
+    mask_stride_b,
+    mask_stride_a,
+    mask_stride_i,
+    mask_stride_j,
+    scale,
+    group,
+    num_heads,
+    i,
+    i_exists,
+    j,
+    j_exists,
+    rows,
+    reverse,
+    receivers,
+    tokens,
+    past,
+    NQ: tl.constexpr,
+    NK: tl.constexpr,
+    Q_BASIS: tl.constexpr,
+    K_BASIS: tl.constexpr,
+    DENSE_SCORES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    D_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scaled and masked scores of a tile of pairs; minus infinity where there is no pair."""
+    total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
+    for m in tl.static_range(NQ):
+        product = _products(
+            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, receivers, tokens,
+            NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
+        )  # fmt: skip
+        if Q_BASIS:
+            product *= _coefficient(query_coefficients, reverse, m, NQ)
+        total += product
+    if DENSE_SCORES:
+        one = _tokens(dense_query, group, i, i_exists, receivers, D, D_WIDTH)
+        other = _tokens(dense_key, group, j, j_exists, tokens, D, D_WIDTH)
+        total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION, out_dtype=WIDE)
+    total *= scale
+    exists = i_exists[:, None] & j_exists[None, :]
+    if CAUSAL:
+        exists = exists & (i[:, None] + past >= j[None, :])
+    if MASKED:
+        place = group // num_heads * mask_stride_b + group % num_heads * mask_stride_a
+        place = place + (i * mask_stride_i)[:, None] + (j * mask_stride_j)[None, :]
+        total += tl.load(mask + place, mask=exists, other=0.0)
+    return tl.where(exists, total, float("-inf"))
+
+
+@_jit
+def forward_kernel(
+    output,
+    dense_output,
+    normaliser,
+    query,
+    key,
+    value,
+    query_coefficients,
+    key_coefficients,
+    value_coefficients,
+    dense_query,
+    dense_key,
+    dense_value,
+    mask,
+    mask_stride_b,
+    mask_stride_a,
+    mask_stride_i,
+    mask_stride_j,
+    scale,
+    num_heads,
+    receivers,
+    tokens,
+    height,
+    width,
+    past,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    class_row,
+    NQ: tl.constexpr,
+    NK: tl.constexpr,
+    NV: tl.constexpr,
+    Q_BASIS: tl.constexpr,
+    K_BASIS: tl.constexpr,
+    V_BASIS: tl.constexpr,
+    DENSE_SCORES: tl.constexpr,
+    DENSE_VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    D_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RECEIVERS: tl.constexpr,
+    GIVERS: tl.constexpr,
+):
+    group = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * RECEIVERS + tl.arange(0, RECEIVERS)
+    i_exists = i < receivers
+    greatest = tl.full((RECEIVERS,), float("-inf"), WIDE)
+    total = tl.zeros((RECEIVERS,), WIDE)
+    mixed = tl.zeros((RECEIVERS, V_WIDTH), WIDE)
+    dense = tl.zeros((RECEIVERS, D_WIDTH), WIDE)
+    end = tokens
+    if CAUSAL:
+        end = tl.minimum(tokens, (tl.program_id(0) + 1) * RECEIVERS + past)
+    for start in range(0, end, GIVERS):
+        j = start + tl.arange(0, GIVERS)
+        j_exists = j < tokens
+        rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
+        reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+        scores = _scores(
+            query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
+            mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens,
+            past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+        )  # fmt: skip
+        # Rows past the end have no pair at all: any finite number will do.
+        higher = tl.maximum(greatest, tl.max(scores, axis=1))
+        higher = tl.where(i_exists, higher, 0.0)
+        weights = tl.exp(scores - higher[:, None])
+        shrink = tl.exp(greatest - higher)
+        greatest = higher
+        total = total * shrink + tl.sum(weights, axis=1)
+        mixed *= shrink[:, None]
+        for m in tl.static_range(NV):
+            one = _tokens(value, group * NV + m, j, j_exists, tokens, V, V_WIDTH)
+            weighted = weights
+            if V_BASIS:
+                weighted = weights * _coefficient(value_coefficients, rows, m, NV)
+            mixed = tl.dot(weighted.to(one.dtype), one, mixed, input_precision=PRECISION, out_dtype=WIDE)
+        if DENSE_VALUES:
+            one = _tokens(dense_value, group, j, j_exists, tokens, D, D_WIDTH)
+            dense = tl.dot(
+                weights.to(one.dtype), one, dense * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
+            )
+    total = tl.where(i_exists, total, 1.0)
+    _store_tokens(output, group, i, i_exists, receivers, mixed / total[:, None], V, V_WIDTH)
+    if DENSE_VALUES:
+        _store_tokens(dense_output, group, i, i_exists, receivers, dense / total[:, None], D, D_WIDTH)
+    tl.store(normaliser + group * receivers + i, greatest + tl.log(total), mask=i_exists)
+
+
+@triton.jit
+def _weights(
+    query,
+    key,
+    value,
+    query_coefficients,
+    key_coefficients,
+    value_coefficients,
+    dense_query,
+    dense_key,
+    dense_value,
+    mask,
+    mask_stride_b,
+    mask_stride_a,
+    mask_stride_i,
+    mask_stride_j,
+    output_gradient,
+    dense_output_gradient,
+    normaliser,
+    product_sum,
+    scale,
+    group,
+    num_heads,
+    i,
+    i_exists,
+    j,
+    j_exists,
+    rows,
+    reverse,
+    receivers,
+    tokens,
+    past,
+    NQ: tl.constexpr,
+    NK: tl.constexpr,
+    NV: tl.constexpr,
+    Q_BASIS: tl.constexpr,
+    K_BASIS: tl.constexpr,
+    V_BASIS: tl.constexpr,
+    DENSE_SCORES: tl.constexpr,
+    DENSE_VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    D_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities of a tile of pairs, and the gradients of their unscaled scores."""
+    scores = _scores(
+        query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
+        mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens,
+        past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+    )  # fmt: skip
+    shift = tl.load(normaliser + group * receivers + i, mask=i_exists, other=0.0)
+    probabilities = tl.exp(scores - shift[:, None])
+    gradient = _products(
+        output_gradient, value, value_coefficients, rows, group, 0, i, i_exists, j, j_exists, receivers, tokens,
+        1, NV, V_BASIS, V, V_WIDTH, WIDE, PRECISION,
+    )  # fmt: skip
+    if DENSE_VALUES:
+        one = _tokens(dense_output_gradient, group, i, i_exists, receivers, D, D_WIDTH)
+        other = _tokens(dense_value, group, j, j_exists, tokens, D, D_WIDTH)
+        gradient = tl.dot(one, tl.trans(other), gradient, input_precision=PRECISION, out_dtype=WIDE)
+    mean = tl.load(product_sum + group * receivers + i, mask=i_exists, other=0.0)
+    return probabilities, probabilities * (gradient - mean[:, None]) * scale
+
+
+@_jit
+def query_gradient_kernel(
+    query_gradient,
+    dense_query_gradient,
+    query,
+    key,
+    value,
+    query_coefficients,
+    key_coefficients,
+    value_coefficients,
+    dense_query,
+    dense_key,
+    dense_value,
+    mask,
+    mask_stride_b,
+    mask_stride_a,
+    mask_stride_i,
+    mask_stride_j,
+    output_gradient,
+    dense_output_gradient,
+    normaliser,
+    product_sum,
+    scale,
+    num_heads,
+    receivers,
+    tokens,
+    height,
+    width,
+    past,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    class_row,
+    NQ: tl.constexpr,
+    NK: tl.constexpr,
+    NV: tl.constexpr,
+    Q_BASIS: tl.constexpr,
+    K_BASIS: tl.constexpr,
+    V_BASIS: tl.constexpr,
+    DENSE_SCORES: tl.constexpr,
+    DENSE_VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    D_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RECEIVERS: tl.constexpr,
+    GIVERS: tl.constexpr,
+):
+    """Gradients of some receivers' queries by one factor, and of their dense queries."""
+    m = tl.program_id(1)
+    group = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * RECEIVERS + tl.arange(0, RECEIVERS)
+    i_exists = i < receivers
+    total = tl.zeros((RECEIVERS, E_WIDTH), WIDE)
+    dense = tl.zeros((RECEIVERS, D_WIDTH), WIDE)
+    end = tokens
+    if CAUSAL:
+        end = tl.minimum(tokens, (tl.program_id(0) + 1) * RECEIVERS + past)
+    for start in range(0, end, GIVERS):
+        j = start + tl.arange(0, GIVERS)
+        j_exists = j < tokens
+        rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
+        reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+        _, gradient = _weights(
+            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
+            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, normaliser,
+            product_sum, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens, past, NQ, NK, NV,
+            Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
+            PRECISION,
+        )  # fmt: skip
+        own = gradient
+        if Q_BASIS:
+            own = gradient * _coefficient(query_coefficients, reverse, m, NQ)
+        for n in tl.static_range(NK):
+            other = _tokens(key, group * NK + n, j, j_exists, tokens, E, E_WIDTH)
+            weighted = own
+            if K_BASIS:
+                weighted = own * _coefficient(key_coefficients, rows, n, NK)
+            total = tl.dot(weighted.to(other.dtype), other, total, input_precision=PRECISION, out_dtype=WIDE)
+        if DENSE_SCORES:
+            other = _tokens(dense_key, group, j, j_exists, tokens, D, D_WIDTH)
+            dense = tl.dot(gradient.to(other.dtype), other, dense, input_precision=PRECISION, out_dtype=WIDE)
+    _store_tokens(query_gradient, group * NQ + m, i, i_exists, receivers, total, E, E_WIDTH)
+    if DENSE_SCORES and m == 0:
+        _store_tokens(dense_query_gradient, group, i, i_exists, receivers, dense, D, D_WIDTH)
+
+
+@_jit
+def key_value_gradient_kernel(
+    key_gradient,
+    value_gradient,
+    dense_key_gradient,
+    dense_value_gradient,
+    query,
+    key,
+    value,
+    query_coefficients,
+    key_coefficients,
+    value_coefficients,
+    dense_query,
+    dense_key,
+    dense_value,
+    mask,
+    mask_stride_b,
+    mask_stride_a,
+    mask_stride_i,
+    mask_stride_j,
+    output_gradient,
+    dense_output_gradient,
+    normaliser,
+    product_sum,
+    scale,
+    num_heads,
+    receivers,
+    tokens,
+    height,
+    width,
+    past,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    class_row,
+    NQ: tl.constexpr,
+    NK: tl.constexpr,
+    NV: tl.constexpr,
+    Q_BASIS: tl.constexpr,
+    K_BASIS: tl.constexpr,
+    V_BASIS: tl.constexpr,
+    DENSE_SCORES: tl.constexpr,
+    DENSE_VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    D_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RECEIVERS: tl.constexpr,
+    GIVERS: tl.constexpr,
+):
+    """Gradients of some givers' keys and values by one factor, and of their dense keys and values."""
+    n = tl.program_id(1)
+    group = tl.program_id(2).to(tl.int64)
+    j = tl.program_id(0) * GIVERS + tl.arange(0, GIVERS)
+    j_exists = j < tokens
+    keys = tl.zeros((GIVERS, E_WIDTH), WIDE)
+    values = tl.zeros((GIVERS, V_WIDTH), WIDE)
+    dense_keys = tl.zeros((GIVERS, D_WIDTH), WIDE)
+    dense_values = tl.zeros((GIVERS, D_WIDTH), WIDE)
+    first = 0
+    if CAUSAL:
+        first = tl.maximum(tl.program_id(0) * GIVERS - past, 0)
+    for start in range(first, receivers, RECEIVERS):
+        i = start + tl.arange(0, RECEIVERS)
+        i_exists = i < receivers
+        rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
+        reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+        probabilities, gradient = _weights(
+            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
+            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, normaliser,
+            product_sum, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens, past, NQ, NK, NV,
+            Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
+            PRECISION,
+        )  # fmt: skip
+        if n < NK:
+            own = gradient
+            if K_BASIS:
+                own = gradient * _coefficient(key_coefficients, rows, n, NK)
+            for m in tl.static_range(NQ):
+                other = _tokens(query, group * NQ + m, i, i_exists, receivers, E, E_WIDTH)
+                weighted = own
+                if Q_BASIS:
+                    weighted = own * _coefficient(query_coefficients, reverse, m, NQ)
+                keys = tl.dot(
+                    tl.trans(weighted.to(other.dtype)), other, keys, input_precision=PRECISION, out_dtype=WIDE
+                )
+        if n < NV:
+            other = _tokens(output_gradient, group, i, i_exists, receivers, V, V_WIDTH)
+            weighted = probabilities
+            if V_BASIS:
+                weighted = probabilities * _coefficient(value_coefficients, rows, n, NV)
+            values = tl.dot(
+                tl.trans(weighted.to(other.dtype)), other, values, input_precision=PRECISION, out_dtype=WIDE
+            )
+        if DENSE_SCORES:
+            other = _tokens(dense_query, group, i, i_exists, receivers, D, D_WIDTH)
+            dense_keys = tl.dot(
+                tl.trans(gradient.to(other.dtype)), other, dense_keys, input_precision=PRECISION, out_dtype=WIDE
+            )
+        if DENSE_VALUES:
+            other = _tokens(dense_output_gradient, group, i, i_exists, receivers, D, D_WIDTH)
+            dense_values = tl.dot(
+                tl.trans(probabilities.to(other.dtype)), other, dense_values, input_precision=PRECISION, out_dtype=WIDE
+            )
+    if n < NK:
+        _store_tokens(key_gradient, group * NK + n, j, j_exists, tokens, keys, E, E_WIDTH)
+    if n < NV:
+        _store_tokens(value_gradient, group * NV + n, j, j_exists, tokens, values, V, V_WIDTH)
+    if n == 0:
+        if DENSE_SCORES:
+            _store_tokens(dense_key_gradient, group, j, j_exists, tokens, dense_keys, D, D_WIDTH)
+        if DENSE_VALUES:
+            _store_tokens(dense_value_gradient, group, j, j_exists, tokens, dense_values, D, D_WIDTH)
+
+
+@triton.jit
+def _summed(pairs, diagonal, CLASS_PAIRS: tl.constexpr):
+    """Sums of a tile of pairs by offset: over its diagonals, or in one where a class token's pairs share an offset."""
+    if CLASS_PAIRS:
+        by_column = tl.sum(pairs, axis=0)
+        place = tl.arange(0, diagonal.shape[1])
+        return tl.where(place == 0, tl.sum(by_column, axis=0), 0.0)
+    return tl.sum(tl.gather(pairs, diagonal, axis=1), axis=0)
+
+
+@_jit
+def coefficient_gradient_kernel(
+    query_sums,
+    key_sums,
+    value_sums,
+    query,
+    key,
+    value,
+    query_coefficients,
+    key_coefficients,
+    value_coefficients,
+    dense_query,
+    dense_key,
+    dense_value,
+    mask,
+    mask_stride_b,
+    mask_stride_a,
+    mask_stride_i,
+    mask_stride_j,
+    output_gradient,
+    dense_output_gradient,
+    normaliser,
+    product_sum,
+    scale,
+    num_heads,
+    receivers,
+    tokens,
+    height,
+    width,
+    past,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    class_row,
+    NQ: tl.constexpr,
+    NK: tl.constexpr,
+    NV: tl.constexpr,
+    Q_BASIS: tl.constexpr,
+    K_BASIS: tl.constexpr,
+    V_BASIS: tl.constexpr,
+    DENSE_SCORES: tl.constexpr,
+    DENSE_VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    E: tl.constexpr,
+    E_WIDTH: tl.constexpr,
+    V: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    D_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CLASS_PAIRS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
+    """Sums over the pairs of some offsets, `[groups, offsets, n]`: of grid offsets, or of a class token's three.
+
+    A tile has `OFFSETS` receivers of one grid row and `2 · OFFSETS` givers of another, so that every receiver meets `OFFSETS`
+    neighbouring offsets. For a class token the program's number is the kind of pair.
+    """
+    SPAN: tl.constexpr = 2 * OFFSETS
+    place, span, factor = tl.arange(0, OFFSETS), tl.arange(0, SPAN), tl.arange(0, FACTORS)
+    group = tl.program_id(1).to(tl.int64)
+    diagonal = place[:, None] - place[None, :] + OFFSETS - 1
+    kind = tl.program_id(0)
+    dx, least, num_dy, first = 0, 0, width, 0
+    if not CAUSAL:
+        least, num_dy, first = 1 - width, 2 * width - 1, 1
+    blocks = tl.cdiv(num_dy, OFFSETS)
+    lowest = least
+    # A class token's pairs: receivers and givers are one token or all patches.
+    rows_of_grid, low, high, other_steps = 1, 0, 1, 1
+    if CLASS_PAIRS:
+        if kind == 2:
+            high = tokens - 1
+        if kind == 1:
+            other_steps = tl.cdiv(tokens - 1, SPAN)
+    else:
+        if not CAUSAL:
+            dx = kind // blocks - height + 1
+        lowest = least + kind % blocks * OFFSETS
+        rows_of_grid = height - tl.abs(dx)
+        low = tl.maximum(lowest, past)
+        high = tl.minimum(width, width + lowest + OFFSETS - 1)
+    query_total = tl.zeros((FACTORS, OFFSETS), WIDE)
+    key_total = tl.zeros((FACTORS, OFFSETS), WIDE)
+    value_total = tl.zeros((FACTORS, OFFSETS), WIDE)
+    for grid_row in range(0, rows_of_grid):
+        x = grid_row + tl.maximum(dx, 0)
+        for start in range(low, high, OFFSETS):
+            for step in range(0, other_steps):
+                if CLASS_PAIRS:
+                    i = start + place
+                    j = step * SPAN + span
+                    if kind == 2:
+                        i, i_exists = i + 1, i < tokens - 1
+                    else:
+                        i_exists = i < 1
+                    if kind == 1:
+                        j, j_exists = j + 1, j < tokens - 1
+                    else:
+                        j_exists = j < 1
+                else:
+                    y = start + place
+                    v = start - lowest - OFFSETS + 1 + span
+                    i, i_exists = first + x * width + y - past, y < width
+                    j, j_exists = first + (x - dx) * width + v, (v >= 0) & (v < width)
+                rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
+                reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+                rows = tl.maximum(rows, 0)
+                reverse = tl.maximum(reverse, 0)
+                probabilities, gradient = _weights(
+                    query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
+                    dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
+                    dense_output_gradient, normaliser, product_sum, scale, group, num_heads, i, i_exists, j, j_exists, rows,
+                    reverse, receivers, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
+                    CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+                )  # fmt: skip
+                if Q_BASIS:
+                    for m in tl.static_range(NQ):
+                        product = gradient * _products(
+                            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, receivers, tokens,
+                            NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
+                        )  # fmt: skip
+                        sums = _summed(product, diagonal, CLASS_PAIRS)
+                        query_total += tl.where((factor == m)[:, None], sums[None, :], 0.0)
+                if K_BASIS:
+                    for n in tl.static_range(NK):
+                        product = tl.zeros((OFFSETS, SPAN), WIDE)
+                        other = _tokens(key, group * NK + n, j, j_exists, tokens, E, E_WIDTH)
+                        for m in tl.static_range(NQ):
+                            one = _tokens(query, group * NQ + m, i, i_exists, receivers, E, E_WIDTH)
+                            part = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
+                            if Q_BASIS:
+                                part *= _coefficient(query_coefficients, reverse, m, NQ)
+                            product += part
+                        sums = _summed(gradient * product, diagonal, CLASS_PAIRS)
+                        key_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
+                if V_BASIS:
+                    one = _tokens(output_gradient, group, i, i_exists, receivers, V, V_WIDTH)
+                    for n in tl.static_range(NV):
+                        other = _tokens(value, group * NV + n, j, j_exists, tokens, V, V_WIDTH)
+                        product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
+                        sums = _summed(probabilities * product, diagonal, CLASS_PAIRS)
+                        value_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
+    if CLASS_PAIRS:
+        offset, count, exists = kind + place, 3, place == 0
+    else:
+        column = lowest - least + place
+        row_of_offsets = 0
+        if not CAUSAL:
+            row_of_offsets = dx + height - 1
+        offset, exists = row_of_offsets * num_dy + column, column < num_dy
+        count = num_dy
+        if not CAUSAL:
+            count = num_dy * (2 * height - 1)
+    sums_place = (group * count + offset)[None, :]
+    if Q_BASIS:
+        kept = exists[None, :] & (factor < NQ)[:, None]
+        tl.store(query_sums + sums_place * NQ + factor[:, None], query_total, mask=kept)
+    if K_BASIS:
+        kept = exists[None, :] & (factor < NK)[:, None]
+        tl.store(key_sums + sums_place * NK + factor[:, None], key_total, mask=kept)
+    if V_BASIS:
+        kept = exists[None, :] & (factor < NV)[:, None]
+        tl.store(value_sums + sums_place * NV + factor[:, None], value_total, mask=kept)
+
+
+__all__ = ["coefficient_gradient_kernel", "forward_kernel", "key_value_gradient_kernel", "query_gradient_kernel"]

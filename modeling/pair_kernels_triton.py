@@ -1,0 +1,518 @@
+"""The four Triton kernels over pairs; `translution_triton.py` launches them and says what each is for.
+
+Text is a grid of one row here: the distance is a column offset. `d = receiver - giver` is the offset of a pair, `dx` of grid rows
+and `dy` of columns. What the numbers of a geometry mean: `Geometry` in `translution_triton.py`.
+"""
+
+from __future__ import annotations
+
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("`attn_implementation='triton'` needs Triton: `pip install triton`.") from error
+
+
+# Lengths must not be compiled in: each new one would compile again.
+_LENGTHS = ["batch", "height", "width", "first", "past", "least", "most", "reach_x", "reach_y", "stride_x", "base_y", "query_sign"]  # fmt: skip
+_jit = triton.jit(do_not_specialize=_LENGTHS)
+
+
+@triton.jit
+def _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y):
+    """Bank row of an offset, clamped; of the reverse offset where `sign` is -1. In 64 bits: banks can be large."""
+    x = tl.minimum(tl.maximum(sign * dx, -reach_x), reach_x)
+    y = tl.minimum(tl.maximum(sign * dy, -reach_y), reach_y)
+    return ((x + reach_x) * stride_x + y + base_y).to(tl.int64)
+
+
+@triton.jit
+def _pairs_of_offset(rows, dx, dy, batch, height, width, first, past):
+    """Batch entry, receiver and giver of the pairs of an offset, numbered by grid row, column and batch, and which exist."""
+    first_x, first_y = tl.maximum(dx, 0), tl.maximum(dy, past)
+    columns = tl.maximum(width + tl.minimum(dy, 0) - first_y, 0)
+    count = (height - tl.abs(dx)) * columns * batch
+    columns = tl.maximum(columns, 1)
+    entry, pair = rows % batch, rows // batch
+    x, y = first_x + pair // columns, first_y + pair % columns
+    receiver = first + x * width + y - past
+    giver = first + (x - dx) * width + y - dy
+    return entry.to(tl.int64), receiver, giver, rows < count
+
+
+@triton.jit
+def _columns(block, num_heads, E: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr):
+    """Columns of a block of heads, each padded to `WIDTH`, and which exist."""
+    place = tl.arange(0, HEADS * WIDTH)
+    head, inside = block * HEADS + place // WIDTH, place % WIDTH
+    return head * E + inside, (inside < E) & (head < num_heads)
+
+
+@triton.jit
+def _load_heads(pointers, exists, block, num_heads, stride, HEADS: tl.constexpr):
+    """One number a row and head, `[rows, HEADS]`."""
+    head = block * HEADS + tl.arange(0, HEADS)
+    return tl.load(
+        pointers[:, None] + head[None, :] * stride, mask=exists[:, None] & (head < num_heads)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _times_heads(tile, weight, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """`[rows, HEADS·WIDTH]` times `[rows, HEADS]`."""
+    rows: tl.constexpr = tile.shape[0]
+    if HEADS == 1:
+        return tile * weight
+    return tl.reshape(tl.reshape(tile, (rows, HEADS, WIDTH)) * weight[:, :, None], (rows, HEADS * WIDTH))
+
+
+@triton.jit
+def _side_tile(
+    tokens,
+    exists,
+    matrix,
+    columns,
+    column_exists,
+    out_size,
+    C: tl.constexpr,
+    BANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What one side brings to its pairs, `[rows, columns]` in the wide type: its projection, or itself without a bank."""
+    if BANK:
+        tile = tl.zeros((tokens.shape[0], columns.shape[0]), WIDE)
+        for start in range(0, C, BLOCK_C):
+            inner = start + tl.arange(0, BLOCK_C)
+            x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
+            w = tl.load(
+                matrix + inner[:, None] * out_size + columns[None, :],
+                mask=(inner < C)[:, None] & column_exists[None, :],
+                other=0.0,
+            )
+            tile = tl.dot(x, w, tile, input_precision=PRECISION, out_dtype=WIDE)
+    else:
+        mask = exists[:, None] & column_exists[None, :]
+        tile = tl.load(tokens[:, None] + columns[None, :], mask=mask, other=0.0).to(WIDE)
+    return tile
+
+
+@_jit
+def scores_kernel(
+    scores,
+    query,
+    key,
+    query_bank,
+    key_bank,
+    tiles,
+    score_strides_b,
+    score_strides_a,
+    score_strides_i,
+    query_strides_b,
+    query_strides_l,
+    key_strides_b,
+    key_strides_l,
+    num_heads,
+    batch,
+    height,
+    width,
+    first,
+    past,
+    least,
+    most,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    query_sign,
+    QUERY_C: tl.constexpr,
+    KEY_C: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUERY_BANK: tl.constexpr,
+    KEY_BANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tile, block = tl.program_id(0), tl.program_id(1)
+    dx, dy, start = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    rows = start + tl.arange(0, ROWS)
+    entry, receiver, giver, exists = _pairs_of_offset(rows, dx, dy, batch, height, width, first, past)
+    columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
+    out_size = num_heads * E
+
+    row = _bank_row(dx, dy, 1, reach_x, reach_y, stride_x, base_y)
+    product = _side_tile(
+        key + entry * key_strides_b + giver * key_strides_l,
+        exists,
+        key_bank + row * KEY_C * out_size,
+        columns,
+        column_exists,
+        out_size,
+        KEY_C,
+        KEY_BANK,
+        WIDE,
+        BLOCK_C,
+        PRECISION,
+    )
+    row = _bank_row(dx, dy, query_sign, reach_x, reach_y, stride_x, base_y)
+    product *= _side_tile(
+        query + entry * query_strides_b + receiver * query_strides_l,
+        exists,
+        query_bank + row * QUERY_C * out_size,
+        columns,
+        column_exists,
+        out_size,
+        QUERY_C,
+        QUERY_BANK,
+        WIDE,
+        BLOCK_C,
+        PRECISION,
+    )
+    by_head = tl.sum(tl.reshape(product, (ROWS, HEADS, WIDTH)), axis=2)
+    head = block * HEADS + tl.arange(0, HEADS)
+    place = entry * score_strides_b + receiver.to(tl.int64) * score_strides_i + giver
+    tl.store(
+        scores + place[:, None] + head[None, :] * score_strides_a,
+        by_head,
+        mask=exists[:, None] & (head < num_heads)[None, :],
+    )
+
+
+@triton.jit
+def _own_tokens(tile, batch, width, BATCH: tl.constexpr, ROWS: tl.constexpr):
+    """Grid row, first column, columns and batch entries of a program that owns tokens: `BATCH` entries of a few columns."""
+    COLUMNS: tl.constexpr = ROWS // BATCH
+    batches, blocks = tl.cdiv(batch, BATCH), tl.cdiv(width, COLUMNS)
+    place = tl.arange(0, ROWS)
+    entry = tile % batches * BATCH + place % BATCH
+    tile = tile // batches
+    first_y = tile % blocks * COLUMNS
+    return tile // blocks, first_y, first_y + place // BATCH, entry
+
+
+@triton.jit
+def _column_offsets(
+    first_y, width, past, least, most, RECEIVES: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr
+):
+    """The first column offset that any of a program's own tokens has, and how many follow."""
+    last_y = tl.minimum(first_y + ROWS // BATCH, width) - 1
+    if RECEIVES:
+        low, high = tl.maximum(least, first_y - width + 1), tl.minimum(most, last_y)
+    else:
+        low, high = tl.maximum(least, past - last_y), tl.minimum(most, width - 1 - first_y)
+    return low, tl.maximum(high - low + 1, 0)
+
+
+@triton.jit
+def _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES: tl.constexpr):
+    """Of own tokens at `(x, y)`: receivers, givers, index of the other one, and which pairs exist."""
+    if RECEIVES:
+        other_x, other_y = x - dx, y - dy
+        exists = own_exists & (other_y >= 0) & (other_y < width)
+        giver = first + other_x * width + other_y
+        receiver = first + x * width + y - past
+        other = giver
+    else:
+        other_x, other_y = x + dx, y + dy
+        exists = own_exists & (other_y >= past) & (other_y < width)
+        giver = first + x * width + y
+        receiver = first + other_x * width + other_y - past
+        other = receiver
+    return receiver, giver, other, exists
+
+
+@_jit
+def sum_kernel(
+    output,
+    weights,
+    tokens,
+    bank,
+    weight_strides_b,
+    weight_strides_a,
+    weight_strides_i,
+    weight_strides_j,
+    token_strides_b,
+    token_strides_l,
+    output_strides_b,
+    output_strides_l,
+    num_heads,
+    sign,
+    batch,
+    height,
+    width,
+    first,
+    past,
+    least,
+    most,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    query_sign,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RECEIVES: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """`Σ w_ij · projection of the other token`, for own tokens that have no bank themselves."""
+    block = tl.program_id(1)
+    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, BATCH, ROWS)
+    own_exists = (entry < batch) & (y < width)
+    if RECEIVES:
+        own_exists = own_exists & (y >= past)
+    entry = entry.to(tl.int64)
+    columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
+    out_size = num_heads * E
+    low, count = _column_offsets(first_y, width, past, least, most, RECEIVES, BATCH, ROWS)
+    low_x = x - height + 1 if RECEIVES else -x
+
+    # One loop over offsets and slices of C, so that loads of the next offset overlap with the products of this one.
+    SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
+    product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
+    for step in range(height * count * SLICES):
+        offset, part = step // SLICES, step % SLICES
+        dx, dy = low_x + offset // count, low + offset % count
+        receiver, giver, other, exists = _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES)
+        row = _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y)
+        inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
+        other_tokens = tl.load(
+            tokens + (entry * token_strides_b + other * token_strides_l)[:, None] + inner[None, :],
+            mask=exists[:, None] & (inner < C)[None, :],
+            other=0.0,
+        )
+        matrix = tl.load(
+            bank + row * C * out_size + inner[:, None] * out_size + columns[None, :],
+            mask=(inner < C)[:, None] & column_exists[None, :],
+            other=0.0,
+        )
+        product = tl.dot(other_tokens, matrix, product, input_precision=PRECISION, out_dtype=WIDE)
+        if part == SLICES - 1:
+            place = entry * weight_strides_b + receiver.to(tl.int64) * weight_strides_i + giver * weight_strides_j
+            weight = _load_heads(weights + place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+            total += _times_heads(product, weight, HEADS, WIDTH)
+            product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
+    own = first + x * width + y
+    if RECEIVES:
+        own = own - past
+    tl.store(
+        output + (entry * output_strides_b + own * output_strides_l)[:, None] + columns[None, :],
+        total,
+        mask=own_exists[:, None] & column_exists[None, :],
+    )
+
+
+@_jit
+def token_gradient_kernel(
+    output,
+    weights,
+    bank,
+    others,
+    other_bank,
+    weight_strides_b,
+    weight_strides_a,
+    weight_strides_i,
+    weight_strides_j,
+    other_strides_b,
+    other_strides_l,
+    output_strides_b,
+    output_strides_l,
+    num_heads,
+    sign,
+    other_sign,
+    batch,
+    height,
+    width,
+    first,
+    past,
+    least,
+    most,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    query_sign,
+    C: tl.constexpr,
+    OTHER_C: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OTHER_BANK: tl.constexpr,
+    RECEIVES: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    OTHER_BLOCK_C: tl.constexpr,
+):
+    """`Σ (w_ij · projection of the other token) W[o]ᵀ`, for own tokens and their bank."""
+    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, BATCH, ROWS)
+    own_exists = (entry < batch) & (y < width)
+    if RECEIVES:
+        own_exists = own_exists & (y >= past)
+    entry = entry.to(tl.int64)
+    out_size = num_heads * E
+    inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    low, count = _column_offsets(first_y, width, past, least, most, RECEIVES, BATCH, ROWS)
+    low_x = x - height + 1 if RECEIVES else -x
+
+    blocks = tl.cdiv(num_heads, HEADS)
+    total = tl.zeros((ROWS, BLOCK_C), WIDE)
+    for step in range(height * count * blocks):
+        offset, block = step // blocks, step % blocks
+        dx, dy = low_x + offset // count, low + offset % count
+        receiver, giver, other, exists = _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES)
+        columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
+        row = _bank_row(dx, dy, other_sign, reach_x, reach_y, stride_x, base_y)
+        tile = _side_tile(
+            others + entry * other_strides_b + other * other_strides_l,
+            exists,
+            other_bank + row * OTHER_C * out_size,
+            columns,
+            column_exists,
+            out_size,
+            OTHER_C,
+            OTHER_BANK,
+            WIDE,
+            OTHER_BLOCK_C,
+            PRECISION,
+        )
+        place = entry * weight_strides_b + receiver.to(tl.int64) * weight_strides_i + giver * weight_strides_j
+        weight = _load_heads(weights + place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+        row = _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y)
+        matrix = tl.load(
+            bank + row * C * out_size + inner[None, :] * out_size + columns[:, None],
+            mask=(inner < C)[None, :] & column_exists[:, None],
+            other=0.0,
+        )
+        scaled = _times_heads(tile, weight, HEADS, WIDTH).to(bank.dtype.element_ty)
+        total = tl.dot(scaled, matrix, total, input_precision=PRECISION, out_dtype=WIDE)
+    own = first + x * width + y
+    if RECEIVES:
+        own = own - past
+    tl.store(
+        output + (entry * output_strides_b + own * output_strides_l)[:, None] + inner[None, :],
+        total,
+        mask=own_exists[:, None] & (inner < C)[None, :],
+    )
+
+
+@_jit
+def bank_gradient_kernel(
+    output,
+    weights,
+    tokens,
+    others,
+    other_bank,
+    weight_strides_b,
+    weight_strides_a,
+    weight_strides_i,
+    weight_strides_j,
+    token_strides_b,
+    token_strides_l,
+    other_strides_b,
+    other_strides_l,
+    num_heads,
+    sign,
+    other_sign,
+    batch,
+    height,
+    width,
+    first,
+    past,
+    least,
+    most,
+    reach_x,
+    reach_y,
+    stride_x,
+    base_y,
+    query_sign,
+    C: tl.constexpr,
+    OTHER_C: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OTHER_BANK: tl.constexpr,
+    RECEIVES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    OTHER_BLOCK_C: tl.constexpr,
+):
+    """`Σ xᵀ (w_ij · projection of the other token)` over the pairs of one bank row."""
+    row, block = tl.program_id(0), tl.program_id(2)
+    inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
+    out_size = num_heads * E
+    if CAUSAL:
+        low_x, high_x = 0, 0
+        low_y = row
+        high_y = most if row == reach_y else row
+    else:
+        # In the bank of queries a row holds the reverse offset.
+        x, y = row // stride_x - reach_x, row % stride_x - reach_y
+        x, y = sign * x, sign * y
+        low_x = 1 - height if x == -reach_x else x
+        high_x = height - 1 if x == reach_x else x
+        low_y = least if y == -reach_y else y
+        high_y = most if y == reach_y else y
+    low_x, high_x = tl.maximum(low_x, 1 - height), tl.minimum(high_x, height - 1)
+    low_y, high_y = tl.maximum(low_y, least), tl.minimum(high_y, most)
+
+    total = tl.zeros((BLOCK_C, HEADS * WIDTH), WIDE)
+    for dx in range(low_x, high_x + 1):
+        for dy in range(low_y, high_y + 1):
+            first_y = tl.maximum(dy, past)
+            count = (height - tl.abs(dx)) * tl.maximum(width + tl.minimum(dy, 0) - first_y, 0) * batch
+            other_row = _bank_row(dx, dy, other_sign, reach_x, reach_y, stride_x, base_y)
+            for start in range(0, count, ROWS):
+                rows = start + tl.arange(0, ROWS)
+                entry, receiver, giver, exists = _pairs_of_offset(rows, dx, dy, batch, height, width, first, past)
+                own, other = giver, receiver
+                if RECEIVES:
+                    own, other = receiver, giver
+                tile = _side_tile(
+                    others + entry * other_strides_b + other * other_strides_l,
+                    exists,
+                    other_bank + other_row * OTHER_C * out_size,
+                    columns,
+                    column_exists,
+                    out_size,
+                    OTHER_C,
+                    OTHER_BANK,
+                    WIDE,
+                    OTHER_BLOCK_C,
+                    PRECISION,
+                )
+                place = entry * weight_strides_b + receiver.to(tl.int64) * weight_strides_i + giver * weight_strides_j
+                weight = _load_heads(weights + place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+                own_tokens = tl.load(
+                    tokens + (entry * token_strides_b + own * token_strides_l)[None, :] + inner[:, None],
+                    mask=exists[None, :] & (inner < C)[:, None],
+                    other=0.0,
+                )
+                scaled = _times_heads(tile, weight, HEADS, WIDTH).to(tokens.dtype.element_ty)
+                total = tl.dot(own_tokens, scaled, total, input_precision=PRECISION, out_dtype=WIDE)
+    tl.store(
+        output + row.to(tl.int64) * C * out_size + inner[:, None] * out_size + columns[None, :],
+        total,
+        mask=(inner < C)[:, None] & column_exists[None, :],
+    )
+
+
+__all__ = ["bank_gradient_kernel", "scores_kernel", "sum_kernel", "token_gradient_kernel"]
