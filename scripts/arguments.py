@@ -201,12 +201,21 @@ def without_tokens(arguments: Iterable[str]) -> list[str]:
 
 def hyperparameters(training: TrainingArguments, *others: Any) -> dict[str, Any]:
     """Everything that was set to something else than its default, without tokens and places of this machine."""
-    places = {"output_dir", "cache_dir", "logging_dir", "run_name", "hub_model_id", *TOKEN_OPTIONS}
+    places = {
+        "output_dir",
+        "cache_dir",
+        "logging_dir",
+        "run_name",
+        "hub_model_id",
+        "accelerator_config",
+        *TOKEN_OPTIONS,
+    }
     values = {}
     for part in (*others, training):
         for item in dataclasses.fields(part):
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
             value = getattr(part, item.name, None)
-            if item.init and item.name not in places and value != default:
-                values[item.name] = value if isinstance(value, int | float | str | None) else str(value)
+            # Some defaults are filled in later: None becomes False, or an empty list.
+            if item.init and item.name not in places and value != default and (value or default):
+                values[item.name] = value if isinstance(value, int | float | str | list | dict) else str(value)
     return values

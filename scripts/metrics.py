@@ -55,7 +55,7 @@ class Perplexity(evaluate.Metric):
         tokens = sum(references)
         mean = math.fsum(predictions) / tokens if tokens else math.nan
         # Beyond this a float is infinite, and `math.exp` raises.
-        return {"perplexity": math.exp(mean) if mean < 709 else math.inf}
+        return {"perplexity": math.inf if mean > 709 else math.exp(mean)}
 
 
 def _info(description: str, predictions: Any, references: Any) -> evaluate.MetricInfo:

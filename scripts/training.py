@@ -163,7 +163,7 @@ class Run:
         from model_card import write_model_card
 
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+        timing = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         machine, data = hardware(), self.data
         base = self.model.model_name_or_path
         report = {
