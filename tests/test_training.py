@@ -1,0 +1,320 @@
+"""The training scripts: recipes and options, pictures and text of many kinds, errors, and what a run leaves behind."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import pipeline
+
+import translution  # noqa: F401 (registers the Auto classes)
+
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("evaluate")
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
+MODEL = "hidden_size=8,num_hidden_layers=1,num_attention_heads=2,head_dim=4,intermediate_size=16"
+COMMON = f"""--config_overrides {MODEL} --max_steps 2 --per_device_train_batch_size 4 --save_strategy no
+    --disable_tqdm true --use_cpu true""".split()
+SMALL_IMAGES = [*COMMON, "--image_size", "8", "--patch_size", "4"]
+SMALL_TEXT = [*COMMON, "--vocab_size", "300", "--block_size", "16", "--tokenization_shards", "2"]
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Imports a script by name; nothing it prepares stays behind."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield importlib.import_module
+
+
+@pytest.fixture
+def images(scripts, tmp_path):
+    def run(*arguments, name="run"):
+        scripts("run_image_classification").main([*SMALL_IMAGES, "--output_dir", str(tmp_path / name), *arguments])
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def text(scripts, tmp_path):
+    def run(*arguments, name="run"):
+        scripts("run_clm").main([*SMALL_TEXT, "--output_dir", str(tmp_path / name), *arguments])
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of PNGs of many modes and sizes. One class is called like a split."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("cat", "train", "zebra [x]")):
+        folder = tmp_path / "pictures" / name
+        folder.mkdir(parents=True)
+        for index, mode in enumerate(("RGB", "L", "RGBA", "P", "1", "LA", "RGB", "L", "RGB", "RGB")):
+            pixels = random.integers(0, 80, (5 + index, 12, 3), dtype=np.uint8) + 80 * label
+            Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(folder / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"{index}.txt").write_text(" ".join(f"{index * step % 17} and" for step in range(40)))
+    return folder
+
+
+def read(folder, name="run.json"):
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_understood(scripts, recipe, tmp_path):
+    arguments = scripts("arguments")
+    training = scripts("training").ScriptTrainingArguments
+    text = recipe.stem in ("stdlib", "openwebtext")
+    if text:
+        own = (scripts("load_data").TextDataArguments, scripts("text_blocks").BlockArguments)
+    else:
+        image = scripts("run_image_classification").ImageArguments
+        own = (scripts("load_data").ImageDataArguments, image, scripts("augmentation").AugmentationArguments)
+    classes = (arguments.ModelArguments, arguments.RunArguments, training, *own)
+    options = ["--output_dir", str(tmp_path), "--config_overrides", "relative_rank=4", "--weight_decay", "0.25"]
+    model, _, parsed, data, *others = arguments.parse_arguments(classes, [str(recipe), *options], "")
+    assert parsed.weight_decay == 0.25
+    assert isinstance(parsed.learning_rate, float)
+    assert parsed.learning_rate < 0.01
+    assert data.dataset_name
+    asked = {} if text else {"image_size": others[0].image_size, "patch_size": others[0].patch_size}
+    config = arguments.new_config(model, {"modality": "text" if text else "image"}, asked)
+    assert config.relative_rank == 4
+    if recipe.stem == "imagenet":
+        assert (config.hidden_size, config.image_size, config.patch_size) == (192, 224, 56)
+        assert (parsed.learning_rate, parsed.num_train_epochs, parsed.lr_scheduler_type) == (3e-4, 300, "cosine")
+
+
+def test_overrides_are_typed(scripts):
+    read_overrides = scripts("arguments").read_overrides
+    found = read_overrides(
+        "hidden_size=48, relative_rank=null,layer_norm_eps=1e-6,mixer_types=attention,use_cache=false"
+    )
+    assert found == {
+        "hidden_size": 48,
+        "relative_rank": None,
+        "layer_norm_eps": 1e-6,
+        "mixer_types": "attention",
+        "use_cache": False,
+    }
+    assert read_overrides('{"image_size": [8, 16]}') == {"image_size": [8, 16]}
+
+
+def test_a_folder_of_pictures_becomes_a_classifier(images, pictures):
+    folder = images("--train_dir", str(pictures), "--crop_scale", "0.5", "--label_smoothing_factor", "0.1")
+    assert read(folder, "config.json")["id2label"] == {"0": "cat", "1": "train", "2": "zebra [x]"}
+    found = pipeline("image-classification", model=str(folder), device="cpu")(str(pictures / "cat" / "3.png"))
+    assert {item["label"] for item in found} == {"cat", "train", "zebra [x]"}
+    run = read(folder)
+    assert run["task"] == "image-classification"
+    assert set(run["metrics"]) == {"loss", "accuracy"}
+    assert run["hyperparameters"]["max_steps"] == 2
+    assert run["seconds"] > 0
+    assert (folder / "README.md").is_file()
+    assert not list(folder.rglob("*.bin"))
+
+
+def test_held_out_pictures_are_always_the_same(scripts, pictures):
+    load = scripts("load_data")
+    args = load.ImageDataArguments(train_dir=str(pictures), validation_share=0.2)
+    (train, first), (_, second) = load.load_images(args, True), load.load_images(args, True)
+    assert (len(train), len(first)) == (24, 6)
+    # As many of each class.
+    assert sorted(first["label"]) == [0, 0, 1, 1, 2, 2]
+    assert [image.tobytes() for image in first["image"]] == [image.tobytes() for image in second["image"]]
+
+
+def test_streamed_pictures_and_a_folder_to_evaluate(images, pictures):
+    arguments = ["--train_dir", str(pictures), "--validation_dir", str(pictures), "--streaming", "true"]
+    # More steps than one epoch has.
+    folder = images(*arguments, "--max_steps", "9", "--shuffle_buffer", "10", "--mixup_alpha", "1.0")
+    assert read(folder, "trainer_state.json")["global_step"] == 9
+    assert read(folder)["metrics"]["accuracy"] >= 0
+
+
+def test_a_checkpoint_gets_a_new_head(images, pictures):
+    first = images("--train_dir", str(pictures))
+    scratch = SMALL_IMAGES.index("--config_overrides")
+    options = ["--dataset_name", "digits", "--max_train_samples", "8", "--max_eval_samples", "4"]
+    main = importlib.import_module("run_image_classification").main
+    common = [*SMALL_IMAGES[:scratch], *SMALL_IMAGES[scratch + 2 :], "--model_name_or_path", str(first), *options]
+    second = first.parent / "second"
+    main([*common, "--output_dir", str(second), "--ignore_mismatched_sizes", "true", "--learning_rate", "0"])
+    before, after = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert after["classifier.weight"].shape == (10, 8)
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("classifier"))
+
+
+def test_a_folder_of_text_becomes_a_generator(text, texts):
+    (texts / "empty.txt").write_text("")
+    folder = text("--train_dir", str(texts))
+    generator = pipeline("text-generation", model=str(folder), device="cpu")
+    assert len(generator("3 and", max_new_tokens=4)[0]["generated_text"]) > 4
+    assert read(folder)["metrics"]["perplexity"] > 1
+    assert read(folder, "config.json")["max_position_embeddings"] == 16
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "txt"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_text(scripts, text, tmp_path, kind, streaming):
+    rows = datasets.Dataset.from_dict({"content": [f"{number} and {number * 7}" for number in range(60)]})
+    path = str(tmp_path / f"data.{kind}")
+    if kind == "txt":
+        Path(path).write_text("\n".join(rows["content"]))
+    else:
+        getattr(rows, f"to_{kind}")(path)
+    column = "text" if kind == "txt" else "content"
+    options = ["--streaming", "true", "--validation_file", path] if streaming else []
+    folder = text("--train_file", path, "--text_column", column, "--sample_by", "line", *options)
+    assert read(folder)["metrics"]["perplexity"] > 1
+
+
+def test_one_document_is_split_by_blocks(text, tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("abc " * 400)
+    folder = text("--train_file", str(path), "--validation_share", "0.25")
+    assert read(folder)["metrics"]["perplexity"] > 1
+
+
+def test_no_token_of_a_text_is_lost(scripts):
+    blocks = scripts("text_blocks")
+    tokenizer = scripts("data").train_tokenizer(["some text"], 257, 16)
+    packed = blocks.Packer(tokenizer, 8)({"text": ["some text", "", None, "more"]})["input_ids"]
+    assert [len(block) for block in packed[:-1]] == [8] * (len(packed) - 1)
+    ids = [token for block in packed for token in block]
+    assert tokenizer.decode(ids) == "some text<|endoftext|>more<|endoftext|>"
+    batch = blocks.BlockBatch(tokenizer, 8)([{"input_ids": block} for block in packed])
+    assert batch["labels"][batch["labels"] >= 0].tolist() == ids
+    assert batch["input_ids"].shape == (len(packed), 8)
+
+
+def test_a_finished_run_stays_as_it_is_and_damaged_checkpoints_are_left_out(scripts, images, pictures):
+    arguments = ["--train_dir", str(pictures), "--save_strategy", "steps", "--save_steps", "1"]
+    folder = images(*arguments)
+    weights = (folder / "model.safetensors").read_bytes()
+    checkpoints = scripts("checkpoints")
+    assert checkpoints.newest_checkpoint(folder).name == "checkpoint-2"
+    for name, reason in (
+        ("model.safetensors", "damaged"),
+        ("optimizer.pt", "damaged"),
+        ("trainer_state.json", "damaged"),
+    ):
+        whole = (folder / "checkpoint-2" / name).read_bytes()
+        (folder / "checkpoint-2" / name).write_bytes(whole[: len(whole) // 2])
+        assert reason in checkpoints.why_incomplete(folder / "checkpoint-2")
+        assert checkpoints.newest_checkpoint(folder).name == "checkpoint-1"
+        (folder / "checkpoint-2" / name).write_bytes(whole)
+    (folder / "checkpoint-2" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` .* cannot be continued: there is no model"):
+        images(*arguments, "--resume_from_checkpoint", str(folder / "checkpoint-2"))
+    images(*arguments)
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_a_folder_of_something_else_is_refused(images, pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no checkpoint: give another folder, or `--overwrite_output_dir`"):
+        images("--train_dir", str(pictures))
+    images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_tokens_are_written_nowhere(images, pictures, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", "")
+    folder = images("--train_dir", str(pictures), "--token", "hf_secret", "--hub_token=hf_secret")
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert "hf_secret" not in "".join(capfd.readouterr())
+    assert "--token" not in read(folder)["command"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Exactly one of `dataset_name`, `train_dir` must be given, got none"),
+        (["--train_dir", "nowhere"], "`train_dir` must be a folder, got nowhere"),
+        (["--train_dir", "EMPTY"], "`train_dir` must hold pictures, .*there is none in"),
+        (["--train_dir", "ONE"], "`label` must have at least 2 classes, got \\['only'\\]"),
+        (["--dataset_name", "digits", "--train_split", "all"], "`train_split` must be one of train, test, got 'all'"),
+        (["--dataset_name", "digits", "--validation_split", "x"], "`validation_split` must be one of .*got 'x'"),
+        (["--dataset_name", "digits", "--label_column", "x"], "`label_column` must be one of .*image, label, got x"),
+        (["--dataset_name", "digits", "--config_overrides", "size=3"], "`config_overrides` must name .*got 'size'"),
+        (["--dataset_name", "digits", "--model_size", "huge"], "`size` must be one of .*got 'huge'"),
+        (["--dataset_name", "digits", "--patch_size", "3"], "`image_size` must be a multiple of `patch_size` 3"),
+        (["--dataset_name", "digits", "--validation_share", "1"], "`validation_share` must be .*got 1"),
+        (["--dataset_name", "digits", "--streaming", "true", "--max_steps", "-1"], "`max_steps` must be at least 1"),
+        (["--dataset_name", "digits", "--early_stopping_patience", "2"], "`metric_for_best_model` must be given"),
+        (
+            ["--dataset_name", "digits", "--resume_from_checkpoint", "nowhere"],
+            "`resume_from_checkpoint` must be a folder",
+        ),
+    ],
+)
+def test_errors_of_pictures(images, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "only").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "one" / "only" / "a.png")
+    places = {"EMPTY": str(tmp_path / "empty"), "ONE": str(tmp_path / "one")}
+    with pytest.raises((ValueError, FileNotFoundError, StrictDataclassError), match=message):
+        images(*(places.get(argument, argument) for argument in arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train_file", "nowhere.txt"], "`train_file` must name files, there is no nowhere.txt"),
+        (["--train_file", "EMPTY"], "must hold text, got empty documents only"),
+        (["--dataset_name", "stdlib", "--text_column", "x"], "`text_column` must be one of the columns text, got x"),
+        (
+            [
+                "--dataset_name",
+                "stdlib",
+                "--config_overrides",
+                "max_position_embeddings=8",
+                "--max_train_samples",
+                "1",
+            ],
+            "`block_size` must be at most `max_position_embeddings` 8, got 16",
+        ),
+        (["--dataset_name", "stdlib", "--label_smoothing_factor", "0.1"], "`label_smoothing_factor` must be 0"),
+        (["--dataset_name", "stdlib", "--sample_by", "word"], "`sample_by` must be one of .*got 'word'"),
+    ],
+)
+def test_errors_of_text(text, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        text(*(str(tmp_path / "empty.txt") if argument == "EMPTY" else argument for argument in arguments))
+
+
+def test_errors_of_recipes(scripts, tmp_path):
+    arguments = scripts("arguments")
+    recipe = tmp_path / "recipe.yaml"
+    with pytest.raises(FileNotFoundError, match="There is no recipe"):
+        arguments.parse_arguments((arguments.RunArguments,), [str(recipe)], "")
+    recipe.write_text("lerning_rate: 3")
+    with pytest.raises(ValueError, match="lerning_rate is not among them"):
+        arguments.parse_arguments((arguments.RunArguments,), [str(recipe)], "")
+    recipe.write_text("- 3")
+    with pytest.raises(ValueError, match=r"must be a mapping .* got list"):
+        arguments.parse_arguments((arguments.RunArguments,), [str(recipe)], "")
