@@ -290,6 +290,27 @@ def test_models_train_and_generate_with_the_kernels(fields):
     assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).equal(wanted)
 
 
+def test_autocast_and_checkpointing_with_the_kernels():
+    gradients = []
+    pixels, labels = torch.randn(2, 1, 8, 8, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    model = image_model(num_hidden_layers=1).train()
+    model.set_attn_implementation(TRITON)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            model(pixel_values=pixels, labels=labels).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(gradient.dtype == torch.float32 for gradient in gradients[0].values())
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    model.set_attn_implementation(GROUPED)
+    model.zero_grad()
+    model(pixel_values=pixels, labels=labels).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert relative_error(gradients[0][name], parameter.grad) < 0.05, name
+
+
 def test_one_graph_with_the_kernels():
     model = image_model(num_hidden_layers=1)
     model.set_attn_implementation(TRITON)
