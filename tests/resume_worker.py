@@ -152,7 +152,7 @@ def main(kind, folder):
         report["killed"].append(run(script, arguments, patch))
         report["checkpoints"].append(sorted(path.name for path in Path(folder, "killed").glob("checkpoint-*")))
         blocks = Path(folder, "cache-2").rglob("*-of-*.arrow")
-        report["blocks"].append({path.name: path.stat().st_mtime_ns for path in blocks})
+        report["blocks"].append({str(path): path.stat().st_mtime_ns for path in blocks})
     report["finished"] = run(script, arguments)
     print(json.dumps(report), file=out)
 
