@@ -595,6 +595,10 @@ def run_study(args: argparse.Namespace, settings: Settings):
 
 # The report
 
+RESULTS = Path(__file__).parent / "results" / "study.csv"
+README = Path(__file__).parent.parent / "README.md"
+README_MARKS = ("<!-- scripts/study.py writes from here -->", "<!-- to here -->")
+
 STYLES = {
     "attention, no position": {"fmt": "v", "color": "silver"},
     "attention, absolute": {"fmt": "s:", "color": "silver"},
@@ -653,9 +657,9 @@ class Group:
         return Spread(tuple(float(row[column]) for row in self.rows))
 
     def seconds(self) -> float:
-        """Of one training."""
+        """Of one training, on one processor; unlike the time on the clock they do not depend on what ran beside it."""
         trainings = 2 if self.rows[0]["task"] == "images" else 1
-        return statistics.median(float(row["train_seconds"]) / trainings for row in self.rows)
+        return statistics.median(float(row["cpu_seconds"]) / trainings for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -716,7 +720,7 @@ def results_table(comparison: Comparison) -> str:
         figures = [group.rows[0]["learning_rate"], *(str(group.spread(column)) for column in columns)]
         flops = int(group.rows[0]["forward_flops"]) / 1e6
         lines.append([group.name, f"{group.parameters:,}", f"{flops:.1f}", f"{group.seconds():.1f}", *figures])
-    return table(["mixer", "parameters", unit, "seconds to train", "learning rate", *columns], lines)
+    return table(["mixer", "parameters", unit, "processor seconds to train", "learning rate", *columns], lines)
 
 
 def rivals(comparison: Comparison, name: str, kind: str = "rotary", tolerance: float = 0.03) -> list[str]:
@@ -747,6 +751,40 @@ def rivals_table(comparison: Comparison) -> str:
                 lines.append([name, size, str(one), kind, rival_size, str(other), gain, overlap])
     columns = ["Translution", "parameters", comparison.column, "attention", "parameters", comparison.column, "gain"]
     return table([*columns, "spreads (least to greatest)"], lines) if lines else ""
+
+
+def summary_table(comparison: Comparison) -> str:
+    """The README's: every mixer at the same width, and rotary attention of as many parameters beside the Translutions."""
+    lines = []
+    for group in comparison.groups.values():
+        if group.variant.widened_to is None:
+            line = [group.name, f"{group.parameters:,}", f"{group.seconds():.0f}", str(comparison.spread(group.name))]
+            rival = rivals(comparison, group.name)[:1] if group.name in translutions(comparison) else []
+            for name in rival:
+                one, other = comparison.spread(group.name), comparison.spread(name)
+                unit = " points" if comparison.sign > 0 else " %"
+                overlap = "overlap" if one.overlaps(other) else "apart"
+                line += [str(other), f"{comparison.gain(group.name, name):+.1f}{unit}, {overlap}"]
+            lines.append(line + [""] * (6 - len(line)))
+    columns = [
+        "mixer",
+        "parameters",
+        "seconds",
+        comparison.column,
+        "rotary attention, as many parameters",
+        "gain, spreads",
+    ]
+    return table(columns, lines)
+
+
+def put_into(page: Path, found: list[Comparison]) -> None:
+    """Writes the tables between the page's two marks."""
+    before, rest = page.read_text(encoding="utf-8").split(README_MARKS[0])
+    _, after = rest.split(README_MARKS[1])
+    parts = [README_MARKS[0]]
+    for comparison in found:
+        parts += [f"{comparison.title}, {number_of_seeds(comparison)}:", summary_table(comparison)]
+    page.write_text(before + "\n\n".join([*parts, README_MARKS[1]]) + after, encoding="utf-8")
 
 
 def ordering(comparison: Comparison, names: list[str]) -> str:
@@ -909,7 +947,7 @@ def draw(found: list[Comparison], path: Path):
 
 
 def write_report(runs: list[Run], path: Path) -> str:
-    """Writes picture and tables beside the CSV; returns the tables.
+    """Writes picture and tables beside the CSV, and the README's tables from the CSV of the project; returns the tables.
 
     Raises:
         ValueError: if it has no row of the runs.
@@ -919,6 +957,8 @@ def write_report(runs: list[Run], path: Path) -> str:
         raise ValueError(f"{path} has no rows of these settings yet.")
     text = report_text(found)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
+    if path == RESULTS:
+        put_into(README, found)
     draw(found, path.with_suffix(".png"))
     return text
 
@@ -927,7 +967,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "study.csv", help="the CSV")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the CSV")
     parser.add_argument("--report", action="store_true", help="train nothing; write picture and tables beside the CSV")
     parser.add_argument("--only", choices=TASKS, help="one of the tasks")
     parser.add_argument("--seeds", type=int, default=5, help="of images")
