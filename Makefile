@@ -12,7 +12,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[demo,test]'
+	$(RUN) -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[demo,train,test]'
 	touch $@
 
 demo: install
