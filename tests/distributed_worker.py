@@ -170,8 +170,17 @@ def train_shared(model: nn.Module, modality: str, count: int, epochs: int) -> Te
     return torch.stack(curve)
 
 
-def run_ddp(modality: str, count: int, epochs: int, **fields: Any) -> dict[str, Tensor]:
+def freeze_banks(model: nn.Module) -> None:
+    """Leaves what Translution learns per offset as it is."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bank"):
+            parameter.requires_grad_(False)
+
+
+def run_ddp(modality: str, count: int, epochs: int, frozen: bool = False, **fields: Any) -> dict[str, Tensor]:
     model = model_for(modality, **fields).double()
+    if frozen:
+        freeze_banks(model)
     wrapped = DistributedDataParallel(model, find_unused_parameters=False)
     losses = train_shared(wrapped, modality, count, epochs)
     return {"losses": losses, **model.state_dict()}
@@ -311,6 +320,7 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
     found = {
         "ddp-image": lambda: run_ddp("image", 25, 3, **FULL),
         "ddp-text": lambda: run_ddp("text", 29, 3, **FULL),
+        "ddp-frozen": lambda: run_ddp("image", 25, 3, frozen=True, **FULL),
         "fsdp-image": lambda: run_fsdp("image", 25, 3, folder / "fsdp-image", **FULL),
         "fsdp-text": lambda: run_fsdp("text", 29, 3, folder / "fsdp-text", True, tie_word_embeddings=True, **FULL),
         "fsdp-basis": lambda: run_fsdp("text", 16, 2, folder / "fsdp-basis", **VARIANTS["lor-basis"]),

@@ -74,9 +74,11 @@ def one_process():
     assert PartialState(cpu=True).num_processes == 1
 
 
-def train_alone(modality, count, epochs, **fields):
+def train_alone(modality, count, epochs, frozen=False, **fields):
     """The same training in one process: whole batches, their mean loss. Returns the model and the loss of each step."""
     model = worker.model_for(modality, **fields).double()
+    if frozen:
+        worker.freeze_banks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=worker.LEARNING_RATE)
     curve = []
     for batch in worker.batches(modality, count, epochs):
@@ -125,6 +127,14 @@ def test_sharing_batches_changes_nothing(shared, case, modality, count, epochs, 
     assert_trained(model, modality, **fields)
 
 
+def test_frozen_banks_are_shared(shared):
+    model, losses = train_alone("image", 25, 3, frozen=True, **FULL)
+    assert_same(shared["ddp-frozen"], losses, model, atol=1e-12)
+    before = worker.model_for("image", **FULL).double().state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.endswith("_bank"), name
+
+
 @pytest.mark.parametrize("modality", ["image", "text"])
 @pytest.mark.parametrize("variant", worker.VARIANTS)
 def test_every_variant_is_shared(shared, modality, variant):
@@ -149,7 +159,7 @@ def test_fsdp_shards_the_rows_of_banks(shared, case):
 def test_what_fsdp_gathers_loads(shared, case):
     auto = AutoModelForImageClassification if case == "fsdp-image" else AutoModelForCausalLM
     folder = shared.folder / case
-    assert {path.suffix for path in folder.glob("*model*")} == {".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".py", ".safetensors"}  # weights, config and code
     model, loading = auto.from_pretrained(folder, dtype=torch.float64, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.architectures == [type(model).__name__]
