@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from . import translution_basis, translution_grouped, translution_reference, translution_step
-from .attention_mixer import Mixer
+from .attention_mixer import GROUPED, Mixer
 from .kernel_choice import kernels, use_kernels
 from .pair_layout import PairLayout, StepLayout
 from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
@@ -129,11 +129,15 @@ class TranslutionMixer(Mixer):
         """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `kernel_choice.py`."""
         if isinstance(layout, StepLayout):
             return translution_step
+        head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
         if implementation == "eager":
+            chosen = self.config._attn_implementation or GROUPED
+            if chosen != "eager":
+                weights = "attention weights are asked for, which the readable reference returns"
+                use_kernels(chosen, tokens.device, tokens.dtype, head_size, weights)
             return translution_reference
         if self.offset_basis is not None:
             return translution_basis
-        head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
         if use_kernels(implementation, tokens.device, tokens.dtype, head_size):
             return kernels()
         return translution_grouped

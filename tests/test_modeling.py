@@ -392,7 +392,7 @@ def test_unknown_implementation(tmp_path, name, when):
         assert_rejected(words, AutoModel.from_pretrained, tmp_path, attn_implementation=name)
 
 
-@pytest.mark.parametrize("name", ["grouped", "eager"])
+@pytest.mark.parametrize("name", ["grouped", "eager", "triton"])
 def test_implementation_by_argument(tmp_path, name):
     model = AutoModelForCausalLM.from_config(make_config("text"), attn_implementation=name)
     assert model.config._attn_implementation == name

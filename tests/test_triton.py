@@ -392,6 +392,13 @@ def test_every_reason_falls_back_with_one_warning_and_refuses_a_wish(gpu, reason
         kernel_choice.use_kernels(GROUPED, *arguments)
 
 
+def test_an_obstacle_of_the_caller_warns_once(gpu):
+    warnings = []
+    gpu.setattr(kernel_choice.logger, "warning_once", warnings.append)
+    assert not kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64, "attention weights are asked for")
+    assert warnings == ["Translution runs without its CUDA kernels: attention weights are asked for."]
+
+
 @pytest.mark.parametrize(("value", "chosen"), [("0", False), ("off", False), ("1", True), ("ON", True), ("auto", True), ("", True)])  # fmt: skip
 def test_the_variable(gpu, value, chosen):
     gpu.setenv(kernel_choice.VARIABLE, value)
@@ -405,10 +412,14 @@ def test_an_unknown_value_of_the_variable(gpu):
         kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64)
 
 
-def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish():
+def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish(monkeypatch):
     model = image_model()
     pixels = torch.randn(1, 1, 8, 8, device=DEVICE)
     assert model(pixel_values=pixels, output_attentions=True).attentions[0].shape == (1, 2, 5, 5)
+    monkeypatch.setenv(kernel_choice.VARIABLE, "1")
+    with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1` cannot be met: attention weights are asked for"):
+        model(pixel_values=pixels, output_attentions=True)
+    monkeypatch.delenv(kernel_choice.VARIABLE)
     model.set_attn_implementation(TRITON)
     with pytest.raises(ValueError, match="output_attentions"):
         model(pixel_values=pixels, output_attentions=True)
