@@ -29,7 +29,7 @@ from .basis_kernels_triton import (
     key_value_gradient_kernel,
     query_gradient_kernel,
 )
-from .pair_autograd import accumulation_dtype, pack, unpack
+from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
 from .pair_layout import NUM_CLASS_ROWS, PairLayout
 from .triton_launch import dot_precision, launch, next_power_of_2
 
@@ -146,7 +146,6 @@ def _contiguous(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
-@torch.library.custom_op("translution::basis_attention", mutates_args=())
 def _basis_attention(
     query: Tensor,
     key: Tensor,
@@ -180,8 +179,7 @@ def _basis_attention(
     return output, dense_output, normaliser
 
 
-@_basis_attention.register_fake
-def _(query, key, value, qc, kc, vc, dense_query, dense_key, dense_value, mask, scale, layout):
+def _fake_basis_attention(query, key, value, qc, kc, vc, dense_query, dense_key, dense_value, mask, scale, layout):
     shape = (*query.shape[:2], query.shape[3])
     return (
         query.new_empty(*shape, value.shape[-1]),
@@ -190,7 +188,6 @@ def _(query, key, value, qc, kc, vc, dense_query, dense_key, dense_value, mask, 
     )
 
 
-@torch.library.custom_op("translution::basis_attention_backward", mutates_args=())
 def _basis_attention_backward(
     output_gradient: Tensor,
     dense_output_gradient: Tensor,
@@ -256,8 +253,7 @@ def _basis_attention_backward(
     return list(gradients.values())
 
 
-@_basis_attention_backward.register_fake
-def _(*arguments):
+def _fake_basis_attention_backward(*arguments):
     query = arguments[5]
     return [query.new_empty(0) if t is None else torch.empty_like(t).contiguous() for t in arguments[5:14]]
 
@@ -341,7 +337,19 @@ def _differentiate(ctx, output_gradient, dense_output_gradient, normaliser_gradi
     return *gradients, None, None, None
 
 
-_basis_attention.register_autograd(_differentiate, setup_context=_save)
+def _register() -> None:
+    operator = torch.library.custom_op("translution::basis_attention", _basis_attention, mutates_args=())
+    operator.register_fake(_fake_basis_attention)
+    operator.register_autograd(_differentiate, setup_context=_save)
+    backward = torch.library.custom_op(
+        "translution::basis_attention_backward", _basis_attention_backward, mutates_args=()
+    )
+    backward.register_fake(_fake_basis_attention_backward)
+
+
+# Once, see `register_pair_operators`.
+if not is_registered("translution::basis_attention"):
+    _register()
 
 
 __all__ = ["basis_attention"]

@@ -42,7 +42,39 @@ def register_pair_operators(
         `pair_scores` and `pair_values`, with the signatures of `translution_reference.py`.
     """
     names = [f"translution::{prefix}{name}" for name in ("pair_scores", "pair_scores_backward", "pair_values")]
+    # A checkpoint that carries this code may bring another copy of it into the process. To register again would take the
+    # operators from under the first copy's feet.
+    if not is_registered(names[-1]):
+        _register(names, scores, scores_backward, values)
+    scores_operator, _, values_operator = (getattr(torch.ops.translution, name.split("::")[1]) for name in names)
 
+    def pair_scores(
+        query: Tensor,
+        key: Tensor,
+        query_bank: Tensor | None,
+        key_bank: Tensor | None,
+        num_heads: int,
+        layout: PairLayout,
+    ) -> Tensor:
+        return scores_operator(query, key, query_bank, key_bank, num_heads, pack(layout))
+
+    def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+        return values_operator(probabilities, value, value_bank, pack(layout))
+
+    return pair_scores, pair_values
+
+
+def is_registered(name: str) -> bool:
+    """Whether PyTorch knows the operator `translution::…`."""
+    return hasattr(torch.ops.translution, name.split("::")[1])
+
+
+def _register(
+    names: list[str],
+    scores: Callable[..., Tensor],
+    scores_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    values: Callable[..., Tensor],
+) -> None:
     @torch.library.custom_op(names[0], mutates_args=())
     def scores_operator(
         query: Tensor,
@@ -128,21 +160,6 @@ def register_pair_operators(
 
     values_operator.register_autograd(differentiate_values, setup_context=save_values)
 
-    def pair_scores(
-        query: Tensor,
-        key: Tensor,
-        query_bank: Tensor | None,
-        key_bank: Tensor | None,
-        num_heads: int,
-        layout: PairLayout,
-    ) -> Tensor:
-        return scores_operator(query, key, query_bank, key_bank, num_heads, pack(layout))
-
-    def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-        return values_operator(probabilities, value, value_bank, pack(layout))
-
-    return pair_scores, pair_values
-
 
 def pack(layout: PairLayout) -> list[int]:
     """A layout as an operator can take it."""
@@ -165,4 +182,4 @@ def unpack(layout: list[int]) -> PairLayout:
     )
 
 
-__all__ = ["accumulation_dtype", "pack", "register_pair_operators", "unpack"]
+__all__ = ["accumulation_dtype", "is_registered", "pack", "register_pair_operators", "unpack"]

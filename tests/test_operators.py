@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig
 from translution.modeling import translution_grouped, translution_reference
+from translution.modeling.pair_autograd import register_pair_operators
 from translution.modeling.pair_layout import PairLayout
 from translution.modeling.translution_mixer import TranslutionMixer
 
@@ -321,3 +322,17 @@ def test_gradient_of_one_input_alone(need):
         scores = operators.pair_scores(**inputs, num_heads=2, layout=layout)
         gradients.append(torch.autograd.grad(scores.square().sum(), inputs[need])[0])
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_a_second_copy_of_the_code_leaves_the_operators_of_the_first():
+    """A checkpoint that carries the code brings one: registering again would destroy what the first copy holds."""
+    layout = PairLayout.for_text(3, 3)
+    query, key = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+    bank = torch.randn(3, 4, 4, dtype=torch.float64)
+    first = translution_grouped.pair_scores
+    held = torch.ops.translution.pair_scores.default
+    expected = first(query, key, None, bank, 2, layout)
+    second, _ = register_pair_operators("", None, None, None)
+    assert torch.ops.translution.pair_scores.default is held
+    assert first(query, key, None, bank, 2, layout).equal(expected)
+    assert second(query, key, None, bank, 2, layout).equal(expected)
