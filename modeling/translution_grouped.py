@@ -28,8 +28,11 @@ from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, ColumnShift, OffsetRun, PairLayout
 
 
-# Elements of one projection kept at a time. Two such buffers in float32 stay in a processor's cache.
-WORKSPACE_ELEMENTS = 1 << 19
+# Elements of one projection kept at a time. What is done to it next finds it in a processor's cache.
+WORKSPACE_ELEMENTS = 1 << 18
+# Heads narrower than this are summed, or given their weight, by a matrix product with ones: PyTorch's own loops over so few
+# elements spend their time on starting.
+NARROW_SUM, NARROW_WEIGHT = 33, 16
 
 
 def _tokens_first(tensor: Tensor) -> Tensor:
@@ -42,12 +45,13 @@ def _grid(tokens: Tensor, layout: PairLayout) -> Tensor:
 
 
 def _columns(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
-    """Columns `start …` of the grid's tokens, `[rows, w·B, C]`, contiguous."""
-    return _grid(tokens, layout)[:, start : start + num_columns].flatten(1, 2).contiguous()
+    """Columns `start …` of the grid's tokens, `[rows·w·B, C]`, contiguous."""
+    return _grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
 
 
 def _add_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
-    _grid(tokens, layout)[:, start : start + num_columns] += columns.unflatten(1, (num_columns, -1))
+    part = _grid(tokens, layout)[:, start : start + num_columns]
+    part += columns.view(part.shape)
 
 
 def _blocks(shift: ColumnShift, batch: int, features: int) -> Iterator[tuple[tuple[OffsetRun, ...], list[int]]]:
@@ -66,6 +70,37 @@ def _blocks(shift: ColumnShift, batch: int, features: int) -> Iterator[tuple[tup
 def _workspace(layout: PairLayout, batch: int, features: int, like: Tensor) -> Tensor:
     rows = max(sum(sizes) for shift in layout.column_shifts() for _, sizes in _blocks(shift, batch, features))
     return like.new_empty(rows, features)
+
+
+class _Heads:
+    """Sums over the features of each head, and weights for them: what stands between projections and scores."""
+
+    def __init__(self, num_heads: int, features: int, like: Tensor):
+        self.num_heads, self.size = num_heads, features // num_heads
+        self.wide = accumulation_dtype(like.dtype)
+        self.ones = torch.eye(num_heads, dtype=like.dtype, device=like.device).repeat_interleave(self.size, 0)
+        self.ones_across = self.ones.t().contiguous()
+
+    def sum(self, product: Tensor, out: Tensor) -> None:
+        """Sums `[rows, A·e]` to `[rows, A]`, in the wider type."""
+        if self.size < NARROW_SUM and product.dtype == self.wide:
+            torch.mm(product, self.ones, out=out)
+        else:
+            torch.sum(product.unflatten(-1, (self.num_heads, -1)), -1, dtype=self.wide, out=out)
+
+    def spread(self, weight: Tensor, out: Tensor) -> Tensor:
+        """Weights `[rows, A]` for every feature, `[rows, A·e]`, in `out`."""
+        return torch.mm(weight, self.ones_across, out=out)
+
+    def add_weighted(self, target: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """Adds `rows`, `[rows, A·e]`, to `target`, each head with its weight, `[rows, A]`, or feature, `[rows, A·e]`."""
+        if weight.shape != rows.shape:
+            heads = (-1, self.num_heads, self.size)
+            target, rows, weight = target.view(heads), rows.view(heads), weight.unsqueeze(-1)
+        if target.dtype == rows.dtype:
+            target.addcmul_(rows, weight)
+        else:
+            target += rows * weight
 
 
 class _Side:
@@ -94,9 +129,11 @@ class _Side:
                 self.bank, dtype=wide if layout.clamp else self.bank.dtype, memory_format=torch.contiguous_format
             )
             self.matrix_gradients = self.bank_gradient.unbind(0)
+            self.matrices_across = self.bank.transpose(1, 2).unbind(0)
 
     def start_shift(self, shift: ColumnShift, gradients: bool = False) -> None:
         self.column_start = shift.receiver_start if self.receives else shift.giver_start
+        self.row_size = shift.num_columns * self.batch
         self.columns = _columns(self.tokens, self.layout, self.column_start, shift.num_columns)
         if gradients:
             self.column_gradient = torch.zeros_like(self.columns, dtype=self.token_gradient.dtype)
@@ -104,34 +141,24 @@ class _Side:
     def end_shift(self, shift: ColumnShift) -> None:
         _add_columns(self.token_gradient, self.column_gradient, self.layout, self.column_start, shift.num_columns)
 
-    def _rows(self, columns: Tensor, run: OffsetRun) -> Tensor:
+    def rows(self, columns: Tensor, run: OffsetRun) -> Tensor:
+        """The tokens of a run, `[rows, in]`."""
         start = run.receiver_start if self.receives else run.giver_start
-        return columns[start : start + run.num_rows].view(-1, columns.shape[-1])
+        return columns.narrow(0, start * self.row_size, run.num_rows * self.row_size)
 
     def _row(self, run: OffsetRun) -> int:
         return run.reverse_row if self.reverse else run.row
 
-    def project(self, runs: tuple[OffsetRun, ...], sizes: list[int], workspace: Tensor) -> Tensor:
-        """The projections of a block of runs, `[rows, A·e]`, in `workspace`."""
-        block = workspace[: sum(sizes)]
-        for run, target in zip(runs, block.split(sizes), strict=True):
-            rows = self._rows(self.columns, run)
-            if self.bank is None:
-                target.copy_(rows)
-            else:
-                torch.mm(rows, self.matrices[self._row(run)], out=target)
-        return block
+    def project(self, run: OffsetRun, out: Tensor) -> Tensor:
+        """The projections of a run, `[rows, A·e]`, in `out`, or as they are where there is no bank."""
+        rows = self.rows(self.columns, run)
+        return rows if self.bank is None else torch.mm(rows, self.matrices[self._row(run)], out=out)
 
-    def accumulate(self, runs: tuple[OffsetRun, ...], sizes: list[int], gradient: Tensor) -> None:
-        """Adds the gradient of a block's projections to those of the tokens and the bank."""
-        for run, piece in zip(runs, gradient.split(sizes), strict=True):
-            token_gradient = self._rows(self.column_gradient, run)
-            if self.bank is None:
-                token_gradient += piece
-            else:
-                row = self._row(run)
-                self._add_to_matrix(row, self._rows(self.columns, run), piece)
-                _add_product(token_gradient, piece, self.matrices[row].t())
+    def accumulate(self, run: OffsetRun, gradient: Tensor) -> None:
+        """Adds the gradient of a run's projections to those of the tokens and the bank."""
+        row = self._row(run)
+        self._add_to_matrix(row, self.rows(self.columns, run), gradient)
+        _add_product(self.rows(self.column_gradient, run), gradient, self.matrices_across[row])
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:
@@ -150,7 +177,7 @@ class _Side:
             self.token_gradient[tokens] += gradient
         else:
             self._add_to_matrix(row, self.tokens[tokens].flatten(0, 1), flat)
-            _add_product(self.token_gradient[tokens].flatten(0, 1), flat, self.matrices[row].t())
+            _add_product(self.token_gradient[tokens].flatten(0, 1), flat, self.matrices_across[row])
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         token_gradient = self.token_gradient.transpose(0, 1).to(self.tokens.dtype).contiguous()
@@ -202,16 +229,19 @@ def _scores(
     grouped = query.new_empty(num_pairs + 1, batch, num_heads, dtype=wide)
     grouped[num_pairs] = 0
     flat = grouped.view(-1, num_heads)
+    heads = _Heads(num_heads, features, query)
     query_space, key_space = (_workspace(layout, batch, features, query) for _ in range(2))
     place = 0
     for shift in layout.column_shifts():
         receiver.start_shift(shift)
         giver.start_shift(shift)
         for runs, sizes in _blocks(shift, batch, features):
-            product = receiver.project(runs, sizes, query_space)
-            product *= giver.project(runs, sizes, key_space)
-            end = place + product.shape[0]
-            torch.sum(product.unflatten(-1, (num_heads, -1)), -1, dtype=wide, out=flat[place:end])
+            end = place + sum(sizes)
+            product = query_space[: end - place]
+            for run, out in zip(runs, product.split(sizes), strict=True):
+                spare = out if query_bank is None else key_space[: out.shape[0]]
+                torch.mul(receiver.project(run, out), giver.project(run, spare), out=out)
+            heads.sum(product, flat[place:end])
             place = end
     place //= max(batch, 1)
     for receivers, givers, row, reverse in _class_blocks(layout):
@@ -236,12 +266,13 @@ def _scores_backward(
     giver = _Side(_tokens_first(key), key_bank, layout, receives=False, reverse=False)
     batch, features, num_heads = receiver.batch, receiver.features, gradient.shape[1]
     grouped = _to_grouped(gradient.to(query.dtype), layout)
-    flat = grouped.view(-1, num_heads, 1)
-    query_space, key_space = (_workspace(layout, batch, features, query) for _ in range(2))
+    flat = grouped.view(-1, num_heads)
+    heads = _Heads(num_heads, features, query)
+    weight_space, space = (_workspace(layout, batch, features, query) for _ in range(2))
     # The gradient of one side needs the projections of the other.
-    sides = [(receiver, giver, key_space)] if need_query else []
-    sides += [(giver, receiver, query_space)] if need_key else []
-    for side, _, _ in sides:
+    sides = [(receiver, giver)] if need_query else []
+    sides += [(giver, receiver)] if need_key else []
+    for side, _ in sides:
         side.start_gradients()
     place = 0
     for shift in layout.column_shifts():
@@ -249,13 +280,17 @@ def _scores_backward(
         giver.start_shift(shift, need_key)
         for runs, sizes in _blocks(shift, batch, features):
             end = place + sum(sizes)
-            weight = flat[place:end]
-            for side, other, space in sides:
-                piece = other.project(runs, sizes, space)
-                piece.view(-1, num_heads, features // num_heads).mul_(weight)
-                side.accumulate(runs, sizes, piece)
+            weights = heads.spread(flat[place:end], weight_space[: end - place])
+            for run, weight in zip(runs, weights.split(sizes), strict=True):
+                piece = space[: weight.shape[0]]
+                for side, other in sides:
+                    projected = other.project(run, piece)
+                    if side.bank is None:
+                        heads.add_weighted(side.rows(side.column_gradient, run), projected, weight)
+                    else:
+                        side.accumulate(run, torch.mul(projected, weight, out=piece))
             place = end
-        for side, _, _ in sides:
+        for side, _ in sides:
             side.end_shift(shift)
     place //= max(batch, 1)
     for receivers, givers, row, reverse in _class_blocks(layout):
@@ -263,7 +298,7 @@ def _scores_backward(
         weight = grouped[place : place + count].unsqueeze(-1)
         place += count
         blocks = {receiver: (receivers, reverse), giver: (givers, row)}
-        for side, other, _ in sides:
+        for side, other in sides:
             piece = other.project_tokens(*blocks[other]).unflatten(-1, (num_heads, -1)) * weight
             tokens, side_row = blocks[side]
             piece = piece.flatten(-2)
@@ -281,21 +316,24 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     batch, features, num_heads = giver.batch, giver.features, probabilities.shape[1]
     wide = accumulation_dtype(value.dtype)
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
-    flat = grouped.view(-1, num_heads, 1)
-    workspace = _workspace(layout, batch, features, value)
+    flat = grouped.view(-1, num_heads)
+    heads = _Heads(num_heads, features, value)
+    weight_space, space = (_workspace(layout, batch, features, value) for _ in range(2))
     output = value.new_zeros(layout.num_receivers, batch, features, dtype=wide)
+    receiver = _Side(output, None, layout, receives=True, reverse=False)
     place = 0
     for shift in layout.column_shifts():
         giver.start_shift(shift)
-        received = torch.zeros_like(_columns(output, layout, shift.receiver_start, shift.num_columns))
+        receiver.start_shift(shift)
+        received = torch.zeros_like(receiver.columns)
         for runs, sizes in _blocks(shift, batch, features):
-            piece = giver.project(runs, sizes, workspace)
-            end = place + piece.shape[0]
-            piece.view(-1, num_heads, features // num_heads).mul_(flat[place:end])
+            end = place + sum(sizes)
+            weights = flat[place:end]
+            if heads.size < NARROW_WEIGHT:
+                weights = heads.spread(weights, weight_space[: end - place])
+            for run, weight in zip(runs, weights.split(sizes), strict=True):
+                heads.add_weighted(receiver.rows(received, run), giver.project(run, space[: weight.shape[0]]), weight)
             place = end
-            for run, part in zip(runs, piece.split(sizes), strict=True):
-                rows = received[run.receiver_start : run.receiver_start + run.num_rows].view(-1, features)
-                rows += part
         _add_columns(output, received, layout, shift.receiver_start, shift.num_columns)
     place //= max(batch, 1)
     for receivers, givers, row, _ in _class_blocks(layout):
