@@ -207,15 +207,17 @@ def _class_blocks(layout: PairLayout) -> tuple[tuple[slice, slice, int, int], ..
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
     """`[B, A, receivers, L]` to grouped order, `[P, B, A]`."""
+    # Within one batch entry and head all pairs are near in memory: chosen there, and transposed as a block.
     order, _ = layout.pair_order()
-    return pairs.permute(2, 3, 0, 1).flatten(0, 1).index_select(0, order.to(pairs.device))
+    chosen = pairs.flatten(2).flatten(0, 1).index_select(1, order.to(pairs.device))
+    return chosen.t().contiguous().unflatten(1, pairs.shape[:2])
 
 
 def _from_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
     """`[P + 1, B, A]` in grouped order, the last for pairs that do not exist, to `[B, A, receivers, L]`."""
     _, position = layout.pair_order()
-    square = pairs.index_select(0, position.to(pairs.device)).unflatten(0, (layout.num_receivers, layout.num_tokens))
-    return square.permute(2, 3, 0, 1).contiguous()
+    chosen = pairs.flatten(1).t().contiguous().index_select(1, position.to(pairs.device))
+    return chosen.view(*pairs.shape[1:], layout.num_receivers, layout.num_tokens)
 
 
 def _scores(
