@@ -15,7 +15,9 @@ from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, Pai
 
 
 def class_blocks(layout: PairLayout) -> tuple[tuple[slice, slice, int, int], ...]:
-    """Receivers, givers, row and reverse row of each block of pairs."""
+    """Receivers, givers, row and reverse row of each block of pairs, in grouped order; none without a class token."""
+    if not layout.class_token:
+        return ()
     cls, patches, first = slice(0, 1), slice(1, None), layout.num_grid_offsets
     return (
         (cls, cls, first + CLASS_TO_CLASS, first + CLASS_TO_CLASS),

@@ -8,7 +8,7 @@ from test_pair_layout import LAYOUTS, every_layout, expected_rows, layout_id
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig
-from translution.modeling import translution_grouped, translution_reference
+from translution.modeling import pair_runs, translution_grouped, translution_reference
 from translution.modeling.pair_autograd import register_pair_operators
 from translution.modeling.pair_layout import PairLayout
 from translution.modeling.translution_mixer import TranslutionMixer
@@ -252,7 +252,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_per_pair(monkeypatch):
-    monkeypatch.setattr(translution_grouped, "WORKSPACE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", 1 << 10)
     batch, heads, features = 4, 2, 16
     layout = PairLayout.for_image(9, 8, 9, 8)
     tokens = layout.num_tokens
@@ -287,7 +287,7 @@ def test_workspace_size_changes_nothing(elements, monkeypatch):
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, None, weight)
-    monkeypatch.setattr(translution_grouped, "WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", elements)
     actual = run(mixer, "grouped", hidden_states, layout, None, weight)
     for name in expected:
         assert relative_error(actual[name], expected[name]) < 1e-10, name
