@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .pair_layout import PairLayout, StepLayout, bank_layout
+from .pair_layout import PairLayout, StepLayout, bank_layout, distances
 from .resampling import resample_offsets
 from .rotary import rotate
 
@@ -69,6 +69,13 @@ class Mixer(nn.Module):
         """`[B, A, L, e]` to `[B, L, A·e]`."""
         return heads.transpose(1, 2).flatten(2)
 
+    def pair_mask(self, attention_mask: Tensor | None, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
+        """The additive mask, or the causal one, `[receivers, L]`, where a text has none: then all pairs of the layout count."""
+        if attention_mask is not None or not layout.causal:
+            return attention_mask
+        ahead = distances(layout, like.device) < 0
+        return torch.zeros_like(ahead, dtype=like.dtype).masked_fill_(ahead, torch.finfo(like.dtype).min)
+
     def probabilities(self, scores: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Softmax of `[B, A, L, L]` scores with an additive mask, in float32 at least, with dropout when training."""
         if attention_mask is not None:
@@ -81,7 +88,8 @@ class Mixer(nn.Module):
 class AttentionMixer(Mixer):
     """Multi-head self-attention (Vaswani et al. 2017), the baseline; its queries and keys are rotated if `rotary`.
 
-    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive.
+    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive;
+    without one all pairs of the layout count, in a text those that do not look ahead.
     """
 
     def __init__(self, config, layer_idx: int, rotary: bool = False):
@@ -132,13 +140,18 @@ class AttentionMixer(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
         bias = self.score_bias(layout)
+        eager = self.implementation(output_attentions) == "eager"
+        if eager or bias is not None:
+            attention_mask = self.pair_mask(attention_mask, layout, query)
         mask = bias if attention_mask is None else attention_mask if bias is None else attention_mask + bias
-        if self.implementation(output_attentions) == "eager":
+        if eager:
             weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, mask)
             return self.merge_heads(weights.to(value.dtype) @ value), weights
         mask = None if mask is None else mask.to(query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
-        output = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
+        output = nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None and layout.causal, scale=self.scaling
+        )
         return self.merge_heads(output), None
 
     def score_bias(self, layout: PairLayout | StepLayout) -> Tensor | None:
@@ -187,7 +200,7 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         relative_key = self.fit(self.relative_key, layout)[rows].to(query.dtype)
         relative_value = self.fit(self.relative_value, layout)[rows].to(value.dtype)
         scores = query @ key.transpose(-1, -2) + torch.einsum("baid,ijd->baij", query, relative_key)
-        weights = self.probabilities(scores * self.scaling, attention_mask)
+        weights = self.probabilities(scores * self.scaling, self.pair_mask(attention_mask, layout, scores))
         given = weights.to(value.dtype)
         output = given @ value + torch.einsum("baij,ijd->baid", given, relative_value)
         return self.merge_heads(output), weights if self.implementation(output_attentions) == "eager" else None

@@ -43,6 +43,13 @@ def add_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int,
     part += columns.view(part.shape)
 
 
+def put_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
+    """Writes columns back, where `columns_of` had to copy them."""
+    part = _grid(tokens, layout)[:, start : start + num_columns]
+    if part.data_ptr() != columns.data_ptr():
+        part.copy_(columns.view(part.shape))
+
+
 def blocks(shift: ColumnShift, batch: int, features: int) -> Iterator[tuple[tuple[OffsetRun, ...], list[int]]]:
     """Consecutive runs whose projections fit the workspace, with the number of projected rows of each."""
     block, sizes = [], []
@@ -145,9 +152,20 @@ class Side:
 
     def accumulate(self, run: OffsetRun, gradient: Tensor) -> None:
         """Adds the gradient of a run's projections to those of the tokens and the bank."""
+        if self.bank is None:
+            self.rows(self.column_gradient, run).add_(gradient)
+            return
         row = self._row(run)
         self._add_to_matrix(row, self.rows(self.columns, run), gradient)
         _add_product(self.rows(self.column_gradient, run), gradient, self.matrices_across[row])
+
+    def accumulate_weighted(self, run: OffsetRun, gradient: Tensor, weight: Tensor) -> None:
+        """Adds the gradient of a run's plain inputs, `[rows, A·e]`, times a weight of the same shape."""
+        target = self.rows(self.column_gradient, run)
+        if target.dtype == gradient.dtype:
+            target.addcmul_(gradient, weight)
+        else:
+            target += gradient * weight
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:
@@ -182,4 +200,14 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
         target += left @ right
 
 
-__all__ = ["NARROW_WEIGHT", "Heads", "Side", "add_columns", "blocks", "columns_of", "tokens_first", "workspace"]
+__all__ = [
+    "NARROW_WEIGHT",
+    "Heads",
+    "Side",
+    "add_columns",
+    "blocks",
+    "columns_of",
+    "put_columns",
+    "tokens_first",
+    "workspace",
+]

@@ -83,6 +83,10 @@ class AllPairs:
         if self.value is not None:
             self.value = self.value._replace(tokens=key if self.shared else value)
 
+    def far(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What queries, keys and values bring to far pairs, `[B, A, L, e]`; `None` where that is not relative."""
+        return None, None, None
+
     def scores(self) -> Tensor:
         """`<q_ij, k_ij>`, `[B, A, receivers, L]`."""
         (query, query_bank), (key, key_bank) = self.query, self.key
@@ -112,6 +116,10 @@ class NearAndFarPairs(AllPairs):
             return dense_key, dense_value
         self._extend(*remember_recent(cache, layer_idx, self._inputs(), self.window))
         return dense_key, dense_value
+
+    def far(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See `AllPairs.far`."""
+        return _heads(_far(self.query), self.num_heads), self.far_key, self.far_value
 
     def scores(self) -> Tensor:
         """See `AllPairs.scores`."""

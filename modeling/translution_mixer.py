@@ -17,6 +17,7 @@ from .kernel_choice import kernels, use_kernels
 from .pair_layout import PairLayout, StepLayout
 from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
 from .rotary import rotate
+from .streamed_attention import can_stream, streamed_attention
 from .translution_basis import OffsetBasis, project_factors
 
 
@@ -43,8 +44,8 @@ class TranslutionMixer(Mixer):
     `[num_offsets, n]`, and `{q,k,v}_factors`, `[n, C, C']` (LoR `[n, R, R]`); `{q,k,v}_proj`, plain or dense projections;
     LoR's `{q,k,v}_down` (Uq, Uk, Uv) and `v_up` (Uo); `o_proj`.
 
-    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive. The mask
-    has to exclude the pairs that a causal layout does not have.
+    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive. A mask
+    has to exclude the pairs that a causal layout does not have; without one all pairs of the layout count.
     """
 
     def __init__(self, config, layer_idx: int, rotary: bool = False):
@@ -108,6 +109,17 @@ class TranslutionMixer(Mixer):
         if fused:
             output = self._basis_attention(pairs, dense_query, dense_key, dense_value, attention_mask)
             return self.o_proj(output), None
+        if self._streams(operators, hidden_states, layout, attention_mask):
+            dense = (dense_query, dense_key, dense_value)
+            sides = [
+                PairInputs(self.merge_heads(heads), None) if side is None else side
+                for side, heads in zip((query, key, value), dense, strict=True)
+            ]
+            tokens, banks = zip(*sides, strict=True)
+            far = [heads if side is None else side for side, heads in zip(pairs.far(), dense, strict=True)]
+            output = streamed_attention(*tokens, *banks, self.num_heads, self.scaling, layout, far)
+            return self.o_proj(output), None
+        attention_mask = self.pair_mask(attention_mask, layout, hidden_states)
 
         scores = None
         if dense_query is not None:
@@ -141,6 +153,15 @@ class TranslutionMixer(Mixer):
         if use_kernels(implementation, tokens.device, tokens.dtype, head_size):
             return kernels()
         return translution_grouped
+
+    def _streams(
+        self, operators: ModuleType, tokens: Tensor, layout: PairLayout | StepLayout, attention_mask: Tensor | None
+    ) -> bool:
+        """Whether one pass does the whole attention. Low-rank scores are mostly dense, which one product makes as a square."""
+        if operators is not translution_grouped or self.low_rank or attention_mask is not None:
+            return False
+        drops = self.training and self.attention_dropout > 0
+        return not drops and can_stream(tokens.device, layout)
 
     def _fused(
         self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor, cache: Cache | None

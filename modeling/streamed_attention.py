@@ -1,0 +1,455 @@
+"""The whole attention of full Translution in one pass over the pairs, with online softmax: the default path on a CPU.
+
+    out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
+
+Pairs come in runs that share an offset, see `pair_runs.py`. Of each receiver the greatest score so far, the sum of
+exponentials and the weighted sum of values are kept, and rescaled where a greater score comes (Milakov and Gimelshein 2018; Dao
+et al. 2022). The backward pass computes scores again from the logarithm of that sum. So nothing of size `[B, A, L, L]` exists
+at any time, and nothing that belongs to pairs outlives its run.
+
+Text with a distance `D` has far pairs, which share one matrix, so that a far query, key or value belongs to a token: PyTorch's
+own causal attention, of tokens shifted by `D`, is where the pass over the near pairs starts from. Time and memory of the
+projections grow with `L·D`.
+
+A class token's pairs are where the pass over a grid starts from.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` output size per head, `w` columns of a shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .class_pairs import class_blocks
+from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
+from .pair_layout import ColumnShift, OffsetRun, PairLayout
+from .pair_runs import NARROW_WEIGHT, Heads, Side, blocks, columns_of, put_columns, tokens_first, workspace
+
+
+# Off, every layer runs over the two operators of `translution_grouped.py`: a switch for tests and benchmarks.
+ENABLED = True
+# Scores between two updates of the softmax: many, since each update touches the output once.
+GROUP_ELEMENTS = 1 << 17
+# PyTorch's fused attention in the form that returns the logarithm of each softmax's sum, which merging needs.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def can_stream(device: torch.device, layout: PairLayout) -> bool:
+    """Whether one pass can serve: far pairs need an operator that PyTorch has for CPUs, and all tokens must receive."""
+    if not ENABLED or layout.past > 0:
+        return False
+    return not has_far_pairs(layout) or (device.type == "cpu" and _FLASH is not None)
+
+
+def has_far_pairs(layout: PairLayout) -> bool:
+    """Whether some pairs of a text are as far apart as its distance, or further."""
+    return layout.causal and layout.clamp and layout.num_tokens > layout.bank_height - 1
+
+
+class _Softmax:
+    """Per receiver: the greatest score so far, the sum of exponentials, the weighted sum of values; tokens first."""
+
+    def __init__(self, query: Tensor, num_heads: int, features: int):
+        wide = accumulation_dtype(query.dtype)
+        shape = (query.shape[1], query.shape[0], num_heads)
+        self.greatest = query.new_full(shape, torch.finfo(wide).min, dtype=wide)
+        self.total = query.new_zeros(shape, dtype=wide)
+        self.output = query.new_zeros(*shape[:2], features, dtype=wide)
+
+    def start_far(self, output: Tensor, logsumexp: Tensor, distance: int) -> None:
+        """Takes over a finished attention, `[B, A, L - D, e]`, of the tokens from `distance` on."""
+        self.output[distance:] = output.permute(2, 0, 1, 3).flatten(2)
+        self.greatest[distance:] = logsumexp.permute(2, 0, 1)
+        self.total[distance:] = 1
+
+    def add(self, receivers: slice, scores: Tensor, values: Tensor) -> None:
+        """Adds pairs of one receiver and many givers, or of many receivers with one giver each.
+
+        Args:
+            scores: `[pairs, B, A]`.
+            values: `[pairs or 1, B, A·e]`.
+        """
+        old, total, output = (part[receivers] for part in (self.greatest, self.total, self.output))
+        together = old.shape[0] < scores.shape[0]
+        greatest = torch.maximum(old, scores.amax(0, keepdim=True) if together else scores)
+        decay, weight = (old - greatest).exp(), (scores - greatest).exp()
+        given = (values.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
+        if together:
+            weight, given = weight.sum(0, keepdim=True), given.sum(0, keepdim=True)
+        total.mul_(decay).add_(weight)
+        _heads(output, decay).mul_(decay.unsqueeze(-1)).add_(_heads(given, decay))
+        old.copy_(greatest)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The output, `[L, B, A·e]`, and the logarithm of the sum of exponentials, `[L, B, A]`."""
+        _heads(self.output, self.total).div_(self.total.unsqueeze(-1))
+        return self.output, self.total.log_().add_(self.greatest)
+
+
+def _heads(tokens: Tensor, like: Tensor) -> Tensor:
+    return tokens.unflatten(-1, (like.shape[-1], -1))
+
+
+def _groups(shift: ColumnShift, row_elements: int) -> Iterator[tuple[OffsetRun, ...]]:
+    size = max(GROUP_ELEMENTS // max(row_elements, 1), 1)
+    for start in range(0, len(shift.runs), size):
+        yield shift.runs[start : start + size]
+
+
+def _sides(
+    tensors: tuple[Tensor, ...], banks: tuple[Tensor | None, ...], layout: PairLayout
+) -> tuple[Side, Side, Side]:
+    query, key, value = (tokens_first(tensor) for tensor in tensors)
+    return (
+        Side(query, banks[0], layout, receives=True, reverse=True),
+        Side(key, banks[1], layout, receives=False, reverse=False),
+        Side(value, banks[2], layout, receives=False, reverse=False),
+    )
+
+
+def _forward(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    banks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    far: tuple[Tensor, Tensor, Tensor] | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = _sides(tensors, banks, layout)
+    features = value.features
+    softmax = _Softmax(tensors[0], num_heads, features)
+    heads = Heads(num_heads, query.features, tensors[0])
+    value_heads = Heads(num_heads, features, tensors[2])
+    if far is not None:
+        softmax.start_far(*_FLASH(*_shifted(far, layout.band), 0.0, True, scale=scale), layout.band)
+    for receivers, givers, row, reverse in class_blocks(layout):
+        product = query.project_tokens(receivers, reverse) * key.project_tokens(givers, row)
+        scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.total.dtype) * scale
+        softmax.add(receivers, scores, value.project_tokens(givers, row).to(scores.dtype))
+    space, spare = (workspace(layout, query.batch, max(features, query.features), tensors[0]) for _ in range(2))
+    space, spare = space.view(-1), spare.view(-1)
+    for shift in layout.column_shifts():
+        for side in (query, key, value):
+            side.start_shift(shift)
+        place = (layout, shift.receiver_start, shift.num_columns)
+        greatest, total, output = (
+            columns_of(part, *place) for part in (softmax.greatest, softmax.total, softmax.output)
+        )
+        for runs in _groups(shift, greatest.numel()):
+            scores = greatest.new_full((len(runs), *greatest.shape), -torch.inf)
+            for run, scores_of_run in zip(runs, scores, strict=True):
+                slot = query.rows(scores_of_run, run)
+                product = _as_rows(space, slot, query.features)
+                other = product if query.bank is None else _as_rows(spare, slot, query.features)
+                torch.mul(query.project(run, product), key.project(run, other), out=product)
+                heads.sum(product, slot)
+            scores *= scale
+            new = torch.maximum(greatest, scores.amax(0))
+            decay = greatest.sub_(new).exp_()
+            scores.sub_(new).exp_()
+            total.mul_(decay).add_(scores.sum(0))
+            _heads(output, decay).mul_(decay.unsqueeze(-1))
+            greatest.copy_(new)
+            for run, weights in zip(runs, scores.to(tensors[2].dtype), strict=True):
+                weight = query.rows(weights, run)
+                if value_heads.size < NARROW_WEIGHT:
+                    weight = value_heads.spread(weight, _as_rows(spare, weight, features))
+                projected = value.project(run, _as_rows(space, weight, features))
+                value_heads.add_weighted(query.rows(output, run), projected, weight)
+        for part, columns in ((softmax.greatest, greatest), (softmax.total, total), (softmax.output, output)):
+            put_columns(part, columns, *place)
+    output, logsumexp = softmax.finish()
+    return output.transpose(0, 1).to(tensors[2].dtype).contiguous(), logsumexp
+
+
+def _backward(
+    gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    banks: tuple[Tensor | None, Tensor | None, Tensor | None],
+    far: tuple[Tensor, Tensor, Tensor] | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+    needed: tuple[bool, bool, bool],
+) -> list[Tensor]:
+    """Gradients of query, key, value, their banks, and far query, key, value; empty for what is not needed."""
+    query, key, value = sides = _sides(tensors, banks, layout)
+    received = Side(tokens_first(gradient), None, layout, receives=True, reverse=True)
+    wide = logsumexp.dtype
+    # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
+    mean = (_heads(gradient, logsumexp).to(wide) * _heads(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
+    heads = Heads(num_heads, query.features, tensors[0])
+    value_heads = Heads(num_heads, value.features, tensors[2])
+    wanted = [side for side, need in zip(sides, needed, strict=True) if need]
+    for side in wanted:
+        side.start_gradients()
+    need_scores = needed[0] or needed[1]
+    widest = max(query.features, value.features)
+    spaces = [workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(3)]
+    for shift in layout.column_shifts():
+        for side in (*sides, received):
+            side.start_shift(shift, side in wanted)
+        place = (layout, shift.receiver_start, shift.num_columns)
+        logsumexp_columns, mean_columns = (columns_of(part, *place) for part in (logsumexp, mean))
+        for runs, sizes in blocks(shift, query.batch, widest):
+            if not runs:  # a distance of 0 leaves no near pairs
+                continue
+            rows = sum(sizes)
+            scores, weight_gradient = (logsumexp.new_empty(rows, num_heads) for _ in range(2))
+            product, query_space, key_space = (space[: rows * query.features].view(rows, -1) for space in spaces)
+            pieces = list(
+                zip(runs, product.split(sizes), query_space.split(sizes), key_space.split(sizes), strict=True)
+            )
+            projected = [(query.project(run, q), key.project(run, k)) for run, _, q, k in pieces]
+            for (_, out, _, _), (q, k) in zip(pieces, projected, strict=True):
+                torch.mul(q, k, out=out)
+            heads.sum(product, scores)
+            weights = scores.mul_(scale).sub_(_join(logsumexp_columns, query, runs)).exp_()
+            given = spaces[0][: rows * value.features].view(rows, -1)
+            if need_scores:
+                for run, out in zip(runs, given.split(sizes), strict=True):
+                    torch.mul(value.project(run, out), received.rows(received.columns, run), out=out)
+                value_heads.sum(given, weight_gradient)
+                weight_gradient.sub_(_join(mean_columns, query, runs)).mul_(weights).mul_(scale)
+            if needed[2]:
+                value_heads.spread(weights.to(gradient.dtype), given)
+                for run, weight in zip(runs, given.split(sizes), strict=True):
+                    value.accumulate(run, weight.mul_(received.rows(received.columns, run)))
+            if need_scores:
+                heads.spread(weight_gradient.to(tensors[0].dtype), product)
+                for (run, weight, query_out, key_out), (q, k) in zip(pieces, projected, strict=True):
+                    if needed[0]:
+                        if query.bank is None:
+                            query.accumulate_weighted(run, k, weight)
+                        else:
+                            query.accumulate(run, torch.mul(k, weight, out=key_out))
+                    if needed[1]:
+                        key.accumulate(run, torch.mul(q, weight, out=query_out))
+        for side in wanted:
+            side.end_shift(shift)
+    for receivers, givers, row, reverse in class_blocks(layout):
+        _class_gradients(query, key, value, received, needed, receivers, givers, row, reverse, logsumexp, mean, scale)
+    far_gradients = [gradient.new_empty(0) for _ in range(3)]
+    if far is not None:
+        far_gradients = _far_gradients(gradient, output, logsumexp, far, scale, layout.band)
+    token_gradients, bank_gradients = [], []
+    for side, need in zip(sides, needed, strict=True):
+        both = side.gradients() if need else (gradient.new_empty(0), gradient.new_empty(0))
+        token_gradients.append(both[0])
+        bank_gradients.append(both[1])
+    return [*token_gradients, *bank_gradients, *far_gradients]
+
+
+def _class_gradients(
+    query: Side,
+    key: Side,
+    value: Side,
+    received: Side,
+    needed: tuple[bool, bool, bool],
+    receivers: slice,
+    givers: slice,
+    row: int,
+    reverse: int,
+    logsumexp: Tensor,
+    mean: Tensor,
+    scale: float,
+) -> None:
+    """Adds what the pairs of a class token contribute."""
+    q, k, v = (
+        query.project_tokens(receivers, reverse),
+        key.project_tokens(givers, row),
+        value.project_tokens(givers, row),
+    )
+    gradient = received.tokens[receivers]
+    wide = logsumexp.dtype
+    q, k, v, gradient = (_heads(part, logsumexp) for part in (q, k, v, gradient))
+    weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[receivers]).exp()
+    score_gradient = ((gradient * v).sum(-1, dtype=wide) - mean[receivers]) * weights * scale
+    score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
+    pieces = ((query, receivers, reverse, score_gradient * k), (key, givers, row, score_gradient * q))
+    pieces += ((value, givers, row, weights * gradient),)
+    for (side, tokens, side_row, piece), need in zip(pieces, needed, strict=True):
+        if need:
+            one = side.tokens[tokens].shape[0] < piece.shape[0]
+            piece = piece.sum(0, keepdim=True) if one else piece
+            side.accumulate_tokens(tokens, side_row, piece.flatten(-2))
+
+
+def _shifted(far: tuple[Tensor, Tensor, Tensor], distance: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Far pairs as a causal square: queries from `distance` on, and the keys and values that many tokens before."""
+    query, key, value = far
+    last = key.shape[2] - distance
+    return query[:, :, distance:], key[:, :, :last], value[:, :, :last]
+
+
+def _far_gradients(
+    gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    far: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    distance: int,
+) -> list[Tensor]:
+    # With the output and the normaliser of all pairs, PyTorch's backward pass gives the share of the far ones.
+    received, whole = (_heads(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
+    normaliser = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
+    pieces = _FLASH_BACKWARD(
+        received.contiguous(), *_shifted(far, distance), whole.contiguous(), normaliser, 0.0, True, scale=scale
+    )
+    gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
+    for target, piece in zip(_shifted(tuple(gradients), distance), pieces, strict=True):
+        target.copy_(piece)
+    return gradients
+
+
+def _join(columns: Tensor, side: Side, runs: tuple[OffsetRun, ...]) -> Tensor:
+    """The rows of a block of runs, one after the other."""
+    parts = [side.rows(columns, run) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _as_rows(space: Tensor, like: Tensor, features: int) -> Tensor:
+    rows = like.shape[0]
+    return space[: rows * features].view(rows, features)
+
+
+NAMES = ["translution::streamed_attention", "translution::streamed_attention_backward"]
+
+
+def _register() -> None:
+    @torch.library.custom_op(NAMES[0], mutates_args=())
+    def operator(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_bank: Tensor | None,
+        key_bank: Tensor | None,
+        value_bank: Tensor | None,
+        far_query: Tensor | None,
+        far_key: Tensor | None,
+        far_value: Tensor | None,
+        num_heads: int,
+        scale: float,
+        layout: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        far = None if far_query is None else (far_query, far_key, far_value)
+        banks = (query_bank, key_bank, value_bank)
+        return _forward((query, key, value), banks, far, num_heads, scale, unpack(layout))
+
+    @operator.register_fake
+    def _(
+        query, key, value, query_bank, key_bank, value_bank, far_query, far_key, far_value, num_heads, scale, layout
+    ):
+        features = value.shape[-1] if value_bank is None else value_bank.shape[-1]
+        logsumexp = query.new_empty(query.shape[1], query.shape[0], num_heads, dtype=accumulation_dtype(query.dtype))
+        return value.new_empty(*query.shape[:2], features), logsumexp
+
+    @torch.library.custom_op(NAMES[1], mutates_args=())
+    def backward_operator(
+        gradient: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_bank: Tensor | None,
+        key_bank: Tensor | None,
+        value_bank: Tensor | None,
+        far_query: Tensor | None,
+        far_key: Tensor | None,
+        far_value: Tensor | None,
+        num_heads: int,
+        scale: float,
+        layout: list[int],
+        need_query: bool,
+        need_key: bool,
+        need_value: bool,
+    ) -> list[Tensor]:
+        far = None if far_query is None else (far_query, far_key, far_value)
+        banks, needed = (query_bank, key_bank, value_bank), (need_query, need_key, need_value)
+        tensors = (query, key, value)
+        return _backward(gradient, output, logsumexp, tensors, banks, far, num_heads, scale, unpack(layout), needed)
+
+    @backward_operator.register_fake
+    def _(
+        gradient, output, logsumexp, query, key, value, query_bank, key_bank, value_bank, far_query, far_key, far_value,
+        num_heads, scale, layout, need_query, need_key, need_value,
+    ):  # fmt: skip
+        needed = (need_query, need_key, need_value) * 2 + (True,) * 3
+        tensors = (query, key, value, query_bank, key_bank, value_bank, far_query, far_key, far_value)
+        return [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if need and tensor is not None
+            else gradient.new_empty(0)
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*output, *inputs[:9])
+        ctx.settings = inputs[9:]
+
+    def differentiate(ctx, gradient, _):
+        output, logsumexp, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        needed = [wanted[side] or wanted[side + 3] for side in range(3)]
+        gradients = backward_operator(gradient, output, logsumexp, *tensors, *ctx.settings, *needed)
+        gradients = [part if want else None for part, want in zip(gradients, wanted, strict=False)]
+        return *gradients, None, None, None
+
+    operator.register_autograd(differentiate, setup_context=save)
+
+
+# See `pair_autograd.py`: a checkpoint's own copy of this code must not register again.
+if not is_registered(NAMES[1]):
+    _register()
+
+
+def streamed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    value_bank: Tensor | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+    far: Sequence[Tensor | None] = (None, None, None),
+) -> Tensor:
+    """Attention over all pairs of a layout, without a mask: `[B, L, A·e]` of the values' dtype.
+
+    Args:
+        query, key, value: `[B, L, in]` token inputs of a bank, or plain projections `[B, L, A·e]` where it is `None`.
+        query_bank, key_bank, value_bank: `[num_offsets, in, A·e]` or `None`.
+        num_heads: `A`.
+        scale: what scores are multiplied by before softmax.
+        layout: the pairs; all tokens receive. Of a text with a distance, the layout of all pairs.
+        far: what queries, keys and values bring to the pairs of a text as far as the distance or further, `[B, A, L, e]`
+            each: projections by the last matrix, or plain ones. Read for texts with a distance alone.
+    """
+    if not has_far_pairs(layout):
+        far = (None, None, None)
+    if layout.causal and layout.clamp:
+        layout = layout.near(0)
+    output, _ = torch.ops.translution.streamed_attention(
+        query,
+        key,
+        value,
+        query_bank,
+        key_bank,
+        value_bank,
+        *far,
+        num_heads,
+        scale,
+        pack(layout),
+    )
+    return output
+
+
+__all__ = ["can_stream", "streamed_attention"]
