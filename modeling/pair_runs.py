@@ -1,14 +1,16 @@
 """Runs of pairs that share an offset, as blocks of memory: how the two sides of such pairs are read and accumulated.
 
 Tokens come first here, `[L, B, C]`, so that the rows of a grid are one block of memory and a rectangle of full columns needs no
-copy. All pairs of a run share a matrix, so that their projections are one matrix product over a rectangle of the grid.
+copy. All pairs of a run share a matrix, so that their projections are one matrix product over a rectangle of the grid. Runs are
+taken a block at a time: as many as stay in a processor's cache, and enough that starting an operation does not count.
 
-Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift.
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `n` pairs of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,10 +23,65 @@ from .pair_layout import ColumnShift, OffsetRun, PairLayout
 WORKSPACE_ELEMENTS = 1 << 18
 # Heads narrower than this are summed, or given their weight, by a matrix product with ones: PyTorch's own loops over so few
 # elements spend their time on starting.
-NARROW_SUM, NARROW_WEIGHT = 33, 16
+NARROW = 33
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Consecutive runs of a shift.
+
+    `sizes` and `num_rows` count `B` pairs as `B` rows, for each run and together. `receivers` and `givers` are where the
+    tokens of each run begin in the columns of the shift, and how many rows they are.
+    """
+
+    num_rows: int
+    sizes: list[int]
+    rows: tuple[int, ...]
+    reverse_rows: tuple[int, ...]
+    receivers: tuple[tuple[int, int], ...]
+    givers: tuple[tuple[int, int], ...]
+
+
+def blocks(shift: ColumnShift, batch: int, features: int) -> tuple[Block, ...]:
+    """The runs of a shift in blocks whose projections, `features` wide, fit the workspace."""
+    return _blocks(shift, batch, max(WORKSPACE_ELEMENTS // max(features, 1), 1))
+
+
+@lru_cache(maxsize=1024)
+def _blocks(shift: ColumnShift, batch: int, most_rows: int) -> tuple[Block, ...]:
+    made, runs, num_rows = [], [], 0
+    step = shift.num_columns * batch
+    for run in shift.runs:
+        size = run.num_rows * step
+        if runs and num_rows + size > most_rows:
+            made.append(_block(runs, step))
+            runs, num_rows = [], 0
+        runs.append(run)
+        num_rows += size
+    return (*made, _block(runs, step)) if runs else ()
+
+
+def _block(runs: list[OffsetRun], step: int) -> Block:
+    sizes = [run.num_rows * step for run in runs]
+    return Block(
+        sum(sizes),
+        sizes,
+        tuple(run.row for run in runs),
+        tuple(run.reverse_row for run in runs),
+        tuple((run.receiver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
+        tuple((run.giver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
+    )
+
+
+def workspace(layout: PairLayout, batch: int, features: int, like: Tensor) -> Tensor:
+    """Room for the projections of any block, `[rows, features]`."""
+    shifts = layout.column_shifts()
+    rows = max((block.num_rows for shift in shifts for block in blocks(shift, batch, features)), default=0)
+    return like.new_empty(rows, features)
 
 
 def tokens_first(tensor: Tensor) -> Tensor:
+    """`[B, L, C]` to `[L, B, C]`."""
     return tensor.transpose(0, 1).contiguous()
 
 
@@ -34,11 +91,12 @@ def _grid(tokens: Tensor, layout: PairLayout) -> Tensor:
 
 
 def columns_of(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
-    """Columns `start …` of the grid's tokens, `[rows·w·B, C]`, contiguous."""
+    """Columns `start …` of the grid's tokens, `[rows·w·B, C]`, contiguous: a copy only where they are not all columns."""
     return _grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
 
 
 def add_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
+    """Adds columns, in the form of `columns_of`, to the grid's tokens."""
     part = _grid(tokens, layout)[:, start : start + num_columns]
     part += columns.view(part.shape)
 
@@ -50,22 +108,33 @@ def put_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int,
         part.copy_(columns.view(part.shape))
 
 
-def blocks(shift: ColumnShift, batch: int, features: int) -> Iterator[tuple[tuple[OffsetRun, ...], list[int]]]:
-    """Consecutive runs whose projections fit the workspace, with the number of projected rows of each."""
-    block, sizes = [], []
-    for run in shift.runs:
-        size = run.num_rows * shift.num_columns * batch
-        if block and (sum(sizes) + size) * features > WORKSPACE_ELEMENTS:
-            yield tuple(block), sizes
-            block, sizes = [], []
-        block.append(run)
-        sizes.append(size)
-    yield tuple(block), sizes
+def at(columns: Tensor, places: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """The rows of each run."""
+    return [columns.narrow(0, start, size) for start, size in places]
 
 
-def workspace(layout: PairLayout, batch: int, features: int, like: Tensor) -> Tensor:
-    rows = max(sum(sizes) for shift in layout.column_shifts() for _, sizes in blocks(shift, batch, features))
-    return like.new_empty(rows, features)
+# One call for a list of tensors; they may overlap in the first argument, and are taken in turn.
+def add_each(targets: list[Tensor], parts: list[Tensor]) -> None:
+    """Adds each part to its target."""
+    if targets[0].dtype == parts[0].dtype:
+        torch._foreach_add_(targets, parts)
+    else:
+        for target, part in zip(targets, parts, strict=True):
+            target += part
+
+
+def maximum_each(targets: list[Tensor], parts: list[Tensor]) -> None:
+    """Raises each target to its part, where that is greater."""
+    torch._foreach_maximum_(targets, parts)
+
+
+def add_weighted_each(targets: list[Tensor], parts: list[Tensor], weights: list[Tensor]) -> None:
+    """Adds each part times its weight to its target."""
+    if targets[0].dtype == parts[0].dtype:
+        torch._foreach_addcmul_(targets, parts, weights)
+    else:
+        for target, part, weight in zip(targets, parts, weights, strict=True):
+            target += part * weight
 
 
 class Heads:
@@ -74,33 +143,35 @@ class Heads:
     def __init__(self, num_heads: int, features: int, like: Tensor):
         self.num_heads, self.size = num_heads, features // num_heads
         self.wide = accumulation_dtype(like.dtype)
+        self.narrow = self.size < NARROW
         self.ones = torch.eye(num_heads, dtype=like.dtype, device=like.device).repeat_interleave(self.size, 0)
         self.ones_across = self.ones.t().contiguous()
 
     def sum(self, product: Tensor, out: Tensor) -> None:
         """Sums `[rows, A·e]` to `[rows, A]`, in the wider type."""
-        if self.size < NARROW_SUM and product.dtype == self.wide:
+        if self.narrow and product.dtype == self.wide:
             torch.mm(product, self.ones, out=out)
         else:
             torch.sum(product.unflatten(-1, (self.num_heads, -1)), -1, dtype=self.wide, out=out)
 
-    def spread(self, weight: Tensor, out: Tensor) -> Tensor:
+    def spread(self, weights: Tensor, out: Tensor) -> Tensor:
         """Weights `[rows, A]` for every feature, `[rows, A·e]`, in `out`."""
-        return torch.mm(weight, self.ones_across, out=out)
+        return torch.mm(weights, self.ones_across, out=out)
 
-    def add_weighted(self, target: Tensor, rows: Tensor, weight: Tensor) -> None:
-        """Adds `rows`, `[rows, A·e]`, to `target`, each head with its weight, `[rows, A]`, or feature, `[rows, A·e]`."""
-        if weight.shape != rows.shape:
-            heads = (-1, self.num_heads, self.size)
-            target, rows, weight = target.view(heads), rows.view(heads), weight.unsqueeze(-1)
-        if target.dtype == rows.dtype:
-            target.addcmul_(rows, weight)
-        else:
-            target += rows * weight
+    def apart(self, rows: Tensor) -> Tensor:
+        """`[rows, A·e]` to `[rows, A, e]`, and `[rows, A]` to `[rows, A, 1]`."""
+        return rows.unflatten(-1, (self.num_heads, -1))
 
 
 class Side:
-    """One side of the pairs, receiving or giving: its tokens, its bank, and how both are read and accumulated."""
+    """One side of the pairs, receiving or giving: its tokens, its bank, and how both are read and accumulated.
+
+    Args:
+        tokens: `[L, B, in]`, contiguous.
+        bank: `[num_offsets, in, A·e]`; `None` where the tokens are projections already.
+        receives: whether this is the receiving side.
+        reverse: whether a pair uses the bank's row of the reverse offset, as queries do.
+    """
 
     def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, receives: bool, reverse: bool):
         self.tokens, self.bank, self.layout = tokens, bank, layout
@@ -129,7 +200,6 @@ class Side:
 
     def start_shift(self, shift: ColumnShift, gradients: bool = False) -> None:
         self.column_start = shift.receiver_start if self.receives else shift.giver_start
-        self.row_size = shift.num_columns * self.batch
         self.columns = columns_of(self.tokens, self.layout, self.column_start, shift.num_columns)
         if gradients:
             self.column_gradient = torch.zeros_like(self.columns, dtype=self.token_gradient.dtype)
@@ -137,35 +207,42 @@ class Side:
     def end_shift(self, shift: ColumnShift) -> None:
         add_columns(self.token_gradient, self.column_gradient, self.layout, self.column_start, shift.num_columns)
 
-    def rows(self, columns: Tensor, run: OffsetRun) -> Tensor:
-        """The tokens of a run, `[rows, in]`."""
-        start = run.receiver_start if self.receives else run.giver_start
-        return columns.narrow(0, start * self.row_size, run.num_rows * self.row_size)
+    def places(self, block: Block) -> tuple[tuple[int, int], ...]:
+        return block.receivers if self.receives else block.givers
 
-    def _row(self, run: OffsetRun) -> int:
-        return run.reverse_row if self.reverse else run.row
+    def rows(self, block: Block) -> list[Tensor]:
+        """The tokens of each run, `[n·B, in]`."""
+        return at(self.columns, self.places(block))
 
-    def project(self, run: OffsetRun, out: Tensor) -> Tensor:
-        """The projections of a run, `[rows, A·e]`, in `out`, or as they are where there is no bank."""
-        rows = self.rows(self.columns, run)
-        return rows if self.bank is None else torch.mm(rows, self.matrices[self._row(run)], out=out)
+    def gradient_rows(self, block: Block) -> list[Tensor]:
+        """Where the gradient of each run's tokens is added up."""
+        return at(self.column_gradient, self.places(block))
 
-    def accumulate(self, run: OffsetRun, gradient: Tensor) -> None:
-        """Adds the gradient of a run's projections to those of the tokens and the bank."""
+    def _bank_rows(self, block: Block) -> tuple[int, ...]:
+        return block.reverse_rows if self.reverse else block.rows
+
+    def project(self, block: Block, outs: tuple[Tensor, ...]) -> list[Tensor]:
+        """The projections of each run, `[n·B, A·e]`, in `outs`, or as they are where there is no bank."""
+        rows = self.rows(block)
         if self.bank is None:
-            self.rows(self.column_gradient, run).add_(gradient)
-            return
-        row = self._row(run)
-        self._add_to_matrix(row, self.rows(self.columns, run), gradient)
-        _add_product(self.rows(self.column_gradient, run), gradient, self.matrices_across[row])
+            return rows
+        matrices = self.matrices
+        return [
+            torch.mm(tokens, matrices[row], out=out)
+            for tokens, row, out in zip(rows, self._bank_rows(block), outs, strict=True)
+        ]
 
-    def accumulate_weighted(self, run: OffsetRun, gradient: Tensor, weight: Tensor) -> None:
-        """Adds the gradient of a run's plain inputs, `[rows, A·e]`, times a weight of the same shape."""
-        target = self.rows(self.column_gradient, run)
-        if target.dtype == gradient.dtype:
-            target.addcmul_(gradient, weight)
-        else:
-            target += gradient * weight
+    def accumulate(self, block: Block, gradients: tuple[Tensor, ...]) -> None:
+        """Adds the gradients of each run's projections to those of the tokens and the bank."""
+        targets = self.gradient_rows(block)
+        if self.bank is None:
+            add_each(targets, gradients)
+            return
+        for row, tokens, target, gradient in zip(
+            self._bank_rows(block), self.rows(block), targets, gradients, strict=True
+        ):
+            self._add_to_matrix(row, tokens, gradient)
+            _add_product(target, gradient, self.matrices_across[row])
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:
@@ -201,12 +278,16 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 __all__ = [
-    "NARROW_WEIGHT",
+    "Block",
     "Heads",
     "Side",
     "add_columns",
+    "add_each",
+    "add_weighted_each",
+    "at",
     "blocks",
     "columns_of",
+    "maximum_each",
     "put_columns",
     "tokens_first",
     "workspace",

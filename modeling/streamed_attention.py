@@ -25,8 +25,21 @@ from torch import Tensor
 
 from .class_pairs import class_blocks
 from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
-from .pair_layout import ColumnShift, OffsetRun, PairLayout
-from .pair_runs import NARROW_WEIGHT, Heads, Side, blocks, columns_of, put_columns, tokens_first, workspace
+from .pair_layout import PairLayout
+from .pair_runs import (
+    Block,
+    Heads,
+    Side,
+    add_each,
+    add_weighted_each,
+    at,
+    blocks,
+    columns_of,
+    maximum_each,
+    put_columns,
+    tokens_first,
+    workspace,
+)
 
 
 # Off, every layer runs over the two operators of `translution_grouped.py`: a switch for tests and benchmarks.
@@ -94,10 +107,16 @@ def _heads(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.unflatten(-1, (like.shape[-1], -1))
 
 
-def _groups(shift: ColumnShift, row_elements: int) -> Iterator[tuple[OffsetRun, ...]]:
-    size = max(GROUP_ELEMENTS // max(row_elements, 1), 1)
-    for start in range(0, len(shift.runs), size):
-        yield shift.runs[start : start + size]
+def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
+    group, elements = [], 0
+    for block in made:
+        if group and elements + block.num_rows * num_heads > GROUP_ELEMENTS:
+            yield group
+            group, elements = [], 0
+        group.append(block)
+        elements += block.num_rows * num_heads
+    if group:
+        yield group
 
 
 def _sides(
@@ -124,14 +143,14 @@ def _forward(
     softmax = _Softmax(tensors[0], num_heads, features)
     heads = Heads(num_heads, query.features, tensors[0])
     value_heads = Heads(num_heads, features, tensors[2])
+    widest = max(query.features, features)
     if far is not None:
         softmax.start_far(*_FLASH(*_shifted(far, layout.band), 0.0, True, scale=scale), layout.band)
     for receivers, givers, row, reverse in class_blocks(layout):
         product = query.project_tokens(receivers, reverse) * key.project_tokens(givers, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.total.dtype) * scale
         softmax.add(receivers, scores, value.project_tokens(givers, row).to(scores.dtype))
-    space, spare = (workspace(layout, query.batch, max(features, query.features), tensors[0]) for _ in range(2))
-    space, spare = space.view(-1), spare.view(-1)
+    space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
     for shift in layout.column_shifts():
         for side in (query, key, value):
             side.start_shift(shift)
@@ -139,27 +158,30 @@ def _forward(
         greatest, total, output = (
             columns_of(part, *place) for part in (softmax.greatest, softmax.total, softmax.output)
         )
-        for runs in _groups(shift, greatest.numel()):
-            scores = greatest.new_full((len(runs), *greatest.shape), -torch.inf)
-            for run, scores_of_run in zip(runs, scores, strict=True):
-                slot = query.rows(scores_of_run, run)
-                product = _as_rows(space, slot, query.features)
-                other = product if query.bank is None else _as_rows(spare, slot, query.features)
-                torch.mul(query.project(run, product), key.project(run, other), out=product)
-                heads.sum(product, slot)
+        targets = output if value_heads.narrow else value_heads.apart(output)
+        for group in _groups(blocks(shift, query.batch, widest), num_heads):
+            places = tuple(receivers for block in group for receivers in block.receivers)
+            sizes = [size for block in group for size in block.sizes]
+            scores = greatest.new_empty(sum(sizes), num_heads)
+            for block, out in zip(group, scores.split([block.num_rows for block in group]), strict=True):
+                heads.sum(_products(query, key, block, space, spare), out)
             scores *= scale
-            new = torch.maximum(greatest, scores.amax(0))
-            decay = greatest.sub_(new).exp_()
-            scores.sub_(new).exp_()
-            total.mul_(decay).add_(scores.sum(0))
+            old = greatest.clone()
+            maximum_each(at(greatest, places), scores.split(sizes))
+            decay = old.sub_(greatest).exp_()
+            scores.sub_(torch.cat(at(greatest, places))).exp_()
+            add_each(at(total.mul_(decay), places), scores.split(sizes))
             _heads(output, decay).mul_(decay.unsqueeze(-1))
-            greatest.copy_(new)
-            for run, weights in zip(runs, scores.to(tensors[2].dtype), strict=True):
-                weight = query.rows(weights, run)
-                if value_heads.size < NARROW_WEIGHT:
-                    weight = value_heads.spread(weight, _as_rows(spare, weight, features))
-                projected = value.project(run, _as_rows(space, weight, features))
-                value_heads.add_weighted(query.rows(output, run), projected, weight)
+            for block, weights in zip(group, scores.split([block.num_rows for block in group]), strict=True):
+                projected = _room(space, block, features)
+                pieces = value.project(block, projected.split(block.sizes))
+                weights = weights.to(projected.dtype)
+                if value_heads.narrow:
+                    weights = value_heads.spread(weights, _room(spare, block, features))
+                else:
+                    pieces = [value_heads.apart(piece) for piece in pieces]
+                    weights = value_heads.apart(weights)
+                add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
         for part, columns in ((softmax.greatest, greatest), (softmax.total, total), (softmax.output, output)):
             put_columns(part, columns, *place)
     output, logsumexp = softmax.finish()
@@ -197,40 +219,44 @@ def _backward(
             side.start_shift(shift, side in wanted)
         place = (layout, shift.receiver_start, shift.num_columns)
         logsumexp_columns, mean_columns = (columns_of(part, *place) for part in (logsumexp, mean))
-        for runs, sizes in blocks(shift, query.batch, widest):
-            if not runs:  # a distance of 0 leaves no near pairs
-                continue
-            rows = sum(sizes)
-            scores, weight_gradient = (logsumexp.new_empty(rows, num_heads) for _ in range(2))
-            product, query_space, key_space = (space[: rows * query.features].view(rows, -1) for space in spaces)
-            pieces = list(
-                zip(runs, product.split(sizes), query_space.split(sizes), key_space.split(sizes), strict=True)
-            )
-            projected = [(query.project(run, q), key.project(run, k)) for run, _, q, k in pieces]
-            for (_, out, _, _), (q, k) in zip(pieces, projected, strict=True):
-                torch.mul(q, k, out=out)
+        for block in blocks(shift, query.batch, widest):
+            scores, weight_gradient = (logsumexp.new_empty(block.num_rows, num_heads) for _ in range(2))
+            query_space, key_space = (_room(space, block, query.features).split(block.sizes) for space in spaces[1:])
+            q, k = query.project(block, query_space), key.project(block, key_space)
+            product = _room(spaces[0], block, query.features)
+            torch._foreach_copy_(product.split(block.sizes), q)
+            torch._foreach_mul_(product.split(block.sizes), k)
             heads.sum(product, scores)
-            weights = scores.mul_(scale).sub_(_join(logsumexp_columns, query, runs)).exp_()
-            given = spaces[0][: rows * value.features].view(rows, -1)
+            weights = scores.mul_(scale).sub_(torch.cat(at(logsumexp_columns, block.receivers))).exp_()
+            given = _room(spaces[0], block, value.features)
+            pieces = given.split(block.sizes)
             if need_scores:
-                for run, out in zip(runs, given.split(sizes), strict=True):
-                    torch.mul(value.project(run, out), received.rows(received.columns, run), out=out)
+                if value.bank is None:
+                    torch._foreach_copy_(pieces, value.rows(block))
+                else:
+                    value.project(block, pieces)
+                torch._foreach_mul_(pieces, received.rows(block))
                 value_heads.sum(given, weight_gradient)
-                weight_gradient.sub_(_join(mean_columns, query, runs)).mul_(weights).mul_(scale)
+                weight_gradient.sub_(torch.cat(at(mean_columns, block.receivers))).mul_(weights).mul_(scale)
             if needed[2]:
                 value_heads.spread(weights.to(gradient.dtype), given)
-                for run, weight in zip(runs, given.split(sizes), strict=True):
-                    value.accumulate(run, weight.mul_(received.rows(received.columns, run)))
-            if need_scores:
-                heads.spread(weight_gradient.to(tensors[0].dtype), product)
-                for (run, weight, query_out, key_out), (q, k) in zip(pieces, projected, strict=True):
-                    if needed[0]:
-                        if query.bank is None:
-                            query.accumulate_weighted(run, k, weight)
-                        else:
-                            query.accumulate(run, torch.mul(k, weight, out=key_out))
-                    if needed[1]:
-                        key.accumulate(run, torch.mul(q, weight, out=query_out))
+                torch._foreach_mul_(pieces, received.rows(block))
+                value.accumulate(block, pieces)
+            if not need_scores:
+                continue
+            heads.spread(weight_gradient.to(tensors[0].dtype), product)
+            weights = product.split(block.sizes)
+            if needed[0] and query.bank is None:
+                add_weighted_each(query.gradient_rows(block), k, weights)
+            if needed[1] and key.bank is None:
+                add_weighted_each(key.gradient_rows(block), q, weights)
+            # A projection is changed where it lies, plain inputs are not: the weights are, after their last use.
+            banked = [(query, k, key), (key, q, query)]
+            banked = [pair for pair, need in zip(banked, needed[:2], strict=True) if need and pair[0].bank is not None]
+            for side, other, other_side in sorted(banked, key=lambda pair: pair[2].bank is None):
+                changed, by = (weights, other) if other_side.bank is None else (other, weights)
+                torch._foreach_mul_(changed, by)
+                side.accumulate(block, changed)
         for side in wanted:
             side.end_shift(shift)
     for receivers, givers, row, reverse in class_blocks(layout):
@@ -308,15 +334,25 @@ def _far_gradients(
     return gradients
 
 
-def _join(columns: Tensor, side: Side, runs: tuple[OffsetRun, ...]) -> Tensor:
-    """The rows of a block of runs, one after the other."""
-    parts = [side.rows(columns, run) for run in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _products(query: Side, key: Side, block: Block, space: Tensor, spare: Tensor) -> Tensor:
+    """`q_ij ∘ k_ij` of a block, `[rows, A·e]`, in `space`."""
+    product = _room(space, block, query.features)
+    outs = product.split(block.sizes)
+    if query.bank is None and key.bank is None:
+        torch._foreach_copy_(outs, query.rows(block))
+        others = key.rows(block)
+    elif query.bank is None:
+        key.project(block, outs)
+        others = query.rows(block)
+    else:
+        query.project(block, outs)
+        others = key.project(block, _room(spare, block, query.features).split(block.sizes))
+    torch._foreach_mul_(outs, others)
+    return product
 
 
-def _as_rows(space: Tensor, like: Tensor, features: int) -> Tensor:
-    rows = like.shape[0]
-    return space[: rows * features].view(rows, features)
+def _room(space: Tensor, block: Block, features: int) -> Tensor:
+    return space[: block.num_rows * features].view(-1, features)
 
 
 NAMES = ["translution::streamed_attention", "translution::streamed_attention_backward"]

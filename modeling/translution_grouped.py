@@ -24,7 +24,7 @@ from torch import Tensor
 from .class_pairs import class_blocks
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
-from .pair_runs import NARROW_WEIGHT, Heads, Side, add_columns, blocks, tokens_first, workspace
+from .pair_runs import Heads, Side, add_columns, add_weighted_each, at, blocks, tokens_first, workspace
 
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
@@ -59,12 +59,20 @@ def _scores(
     for shift in layout.column_shifts():
         receiver.start_shift(shift)
         giver.start_shift(shift)
-        for runs, sizes in blocks(shift, batch, features):
-            end = place + sum(sizes)
+        for block in blocks(shift, batch, features):
+            end = place + block.num_rows
             product = query_space[: end - place]
-            for run, out in zip(runs, product.split(sizes), strict=True):
-                spare = out if query_bank is None else key_space[: out.shape[0]]
-                torch.mul(receiver.project(run, out), giver.project(run, spare), out=out)
+            products = product.split(block.sizes)
+            if query_bank is None and key_bank is None:
+                torch._foreach_copy_(products, receiver.rows(block))
+                others = giver.rows(block)
+            elif query_bank is None:
+                giver.project(block, products)
+                others = receiver.rows(block)
+            else:
+                receiver.project(block, products)
+                others = giver.project(block, key_space[: end - place].split(block.sizes))
+            torch._foreach_mul_(products, others)
             heads.sum(product, flat[place:end])
             place = end
     place //= max(batch, 1)
@@ -96,23 +104,29 @@ def _scores_backward(
     # The gradient of one side needs the projections of the other.
     sides = [(receiver, giver)] if need_query else []
     sides += [(giver, receiver)] if need_key else []
+    sides.sort(key=lambda pair: pair[0].bank is not None)
     for side, _ in sides:
         side.start_gradients()
     place = 0
     for shift in layout.column_shifts():
         receiver.start_shift(shift, need_query)
         giver.start_shift(shift, need_key)
-        for runs, sizes in blocks(shift, batch, features):
-            end = place + sum(sizes)
-            weights = heads.spread(flat[place:end], weight_space[: end - place])
-            for run, weight in zip(runs, weights.split(sizes), strict=True):
-                piece = space[: weight.shape[0]]
-                for side, other in sides:
-                    projected = other.project(run, piece)
-                    if side.bank is None:
-                        heads.add_weighted(side.rows(side.column_gradient, run), projected, weight)
-                    else:
-                        side.accumulate(run, torch.mul(projected, weight, out=piece))
+        for block in blocks(shift, batch, features):
+            end = place + block.num_rows
+            weights = heads.spread(flat[place:end], weight_space[: end - place]).split(block.sizes)
+            pieces = space[: end - place].split(block.sizes)
+            for side, other in sides:
+                projected = other.project(block, pieces)
+                if side.bank is None:
+                    add_weighted_each(side.gradient_rows(block), projected, weights)
+                    continue
+                if other.bank is None:
+                    # Plain inputs are not to be changed; the weights are, after their last use.
+                    torch._foreach_mul_(weights, projected)
+                    side.accumulate(block, weights)
+                else:
+                    torch._foreach_mul_(pieces, weights)
+                    side.accumulate(block, pieces)
             place = end
         for side, _ in sides:
             side.end_shift(shift)
@@ -150,13 +164,16 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
         giver.start_shift(shift)
         receiver.start_shift(shift)
         received = torch.zeros_like(receiver.columns)
-        for runs, sizes in blocks(shift, batch, features):
-            end = place + sum(sizes)
-            weights = flat[place:end]
-            if heads.size < NARROW_WEIGHT:
+        targets = received if heads.narrow else heads.apart(received)
+        for block in blocks(shift, batch, features):
+            end = place + block.num_rows
+            weights, projected = flat[place:end], space[: end - place]
+            pieces = giver.project(block, projected.split(block.sizes))
+            if heads.narrow:
                 weights = heads.spread(weights, weight_space[: end - place])
-            for run, weight in zip(runs, weights.split(sizes), strict=True):
-                heads.add_weighted(receiver.rows(received, run), giver.project(run, space[: weight.shape[0]]), weight)
+            else:
+                weights, pieces = heads.apart(weights), heads.apart(projected).split(block.sizes)
+            add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
             place = end
         add_columns(output, received, layout, shift.receiver_start, shift.num_columns)
     place //= max(batch, 1)
