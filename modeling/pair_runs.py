@@ -20,7 +20,7 @@ from .pair_layout import ColumnShift, OffsetRun, PairLayout
 
 
 # Elements of one projection kept at a time. What is done to it next finds it in a processor's cache.
-WORKSPACE_ELEMENTS = 1 << 18
+WORKSPACE_ELEMENTS = 1 << 17
 # Heads narrower than this are summed, or given their weight, by a matrix product with ones: PyTorch's own loops over so few
 # elements spend their time on starting.
 NARROW = 33
@@ -95,14 +95,8 @@ def columns_of(tokens: Tensor, layout: PairLayout, start: int, num_columns: int)
     return _grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
 
 
-def add_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
-    """Adds columns, in the form of `columns_of`, to the grid's tokens."""
-    part = _grid(tokens, layout)[:, start : start + num_columns]
-    part += columns.view(part.shape)
-
-
 def put_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
-    """Writes columns back, where `columns_of` had to copy them."""
+    """Writes changed columns back, where `columns_of` had to copy them."""
     part = _grid(tokens, layout)[:, start : start + num_columns]
     if part.data_ptr() != columns.data_ptr():
         part.copy_(columns.view(part.shape))
@@ -144,8 +138,7 @@ class Heads:
         self.num_heads, self.size = num_heads, features // num_heads
         self.wide = accumulation_dtype(like.dtype)
         self.narrow = self.size < NARROW
-        self.ones = torch.eye(num_heads, dtype=like.dtype, device=like.device).repeat_interleave(self.size, 0)
-        self.ones_across = self.ones.t().contiguous()
+        self.ones, self.ones_across = _ones(num_heads, self.size, like.dtype, like.device)
 
     def sum(self, product: Tensor, out: Tensor) -> None:
         """Sums `[rows, A·e]` to `[rows, A]`, in the wider type."""
@@ -161,6 +154,13 @@ class Heads:
     def apart(self, rows: Tensor) -> Tensor:
         """`[rows, A·e]` to `[rows, A, e]`, and `[rows, A]` to `[rows, A, 1]`."""
         return rows.unflatten(-1, (self.num_heads, -1))
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _ones(num_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    ones = torch.eye(num_heads, dtype=dtype, device=device).repeat_interleave(size, 0)
+    return ones, ones.t().contiguous()
 
 
 class Side:
@@ -200,12 +200,13 @@ class Side:
 
     def start_shift(self, shift: ColumnShift, gradients: bool = False) -> None:
         self.column_start = shift.receiver_start if self.receives else shift.giver_start
-        self.columns = columns_of(self.tokens, self.layout, self.column_start, shift.num_columns)
+        place = (self.layout, self.column_start, shift.num_columns)
+        self.columns = columns_of(self.tokens, *place)
         if gradients:
-            self.column_gradient = torch.zeros_like(self.columns, dtype=self.token_gradient.dtype)
+            self.column_gradient = columns_of(self.token_gradient, *place)
 
     def end_shift(self, shift: ColumnShift) -> None:
-        add_columns(self.token_gradient, self.column_gradient, self.layout, self.column_start, shift.num_columns)
+        put_columns(self.token_gradient, self.column_gradient, self.layout, self.column_start, shift.num_columns)
 
     def places(self, block: Block) -> tuple[tuple[int, int], ...]:
         return block.receivers if self.receives else block.givers
@@ -281,7 +282,6 @@ __all__ = [
     "Block",
     "Heads",
     "Side",
-    "add_columns",
     "add_each",
     "add_weighted_each",
     "at",

@@ -1,4 +1,5 @@
-"""The whole attention of full Translution in one pass over the pairs, with online softmax: the default path on a CPU.
+"""The whole attention of full Translution in one pass over the pairs, with online softmax: the default path on a CPU for
+inputs whose square of scores would be large, and for texts with a distance.
 
     out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
 
@@ -42,6 +43,8 @@ from .pair_runs import (
 )
 
 
+# Smaller squares of scores are cheaper to keep for the backward pass than to compute again.
+SQUARE_ELEMENTS = 1 << 20
 # Off, every layer runs over the two operators of `translution_grouped.py`: a switch for tests and benchmarks.
 ENABLED = True
 # Scores between two updates of the softmax: many, since each update touches the output once.
@@ -51,11 +54,16 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def can_stream(device: torch.device, layout: PairLayout) -> bool:
-    """Whether one pass can serve: far pairs need an operator that PyTorch has for CPUs, and all tokens must receive."""
-    if not ENABLED or layout.past > 0:
+def can_stream(tokens: Tensor, num_heads: int, layout: PairLayout) -> bool:
+    """Whether one pass can serve, and pays: always for far pairs, otherwise where the square of scores would be large.
+
+    All tokens must receive, and far pairs need an operator that PyTorch has for CPUs.
+    """
+    if layout.past > 0:
         return False
-    return not has_far_pairs(layout) or (device.type == "cpu" and _FLASH is not None)
+    if has_far_pairs(layout):
+        return ENABLED and tokens.device.type == "cpu" and _FLASH is not None
+    return ENABLED and tokens.shape[0] * num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS
 
 
 def has_far_pairs(layout: PairLayout) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from .class_pairs import class_blocks
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
-from .pair_runs import Heads, Side, add_columns, add_weighted_each, at, blocks, tokens_first, workspace
+from .pair_runs import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
 
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
@@ -54,7 +54,8 @@ def _scores(
     grouped[num_pairs] = 0
     flat = grouped.view(-1, num_heads)
     heads = Heads(num_heads, features, query)
-    query_space, key_space = (workspace(layout, batch, features, query) for _ in range(2))
+    query_space = workspace(layout, batch, features, query)
+    key_space = query_space if query_bank is None else torch.empty_like(query_space)
     place = 0
     for shift in layout.column_shifts():
         receiver.start_shift(shift)
@@ -156,14 +157,13 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
     flat = grouped.view(-1, num_heads)
     heads = Heads(num_heads, features, value)
-    weight_space, space = (workspace(layout, batch, features, value) for _ in range(2))
+    space = workspace(layout, batch, features, value)
+    weight_space = torch.empty_like(space) if heads.narrow else None
     output = value.new_zeros(layout.num_receivers, batch, features, dtype=wide)
-    receiver = Side(output, None, layout, receives=True, reverse=False)
     place = 0
     for shift in layout.column_shifts():
         giver.start_shift(shift)
-        receiver.start_shift(shift)
-        received = torch.zeros_like(receiver.columns)
+        received = columns_of(output, layout, shift.receiver_start, shift.num_columns)
         targets = received if heads.narrow else heads.apart(received)
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
@@ -175,7 +175,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
                 weights, pieces = heads.apart(weights), heads.apart(projected).split(block.sizes)
             add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
             place = end
-        add_columns(output, received, layout, shift.receiver_start, shift.num_columns)
+        put_columns(output, received, layout, shift.receiver_start, shift.num_columns)
     place //= max(batch, 1)
     for receivers, givers, row, _ in class_blocks(layout):
         piece = giver.project_tokens(givers, row).unflatten(-1, (num_heads, -1))

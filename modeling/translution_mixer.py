@@ -121,13 +121,15 @@ class TranslutionMixer(Mixer):
             return self.o_proj(output), None
         attention_mask = self.pair_mask(attention_mask, layout, hidden_states)
 
+        # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
+        scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2
         scores = None
         if dense_query is not None:
-            scores = dense_query @ dense_key.transpose(-1, -2)
+            scores = (dense_query * scale) @ dense_key.transpose(-1, -2)
         if self.scores_are_relative:
             relative_scores = pairs.scores()
-            scores = relative_scores if scores is None else (scores + relative_scores) / 2
-        weights = self.probabilities(scores * self.scaling, attention_mask)
+            scores = relative_scores * scale if scores is None else torch.add(scores, relative_scores, alpha=scale)
+        weights = self.probabilities(scores, attention_mask)
 
         output = None
         if dense_value is not None:
@@ -157,11 +159,14 @@ class TranslutionMixer(Mixer):
     def _streams(
         self, operators: ModuleType, tokens: Tensor, layout: PairLayout | StepLayout, attention_mask: Tensor | None
     ) -> bool:
-        """Whether one pass does the whole attention. Low-rank scores are mostly dense, which one product makes as a square."""
+        """Whether one pass does the whole attention, see `streamed_attention.py`.
+
+        Low-rank scores are mostly dense, and one product makes their square.
+        """
         if operators is not translution_grouped or self.low_rank or attention_mask is not None:
             return False
         drops = self.training and self.attention_dropout > 0
-        return not drops and can_stream(tokens.device, layout)
+        return not drops and can_stream(tokens, self.num_heads, layout)
 
     def _fused(
         self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor, cache: Cache | None

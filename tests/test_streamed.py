@@ -27,6 +27,7 @@ def streamed(monkeypatch):
         return forward(*args)
 
     forward = streamed_attention._forward
+    monkeypatch.setattr(streamed_attention, "SQUARE_ELEMENTS", 0)
     monkeypatch.setattr(streamed_attention, "_forward", count)
     return calls
 
