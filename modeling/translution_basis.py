@@ -5,7 +5,7 @@ A bank of `n` factors is `W[o] = Σ_m b[o, m] U[m]`. The projections `x_j U[m]` 
     <q_i, x_j W[o]> = Σ_m b[o, m] <q_i, x_j U[m]>,      Σ_j p_ij x_j W[o] = Σ_m Σ_j (p_ij b[o, m]) x_j U[m]
 
 are `n` ordinary attention products mixed by the offset: `n·2·B·L²·C'` operations instead of `2·B·L²·C·C'`. Where queries and
-keys both have a basis there are `n²` products. The signatures are those of `translution_reference.py`, with an `OffsetBasis`
+keys both have a basis there are `n²` products. They are made a few heads at a time, see `basis_products.py`. The signatures are those of `translution_reference.py`, with an `OffsetBasis`
 for each bank.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `n` factors.
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .basis_products import mixed_scores, mixed_values
 from .pair_layout import PairLayout
 
 
@@ -45,28 +46,31 @@ def pair_scores(
 ) -> Tensor:
     """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `translution_reference.pair_scores`."""
     rows, reverse_rows = layout.offsets()
-    query_heads, query_weight = _project(query, query_bank, reverse_rows, num_heads)
-    key_heads, key_weight = _project(key, key_bank, rows, num_heads)
-    scores = 0
-    for one_query, one_query_weight in zip(query_heads, query_weight, strict=True):
-        mixed = 0
-        for one_key, one_key_weight in zip(key_heads, key_weight, strict=True):
-            mixed = mixed + _weighted(one_query @ one_key.transpose(-1, -2), one_key_weight)
-        scores = scores + _weighted(mixed, one_query_weight)
+    query_heads, query_coefficients = project_factors(query, query_bank, num_heads)
+    key_heads, key_coefficients = project_factors(key, key_bank, num_heads)
+    key_weights = _weights(key_coefficients, rows, key)
+    if query_coefficients is None:
+        scores = mixed_scores(query_heads[:, :, 0], key_heads, key_weights)
+    elif key_coefficients is None:
+        # Pairs seen from the other side.
+        weights = _weights(query_coefficients, reverse_rows, query).transpose(1, 2)
+        scores = mixed_scores(key_heads[:, :, 0], query_heads, weights.contiguous()).transpose(-1, -2)
+    else:
+        query_weights = _weights(query_coefficients, reverse_rows, query)
+        scores = 0
+        for one_query, weight in zip(query_heads.unbind(2), query_weights.unbind(0), strict=True):
+            scores = scores + mixed_scores(one_query, key_heads, key_weights * weight)
     return scores.masked_fill((rows < 0).to(scores.device), 0) if layout.causal else scores
 
 
 def pair_values(probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout) -> Tensor:
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `translution_reference.pair_values`."""
     rows, _ = layout.offsets()
-    heads, weights = _project(value, value_bank, rows, probabilities.shape[1])
+    heads, coefficients = project_factors(value, value_bank, probabilities.shape[1])
     probabilities = probabilities.to(value.dtype)
     if layout.causal:
         probabilities = probabilities.masked_fill((rows < 0).to(probabilities.device), 0)
-    output = 0
-    for one, weight in zip(heads, weights, strict=True):
-        output = output + _weighted(probabilities, weight) @ one
-    return output.transpose(1, 2).flatten(2)
+    return mixed_values(probabilities, heads, _weights(coefficients, rows, value)).transpose(1, 2).flatten(2)
 
 
 def project_factors(tokens: Tensor, basis: OffsetBasis | None, num_heads: int) -> tuple[Tensor, Tensor | None]:
@@ -80,20 +84,13 @@ def project_factors(tokens: Tensor, basis: OffsetBasis | None, num_heads: int) -
     return projected.unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4), basis.coefficients
 
 
-def _project(
-    tokens: Tensor, basis: OffsetBasis | None, rows: Tensor, num_heads: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """Per factor, the tokens' projections `[B, A, L, e]` and the factor's weight in each pair `[receivers, L]`."""
-    heads, coefficients = project_factors(tokens, basis, num_heads)
+def _weights(coefficients: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
+    """Each factor's weight in each pair, `[n, receivers, L]`; one without coefficients."""
     if coefficients is None:
-        return heads.unbind(2), (None,)
+        return like.new_ones(1, *rows.shape)
     # Pairs that do not exist have no row; whatever weight they get is multiplied by zero.
-    weights = coefficients[rows.clamp(min=0).to(tokens.device)]
-    return heads.unbind(2), weights.unbind(-1)
-
-
-def _weighted(pairs: Tensor, weight: Tensor | None) -> Tensor:
-    return pairs if weight is None else pairs * weight
+    weights = torch.nn.functional.embedding(rows.clamp(min=0).to(like.device), coefficients)
+    return weights.permute(2, 0, 1).contiguous()
 
 
 __all__ = ["OffsetBasis", "pair_scores", "pair_values", "project_factors"]

@@ -1,0 +1,191 @@
+"""Attention products mixed by weights of the pairs, a few heads at a time: what basis Translution computes.
+
+    scores_ij = Σ_m w_m,ij <q_i, k_mj>          values_i = Σ_m Σ_j w_m,ij p_ij v_mj
+
+are derivatives of one form, `T(s, q, k, w) = Σ_m Σ_ij s_ij w_m,ij <q_i, k_mj>`, by `s` and by `q`. The `n` products per pair are
+made for as many heads as stay in a processor's cache, forward and backward, and never exist whole.
+
+Legend: `B` batch, `A` heads, `L` tokens, `e` size per head, `n` factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .pair_autograd import accumulation_dtype, is_registered
+
+
+# Products kept at a time.
+CHUNK_ELEMENTS = 1 << 18
+
+
+def _chunks(keys: Tensor, receivers: int) -> Iterator[tuple[slice, int]]:
+    """Parts of the batch, and a head: one after the other."""
+    batch, heads, factors, tokens, _ = keys.shape
+    size = max(CHUNK_ELEMENTS // max(factors * receivers * tokens, 1), 1)
+    for start in range(0, batch, size):
+        for head in range(heads):
+            yield slice(start, min(start + size, batch)), head
+
+
+def _space(keys: Tensor, receivers: int) -> Tensor:
+    """Room for the products of a chunk, taken once: fresh memory costs more than what is written to it."""
+    parts = [part.stop - part.start for part, _ in _chunks(keys, receivers)]
+    return keys.new_empty(max(parts, default=0), keys.shape[2], receivers, keys.shape[3])
+
+
+def _products(query: Tensor, keys: Tensor, space: Tensor) -> Tensor:
+    """`[b, receivers, e]` and `[b, n, L, e]` to `[b, n, receivers, L]`, in `space`."""
+    products = space[: len(query)]
+    for out, one, several in zip(products, query, keys, strict=True):
+        torch.bmm(one.expand(len(several), -1, -1), several.transpose(-1, -2), out=out)
+    return products
+
+
+def _mixed(pairs: Tensor, weights: Tensor, space: Tensor) -> Tensor:
+    """`[b, receivers, L]` times `[n, receivers, L]`, `[b, n, receivers, L]`, in `space`."""
+    return torch.mul(pairs.unsqueeze(1), weights, out=space[: len(pairs)])
+
+
+def _add_products(output: Tensor, mixed: Tensor, keys: Tensor) -> None:
+    """`[b, n, receivers, L]` and `[b, n, L, e]`, multiplied and summed over `n`, into `[b, receivers, e]`."""
+    for out, weighted, several in zip(output, mixed, keys, strict=True):
+        torch.addbmm(several.new_zeros(()), weighted, several, beta=0, out=out)
+
+
+def _scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    wide = accumulation_dtype(query.dtype)
+    scores = query.new_empty(*query.shape[:3], keys.shape[3], dtype=wide)
+    space = _space(keys, query.shape[2])
+    for part, head in _chunks(keys, query.shape[2]):
+        products = _products(query[part, head], keys[part, head], space).mul_(weights)
+        torch.sum(products, dim=1, dtype=wide, out=scores[part, head])
+    return scores
+
+
+def _values(probabilities: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    batch, heads, receivers, _ = probabilities.shape
+    output = keys.new_empty(batch, heads, receivers, keys.shape[-1])
+    space = _space(keys, receivers)
+    for part, head in _chunks(keys, receivers):
+        mixed = _mixed(probabilities[part, head].to(keys.dtype), weights, space)
+        _add_products(output[part, head], mixed, keys[part, head])
+    return output
+
+
+def _backward(
+    pairs: Tensor, query: Tensor, keys: Tensor, weights: Tensor, need_query: bool, need_keys: bool, need_weights: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the form by queries, keys and weights; an empty tensor for each that is not needed."""
+    none = query.new_empty(0)
+    wide = accumulation_dtype(query.dtype)
+    query_gradient = torch.empty_like(query) if need_query else none
+    keys_gradient = torch.empty_like(keys) if need_keys else none.clone()
+    weights_gradient = torch.zeros_like(weights, dtype=wide) if need_weights else none.clone()
+    space = _space(keys, query.shape[2])
+    for part, head in _chunks(keys, query.shape[2]):
+        given, q, k = pairs[part, head].to(query.dtype), query[part, head], keys[part, head]
+        if need_weights:
+            for products, one in zip(_products(q, k, space), given, strict=True):
+                if products.dtype == wide:
+                    weights_gradient.addcmul_(products, one)
+                else:
+                    weights_gradient += products * one
+        if not (need_query or need_keys):
+            continue
+        mixed = _mixed(given, weights, space)
+        if need_query:
+            _add_products(query_gradient[part, head], mixed, k)
+        if need_keys:
+            # One product at a time goes where it belongs without a copy; a batch of them would not.
+            for outs, several, one in zip(keys_gradient[part, head], mixed, q, strict=True):
+                for out, weighted in zip(outs, several, strict=True):
+                    torch.mm(weighted.t(), one, out=out)
+    return query_gradient, keys_gradient, weights_gradient.to(weights.dtype)
+
+
+NAMES = [f"translution::basis_{name}" for name in ("scores", "backward", "values")]
+
+
+def _register() -> None:
+    @torch.library.custom_op(NAMES[0], mutates_args=())
+    def scores_operator(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+        return _scores(query, keys, weights)
+
+    @scores_operator.register_fake
+    def _(query, keys, weights):
+        return query.new_empty(*query.shape[:3], keys.shape[3], dtype=accumulation_dtype(query.dtype))
+
+    @torch.library.custom_op(NAMES[1], mutates_args=())
+    def backward_operator(
+        pairs: Tensor,
+        query: Tensor,
+        keys: Tensor,
+        weights: Tensor,
+        need_query: bool,
+        need_keys: bool,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(pairs, query, keys, weights, need_query, need_keys, need_weights)
+
+    @backward_operator.register_fake
+    def _(pairs, query, keys, weights, need_query, need_keys, need_weights):
+        needed = zip((query, keys, weights), (need_query, need_keys, need_weights), strict=True)
+        return tuple(torch.empty_like(tensor) if need else query.new_empty(0) for tensor, need in needed)
+
+    @torch.library.custom_op(NAMES[2], mutates_args=())
+    def values_operator(probabilities: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+        return _values(probabilities, keys, weights)
+
+    @values_operator.register_fake
+    def _(probabilities, keys, weights):
+        batch, heads, receivers, _ = probabilities.shape
+        return keys.new_empty(batch, heads, receivers, keys.shape[-1])
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def differentiate_scores(ctx, gradient):
+        gradients = backward_operator(gradient, *ctx.saved_tensors, *ctx.needs_input_grad)
+        return tuple(part if need else None for part, need in zip(gradients, ctx.needs_input_grad, strict=True))
+
+    def differentiate_values(ctx, gradient):
+        probabilities, keys, weights = ctx.saved_tensors
+        need_probabilities, need_keys, need_weights = ctx.needs_input_grad
+        probability_gradient = None
+        if need_probabilities:
+            probability_gradient = scores_operator(gradient, keys, weights).to(probabilities.dtype)
+        _, keys_gradient, weights_gradient = backward_operator(
+            probabilities, gradient, keys, weights, False, need_keys, need_weights
+        )
+        return probability_gradient, keys_gradient if need_keys else None, weights_gradient if need_weights else None
+
+    scores_operator.register_autograd(differentiate_scores, setup_context=save)
+    values_operator.register_autograd(differentiate_values, setup_context=save)
+
+
+# See `pair_autograd.py`: a checkpoint's own copy of this code must not register again.
+if not is_registered(NAMES[-1]):
+    _register()
+
+
+def mixed_scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """`Σ_m w_m,ij <q_i, k_mj>`, `[B, A, receivers, L]`, in float32 at least.
+
+    Args:
+        query: `[B, A, receivers, e]`.
+        keys: `[B, A, n, L, e]`.
+        weights: `[n, receivers, L]`.
+    """
+    return torch.ops.translution.basis_scores(query, keys, weights)
+
+
+def mixed_values(probabilities: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    """`Σ_m Σ_j w_m,ij p_ij v_mj`, `[B, A, receivers, e]`, from `[B, A, receivers, L]`, `[B, A, n, L, e]`, `[n, receivers, L]`."""
+    return torch.ops.translution.basis_values(probabilities, values, weights)
+
+
+__all__ = ["mixed_scores", "mixed_values"]
