@@ -63,7 +63,8 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         attended, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
         if layout.causal and (pairs_masked or past_key_values is not None):
             (recent,) = remember_recent(past_key_values, self.layer_idx, [maps], self.kernel_size - 1)
-            convolved = convolve_window(recent, self._shift_bank(layout), layout, attention_mask)
+            mask = self.pair_mask(attention_mask, layout, maps)
+            convolved = convolve_window(recent, self._shift_bank(layout), layout, mask)
         elif pairs_masked:
             convolved = convolve_pairs(maps, self._shift_bank(layout), layout, attention_mask, self.kernel_size)
         else:

@@ -70,10 +70,10 @@ class Mixer(nn.Module):
         return heads.transpose(1, 2).flatten(2)
 
     def pair_mask(self, attention_mask: Tensor | None, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
-        """The additive mask, or the causal one, `[receivers, L]`, where a text has none: then all pairs of the layout count."""
+        """The additive mask, or the causal one, `[1, 1, receivers, L]`, where a text has none: then all pairs of the layout count."""
         if attention_mask is not None or not layout.causal:
             return attention_mask
-        ahead = distances(layout, like.device) < 0
+        ahead = (distances(layout, like.device) < 0)[None, None]
         return torch.zeros_like(ahead, dtype=like.dtype).masked_fill_(ahead, torch.finfo(like.dtype).min)
 
     def probabilities(self, scores: Tensor, attention_mask: Tensor | None) -> Tensor:

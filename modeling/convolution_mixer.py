@@ -50,7 +50,8 @@ class ConvolutionMixer(Mixer):
             if pairs_masked or past_key_values is not None:
                 remember(past_key_values, self.layer_idx, [hidden_states[:, None, :, :0]], [None])
                 (recent,) = remember_recent(past_key_values, self.layer_idx, [hidden_states], self.kernel_size - 1)
-                return self.o_proj(convolve_window(recent, self.window_weight, layout, attention_mask)), None
+                mask = self.pair_mask(attention_mask, layout, hidden_states)
+                return self.o_proj(convolve_window(recent, self.window_weight, layout, mask)), None
             tokens = visible(hidden_states, token_mask).transpose(1, 2)
             return self.o_proj(convolve_text(tokens, self.kernel()).transpose(1, 2)), None
         if pairs_masked:

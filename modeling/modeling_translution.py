@@ -353,7 +353,9 @@ class TranslutionModel(TranslutionPreTrainedModel):
             slots = layout.num_tokens if past_key_values is None else past_key_values.get_mask_sizes(receivers, 0)[0]
             _check_mask(attention_mask, batch, receivers, (layout.num_tokens, slots, *_known_length(layout)))
             hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
-            mask = _text_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids, layout)
+            mask = None
+            if packed or not _sees_all(attention_mask, layout):
+                mask = _text_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids, layout)
             rotation = self._rotation(hidden_states, layout, position_ids)
         hidden_states = self.dropout(hidden_states)
         # Convolutions need to know which tokens to leave out, or that a mask is about pairs.
@@ -664,6 +666,17 @@ def _check_range(name: str, ids: Tensor, limit: int, field: str):
     if least < 0 or most >= limit:
         wrong = least if least < 0 else most
         raise ValueError(f"`{name}` must be at least 0 and less than {field} {limit}, got {wrong}.")
+
+
+def _sees_all(attention_mask: Tensor | None, layout: PairLayout | StepLayout) -> bool:
+    """Whether a text's mask hides nothing that its layout does not: then mixers need none, which would be a square."""
+    if isinstance(layout, StepLayout) or layout.past > 0:
+        return False
+    if attention_mask is None:
+        return True
+    # As for the range of tokens, only a CPU can afford to look.
+    looks = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    return looks and attention_mask.ndim == 2 and bool(attention_mask.all())
 
 
 def _text_mask(
