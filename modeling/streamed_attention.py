@@ -1,5 +1,5 @@
 """The whole attention of full Translution in one pass over the pairs, with online softmax: the default path on a CPU for
-inputs whose square of scores would be large, and for texts with a distance.
+text, and for images whose square of scores would be large.
 
     out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
 
@@ -43,7 +43,7 @@ from .pair_runs import (
 )
 
 
-# Smaller squares of scores are cheaper to keep for the backward pass than to compute again.
+# Smaller squares of an image's scores are cheaper to keep for the backward pass than to compute again.
 SQUARE_ELEMENTS = 1 << 20
 # Off, every layer runs over the two operators of `translution_grouped.py`: a switch for tests and benchmarks.
 ENABLED = True
@@ -55,7 +55,7 @@ _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_f
 
 
 def can_stream(tokens: Tensor, num_heads: int, layout: PairLayout) -> bool:
-    """Whether one pass can serve, and pays: always for far pairs, otherwise where the square of scores would be large.
+    """Whether one pass can serve, and pays: always for text, half of whose square is empty, and for large images.
 
     All tokens must receive, and far pairs need an operator that PyTorch has for CPUs.
     """
@@ -63,7 +63,7 @@ def can_stream(tokens: Tensor, num_heads: int, layout: PairLayout) -> bool:
         return False
     if has_far_pairs(layout):
         return ENABLED and tokens.device.type == "cpu" and _FLASH is not None
-    return ENABLED and tokens.shape[0] * num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS
+    return ENABLED and (layout.causal or tokens.shape[0] * num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS)
 
 
 def has_far_pairs(layout: PairLayout) -> bool:
@@ -130,7 +130,10 @@ def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
 def _sides(
     tensors: tuple[Tensor, ...], banks: tuple[Tensor | None, ...], layout: PairLayout
 ) -> tuple[Side, Side, Side]:
-    query, key, value = (tokens_first(tensor) for tensor in tensors)
+    query = tokens_first(tensors[0])
+    # One input of several banks is arranged once.
+    key = query if tensors[1] is tensors[0] else tokens_first(tensors[1])
+    value = key if tensors[2] is tensors[1] else tokens_first(tensors[2])
     return (
         Side(query, banks[0], layout, receives=True, reverse=True),
         Side(key, banks[1], layout, receives=False, reverse=False),
@@ -174,10 +177,10 @@ def _forward(
             for block, out in zip(group, scores.split([block.num_rows for block in group]), strict=True):
                 heads.sum(_products(query, key, block, space, spare), out)
             scores *= scale
-            old = greatest.clone()
-            maximum_each(at(greatest, places), scores.split(sizes))
+            old, greatest_rows = greatest.clone(), at(greatest, places)
+            maximum_each(greatest_rows, scores.split(sizes))
             decay = old.sub_(greatest).exp_()
-            scores.sub_(torch.cat(at(greatest, places))).exp_()
+            scores.sub_(torch.cat(greatest_rows)).exp_()
             add_each(at(total.mul_(decay), places), scores.split(sizes))
             _heads(output, decay).mul_(decay.unsqueeze(-1))
             for block, weights in zip(group, scores.split([block.num_rows for block in group]), strict=True):

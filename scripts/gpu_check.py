@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import triton
-from benchmark import hardware
+from measuring import hardware
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification

@@ -39,7 +39,6 @@ from typing import Any
 
 import matplotlib
 import torch
-from benchmark import hardware
 from data import (
     PLACEMENTS,
     DigitCanvases,
@@ -53,6 +52,7 @@ from data import (
     train_tokenizer,
 )
 from demo import COMPARISONS, IMAGE_FIELDS, TEXT_FIELDS, Settings, accuracy, all_pixels, classify, perplexity, table
+from measuring import hardware
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

@@ -15,9 +15,9 @@ import torch
 import transformers
 from accelerate import PartialState
 from arguments import ModelArguments, RunArguments, hyperparameters, without_tokens
-from benchmark import hardware
 from checkpoints import WholeCheckpointTrainer, claim_output_dir
 from load_data import DataArguments
+from measuring import hardware
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments

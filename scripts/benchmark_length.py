@@ -1,0 +1,164 @@
+"""Text of growing length: time and memory of attention, LoR, basis, full, and full Translution with a distance.
+
+Mixers of one layer, C 192, three heads, keys and values relative, one text. The floor of a distance `D` is its `L·(D + 1)`
+projections as bare matrix products, and PyTorch's own causal attention of that length. A mixer stops growing where a step takes
+longer than `--patience` seconds or its memory would pass `--memory` MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from benchmark_models import make_mixer, mix
+from benchmark_operator import products_of
+from measuring import BOTH, FORWARD, peak_memory, relative_error, spread, step, stop_if_wrong, time_in_turn
+from torch import Tensor, nn
+
+from translution import TranslutionConfig
+from translution.modeling.pair_layout import PairLayout
+
+
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+DISTANCE, HIDDEN, HEADS = 32, 192, 3
+VARIANTS = {
+    "attention": {"mixer_types": "attention"},
+    "LoR 8": {"relative_rank": 8},
+    "basis 8": {"offset_basis": 8},
+    "full": {},
+    f"full, D {DISTANCE}": {"max_relative_distance": DISTANCE},
+}
+DISTANT = f"full, D {DISTANCE}"
+
+
+def make(name: str, length: int) -> tuple[nn.Module, PairLayout]:
+    config = TranslutionConfig(
+        modality="text",
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_hidden_layers=1,
+        max_position_embeddings=length,
+        relative_projections="kv",
+        **VARIANTS[name],
+    )
+    return make_mixer(config), PairLayout.for_text(length, length, config.max_relative_distance)
+
+
+def verify(name: str, length: int = 96) -> float:
+    """Error of output and gradients against the readable path in float64."""
+    mixer, layout = make(name, length)
+    tokens = torch.randn(1, length, HIDDEN)
+
+    def results(implementation: str, dtype: torch.dtype) -> list[Tensor]:
+        mixer.to(dtype).config._attn_implementation = implementation
+        given = tokens.to(dtype).requires_grad_()
+        output = mixer(given, layout)[0]
+        weight = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
+        return [output, *torch.autograd.grad((output * weight).sum(), [given, *mixer.parameters()])]
+
+    truth = results("eager", torch.float64)
+    return max(map(relative_error, results("grouped", torch.float32), truth))
+
+
+def floors(mixer: nn.Module, length: int, backward: bool) -> dict[str, object]:
+    """The two floors of a distance, to be timed one after the other."""
+    counts = [length - distance for distance in range(DISTANCE + 1)]
+    project = products_of(counts, 1, [mixer.k_bank, mixer.v_bank])
+    heads = [torch.randn(1, HEADS, length, HIDDEN // HEADS, requires_grad=True) for _ in range(3)]
+    attend = step(lambda: nn.functional.scaled_dot_product_attention(*heads, is_causal=True), heads, backward)
+    return {"floor: projections": partial(project, backward), "floor: attention": attend}
+
+
+def needs_mib(name: str, length: int) -> float:
+    """Least memory of a mixer's bank and its gradient, and of what its operators make of pairs."""
+    parts = {
+        "attention": 0,
+        "LoR 8": 2 * 2 * length * (8 * HEADS) ** 2 + 6 * HEADS * length**2,
+        "basis 8": (6 * HEADS + 4 * 8) * length**2,
+        "full": 2 * 2 * length * HIDDEN**2,
+        DISTANT: 0,
+    }
+    return parts[name] * 4 / 2**20
+
+
+def length_suite(options: argparse.Namespace) -> Iterator[dict]:
+    errors = {}
+    for name in VARIANTS:
+        errors[name] = verify(name)
+        stop_if_wrong(name, errors[name])
+    growing = dict.fromkeys(VARIANTS, True)
+    for length in options.lengths:
+        tokens = torch.randn(1, length, HIDDEN, requires_grad=True)
+        mixers = {
+            name: make(name, length) for name in VARIANTS if growing[name] and needs_mib(name, length) < options.memory
+        }
+        for backward in (False, True):
+            runs = {
+                name: step(partial(mix, mixer, tokens, layout), [tokens, *mixer.parameters()], backward)
+                for name, (mixer, layout) in mixers.items()
+                if growing[name]
+            }
+            if DISTANT in runs and length > DISTANCE:
+                runs |= floors(mixers[DISTANT][0], length, backward)
+            memory, counts = {}, {}
+            for name, run in runs.items():
+                memory[name] = peak_memory(run)
+                start = time.perf_counter()
+                run()
+                seconds = time.perf_counter() - start
+                counts[name] = (
+                    options.repeats if seconds < 1 else max(1, min(options.repeats, int(options.patience / seconds)))
+                )
+                if seconds > options.patience:
+                    growing[name] = False
+            times = time_in_turn(runs, counts, warm_up=())
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            floor = sum(value for name, value in medians.items() if name.startswith("floor"))
+            for name, values in times.items():
+                yield {
+                    "case": f"text, L {length}, C {HIDDEN}, B 1, kv",
+                    "implementation": name,
+                    "passes": BOTH if backward else FORWARD,
+                    **spread(values),
+                    "peak_mib": memory[name],
+                    "times_attention": medians[name] / medians["attention"],
+                    "times_floor": medians[name] / floor if name == DISTANT and floor else None,
+                    "error": errors.get(name),
+                }
+        del mixers, runs
+
+
+def draw(results: Path, picture: Path) -> None:
+    """Time and memory of a forward and backward pass over the length, from the rows of a CSV."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with results.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["suite"] == "length" and row["passes"] == BOTH]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in VARIANTS:
+        points = [
+            (int(row["case"].split("L ")[1].split(",")[0]), float(row["median_ms"]), float(row["peak_mib"] or "nan"))
+            for row in rows
+            if row["implementation"] == name
+        ]
+        if points:
+            lengths, times, memory = zip(*points, strict=True)
+            axes[0].plot(lengths, times, marker="o", label=name)
+            axes[1].plot(lengths, memory, marker="o", label=name)
+    for axis, title in zip(axes, ("milliseconds", "peak MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"forward and backward, {title}")
+        axis.set_xticks(LENGTHS, map(str, LENGTHS), minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)

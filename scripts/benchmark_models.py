@@ -1,0 +1,148 @@
+"""Layers and training steps of every mixer, against PyTorch's attention of the same width.
+
+A layer with banks is also compared with its bound: twice the time of attention and of the bare products of its banks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from benchmark_operator import bare_products
+from measuring import BOTH, FORWARD, peak_memory, relative_error, spread, step, stop_if_wrong, time_in_turn
+from torch import Tensor, nn
+
+from translution import TranslutionConfig, TranslutionForImageClassification
+from translution.modeling.modeling_translution import build_mixer
+from translution.modeling.pair_layout import PairLayout
+
+
+VARIANTS = {
+    "attention": {"mixer_types": "attention"},
+    "relative bias": {"mixer_types": "relative_bias_attention"},
+    "relative vectors": {"mixer_types": "relative_vector_attention"},
+    "ACmix": {"mixer_types": "acmix"},
+    "convolution": {"mixer_types": "convolution"},
+    "LoR 8, kv": {"relative_projections": "kv", "relative_rank": 8},
+    "basis 8, v": {"relative_projections": "v", "offset_basis": 8},
+    "basis 8, kv": {"relative_projections": "kv", "offset_basis": 8},
+    "full, kv": {"relative_projections": "kv"},
+}
+# Hidden size, heads, grid, batch: the demo's, and the paper's sizes at 224 × 224 with patches of 16.
+LAYERS = {"demo": (48, 3, 7, 50), "tiny": (192, 3, 14, 8), "small": (384, 6, 14, 4), "base": (768, 12, 14, 1)}
+
+
+def make_config(size: str, **fields) -> TranslutionConfig:
+    hidden, heads, grid, _ = LAYERS[size]
+    widths = {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": hidden // heads}
+    return TranslutionConfig(**widths, num_hidden_layers=1, image_size=grid, patch_size=1, **fields)
+
+
+def make_mixer(config: TranslutionConfig) -> nn.Module:
+    mixer = build_mixer(config, 0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.05, generator=generator)
+    return mixer
+
+
+def mix(mixer: nn.Module, tokens: Tensor, layout: PairLayout) -> Tensor:
+    return mixer(tokens, layout)[0]
+
+
+def verify_mixer(fields: dict) -> float:
+    """Error of a small mixer's output and gradients against its readable path in float64."""
+    small = {
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "head_dim": 8,
+        "num_hidden_layers": 1,
+        "image_size": [5, 4],
+        "patch_size": 1,
+    }
+    mixer, layout = make_mixer(TranslutionConfig(**small, **fields)), PairLayout.for_image(5, 4, 5, 4)
+    tokens = torch.randn(3, layout.num_tokens, 24)
+
+    def results(implementation: str, dtype: torch.dtype) -> list[Tensor]:
+        mixer.to(dtype).config._attn_implementation = implementation
+        given = tokens.to(dtype).requires_grad_()
+        output = mixer(given, layout)[0]
+        weight = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
+        return [output, *torch.autograd.grad((output * weight).sum(), [given, *mixer.parameters()])]
+
+    truth = results("eager", torch.float64)
+    return max(map(relative_error, results("grouped", torch.float32), truth))
+
+
+def layer_suite(options: argparse.Namespace) -> Iterator[dict]:
+    errors = {}
+    for name, fields in VARIANTS.items():
+        errors[name] = verify_mixer(fields)
+        stop_if_wrong(name, errors[name])
+    for size, (hidden, _, grid, batch) in LAYERS.items():
+        layout = PairLayout.for_image(grid, grid, grid, grid)
+        tokens = torch.randn(batch, layout.num_tokens, hidden, requires_grad=True)
+        mixers = {name: make_mixer(make_config(size, **fields)) for name, fields in VARIANTS.items()}
+        floors = {}
+        for name, mixer in mixers.items():
+            banks = [parameter for key, parameter in mixer.named_parameters() if key.endswith("_bank")]
+            if banks:
+                floors[name] = bare_products(batch, banks, layout)
+        for backward in (False, True):
+            runs = {
+                name: step(partial(mix, mixer, tokens, layout), [tokens, *mixer.parameters()], backward)
+                for name, mixer in mixers.items()
+            }
+            runs |= {f"{name}, floor": partial(floor, backward) for name, floor in floors.items()}
+            memory = {name: peak_memory(run) for name, run in runs.items()}
+            times = time_in_turn(
+                runs, dict.fromkeys(runs, min(options.repeats, 5) if size == "base" else options.repeats)
+            )
+            medians = {name: statistics.median(values) for name, values in times.items()}
+            for name, values in times.items():
+                bound = None if name not in floors else 2 * (medians["attention"] + medians[f"{name}, floor"])
+                yield {
+                    "case": f"{size}, {grid}x{grid}, C {hidden}, B {batch}",
+                    "implementation": name,
+                    "passes": BOTH if backward else FORWARD,
+                    **spread(values),
+                    "peak_mib": memory[name],
+                    "times_attention": medians[name] / medians["attention"],
+                    "times_bound": None if bound is None else medians[name] / bound,
+                    "times_floor": None if name not in floors else medians[name] / medians[f"{name}, floor"],
+                    "error": errors.get(name),
+                }
+        del mixers, runs, floors
+
+
+def training_suite(options: argparse.Namespace) -> Iterator[dict]:
+    """Forward and backward of whole models of the size "tiny", 224 × 224 in patches of 16; memory beside weights and gradients."""
+    batch = 8
+    pixel_values, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+    chosen = {
+        name: VARIANTS[name] for name in ("attention", "ACmix", "LoR 8, kv", "basis 8, v", "basis 8, kv", "full, kv")
+    }
+    medians = {}
+    for name, fields in chosen.items():
+        torch.manual_seed(0)
+        model = TranslutionForImageClassification(TranslutionConfig.from_size("tiny", num_labels=1000, **fields))
+
+        def train(model=model) -> None:
+            model(pixel_values=pixel_values, labels=labels).loss.backward()
+
+        train()
+        peak = peak_memory(train)
+        times = time_in_turn({name: train}, {name: 3 if name == "full, kv" else options.repeats}, warm_up=())[name]
+        medians[name] = statistics.median(times)
+        yield {
+            "case": f"tiny, {len(model.model.layers)} layers, 224x224, patch 16, B {batch}, {model.num_parameters() / 1e6:.1f} M parameters",
+            "implementation": name,
+            "passes": BOTH,
+            **spread(times),
+            "peak_mib": peak,
+            "times_attention": medians[name] / medians["attention"],
+        }
+        del model

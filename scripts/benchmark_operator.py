@@ -1,0 +1,187 @@
+"""Full Translution alone, over all pairs: against gathering a matrix per pair, and against the bare matrix products.
+
+Implementations:
+    floor           the bare matrix products of the operator, nothing else: one per offset and projection, four times as many
+                    with backward (recomputation counted)
+    grouped         this package's two operators, with the square of scores between them
+    streamed        this package's single pass, with online softmax
+    reference       this package's readable path
+    gather          a matrix gathered per pair, `[L, L, C, C']`, then one contraction (`einsum`)
+    gather-matmul   the same with a broadcast `matmul`, which copies the matrices once per image: the published code's way
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from measuring import BOTH, FORWARD, peak_memory, relative_error, spread, step, stop_if_wrong, time_in_turn
+from torch import Tensor
+
+from translution.modeling import translution_grouped, translution_reference
+from translution.modeling.pair_layout import PairLayout
+from translution.modeling.streamed_attention import streamed_attention
+
+
+HEADS = 3
+# Name, layout, hidden size, batch, relative projections.
+CASES = (
+    ("image 7x7", PairLayout.for_image(7, 7, 7, 7), 192, 8, "qkv"),
+    ("image 14x14", PairLayout.for_image(14, 14, 14, 14), 192, 8, "qkv"),
+    ("text 256", PairLayout.for_text(256, 256), 192, 4, "kv"),
+    ("image 4x4", PairLayout.for_image(4, 4, 4, 4), 48, 50, "kv"),
+    ("image 7x7", PairLayout.for_image(7, 7, 7, 7), 48, 50, "kv"),
+    ("text 16", PairLayout.for_text(16, 16), 48, 50, "kv"),
+    ("text 64", PairLayout.for_text(64, 64), 48, 50, "kv"),
+)
+Banks = dict[str, Tensor]
+
+
+def attend(scores: Tensor, head_dim: int, layout: PairLayout) -> Tensor:
+    scores = scores * head_dim**-0.5
+    if layout.causal:
+        scores = scores.masked_fill(layout.offsets()[0] < 0, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
+
+
+def with_operators(operators) -> Callable[..., Tensor]:
+    def run(tokens: Tensor, banks: Banks, layout: PairLayout) -> Tensor:
+        scores = operators.pair_scores(tokens, tokens, banks.get("q"), banks.get("k"), HEADS, layout)
+        weights = attend(scores, banks["v"].shape[-1] // HEADS, layout)
+        return operators.pair_values(weights, tokens, banks["v"], layout)
+
+    return run
+
+
+def streamed(tokens: Tensor, banks: Banks, layout: PairLayout) -> Tensor:
+    scale = (banks["v"].shape[-1] // HEADS) ** -0.5
+    return streamed_attention(tokens, tokens, tokens, *(banks.get(name) for name in "qkv"), HEADS, scale, layout)
+
+
+def with_gather(broadcast: bool) -> Callable[..., Tensor]:
+    def project(tokens: Tensor, matrices: Tensor) -> Tensor:
+        """`tokens` `[B, L or 1, L or 1, C]`, `matrices` `[L, L, C, C']`: the projection of each pair, `[B, L, L, A, d]`."""
+        if broadcast:
+            projected = (tokens.unsqueeze(3) @ matrices).squeeze(3)
+        else:
+            length = matrices.shape[0]
+            projected = torch.einsum("bijc,ijcd->bijd", tokens.expand(-1, length, length, -1), matrices)
+        return projected.unflatten(-1, (HEADS, -1))
+
+    def run(tokens: Tensor, banks: Banks, layout: PairLayout) -> Tensor:
+        rows, reverse = (offsets.clamp(min=0) for offsets in layout.offsets())
+        query, key = (tokens.unsqueeze(axis).unflatten(-1, (HEADS, -1)) for axis in (2, 1))
+        if "q" in banks:
+            query = project(tokens.unsqueeze(2), banks["q"][reverse])
+        if "k" in banks:
+            key = project(tokens.unsqueeze(1), banks["k"][rows])
+        query, key = torch.broadcast_tensors(query, key)
+        weights = attend(torch.einsum("bijad,bijad->baij", query, key), query.shape[-1], layout)
+        value = project(tokens.unsqueeze(1), banks["v"][rows])
+        return torch.einsum("baij,bijad->biad", weights, value).flatten(2)
+
+    return run
+
+
+IMPLEMENTATIONS = {
+    "grouped": with_operators(translution_grouped),
+    "streamed": streamed,
+    "reference": with_operators(translution_reference),
+    "gather": with_gather(broadcast=False),
+    "gather-matmul": with_gather(broadcast=True),
+}
+FAST = ("grouped", "streamed")
+
+
+def bare_products(batch: int, banks: list[Tensor], layout: PairLayout) -> Callable[[bool], None]:
+    """The matrix products of the operator alone: as many rows as each offset has pairs, on that offset's own matrix.
+
+    The returned function takes whether to do those of the backward pass too.
+    """
+    rows, _ = layout.offsets()
+    counts = torch.bincount(rows[rows >= 0], minlength=layout.num_offsets).tolist()
+    return products_of(counts, batch, banks)
+
+
+@torch.no_grad()
+def products_of(counts: list[int], batch: int, banks: list[Tensor]) -> Callable[[bool], None]:
+    """See `bare_products`; `counts` are the pairs of each matrix."""
+    source = torch.randn(max(counts) * batch, banks[0].shape[1])
+    source_gradient = torch.empty_like(source)
+    target = torch.empty(max(counts) * batch, banks[0].shape[-1])
+    gradients = [torch.empty_like(bank) for bank in banks]
+
+    @torch.no_grad()
+    def run(backward: bool) -> None:
+        for bank, gradient in zip(banks, gradients, strict=True):
+            for matrix, matrix_gradient, count in zip(bank.unbind(), gradient.unbind(), counts, strict=True):
+                left, out = source[: count * batch], target[: count * batch]
+                torch.mm(left, matrix, out=out)
+                if backward:
+                    torch.mm(left, matrix, out=out)
+                    torch.mm(left.t(), out, out=matrix_gradient)
+                    torch.mm(out, matrix.t(), out=source_gradient[: count * batch])
+
+    return run
+
+
+def outputs(name: str, tokens: Tensor, banks: Banks, layout: PairLayout) -> list[Tensor]:
+    """The output, and the gradients of its weighted sum by the tokens and each bank."""
+    output = IMPLEMENTATIONS[name](tokens, banks, layout)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return [output, *torch.autograd.grad((output * weight).sum(), [tokens, *banks.values()])]
+
+
+def verify(names: list[str], tokens: Tensor, banks: Banks, layout: PairLayout) -> dict[str, float]:
+    """Largest relative error of outputs and gradients against the float64 reference, on one input; stops if one is wrong."""
+    one = tokens[:1].detach().requires_grad_()
+    wide = one.detach().double().requires_grad_()
+    wide_banks = {name: bank.detach().double().requires_grad_() for name, bank in banks.items()}
+    if layout.num_tokens * layout.num_offsets * tokens.shape[-1] ** 2 < 2**31:
+        truth = outputs("reference", wide, wide_banks, layout)
+    else:  # the output alone is what the reference has the memory for
+        with torch.no_grad():
+            truth = [IMPLEMENTATIONS["reference"](wide, wide_banks, layout)]
+    errors = {}
+    for name in names:
+        values = outputs(name, one, banks, layout)
+        errors[name] = max(relative_error(value, expected) for value, expected in zip(values, truth, strict=False))
+        stop_if_wrong(name, errors[name])
+    return errors
+
+
+def operator_suite(options: argparse.Namespace) -> Iterator[dict]:
+    for name, layout, hidden, batch, projections in CASES:
+        torch.manual_seed(0)
+        tokens = torch.randn(batch, layout.num_tokens, hidden, requires_grad=True)
+        shape = (layout.num_offsets, hidden, hidden)
+        banks = {letter: torch.randn(shape).div(hidden**0.5).requires_grad_() for letter in projections}
+        # Gathering writes a matrix per pair, and the reference keeps all it gathers for its backward pass.
+        gathers = hidden == 192 and layout.num_tokens <= 50
+        names = [name for name in IMPLEMENTATIONS if gathers or name in FAST]
+        errors = verify(names, tokens, banks, layout)
+        floor = bare_products(batch, list(banks.values()), layout)
+        for backward in (False, True):
+            runs = {"floor": partial(floor, backward)}
+            for one in names:
+                run = partial(IMPLEMENTATIONS[one], tokens, banks, layout)
+                runs[one] = step(run, [tokens, *banks.values()], backward)
+            memory = {one: peak_memory(run) for one, run in runs.items()}
+            counts = {one: options.repeats if one in ("floor", *FAST) else min(options.repeats, 3) for one in runs}
+            times = time_in_turn(runs, counts)
+            medians = {one: statistics.median(values) for one, values in times.items()}
+            for one, values in times.items():
+                yield {
+                    "case": f"{name}, C {hidden}, B {batch}, {projections}",
+                    "implementation": one,
+                    "passes": BOTH if backward else FORWARD,
+                    **spread(values),
+                    "peak_mib": memory[one],
+                    "times_floor": medians[one] / medians["floor"],
+                    "times_gather": medians["gather"] / medians[one] if gathers else None,
+                    "times_published": medians["gather-matmul"] / medians[one] if gathers else None,
+                    "error": errors.get(one),
+                }
