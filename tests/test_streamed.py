@@ -5,7 +5,7 @@ import torch
 from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
 from test_pair_layout import every_layout
 
-from translution.modeling import pair_runs, streamed_attention
+from translution.modeling import pair_autograd, pair_runs, streamed_attention
 from translution.modeling.pair_layout import PairLayout
 
 
@@ -69,3 +69,120 @@ def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypa
     monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", elements)
     compare(make_mixer(layout, "qkv"), layout)
     assert streamed
+
+
+def test_switched_off_the_square_runs(monkeypatch, streamed):
+    monkeypatch.setattr(streamed_attention, "ENABLED", False)
+    compare(make_mixer(PairLayout.for_text(9, 9), "qkv"), PairLayout.for_text(9, 9))
+    compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
+    compare(make_mixer(PairLayout.for_image(3, 4, 3, 4), "kv"), PairLayout.for_image(3, 4, 3, 4))
+    assert not streamed
+
+
+def test_without_pytorchs_attention_for_far_pairs_the_square_runs(monkeypatch, streamed):
+    monkeypatch.setattr(streamed_attention, "_FLASH", None)
+    compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
+    assert not streamed
+    # No pair of so short a text is far.
+    compare(make_mixer(PairLayout.for_text(3, 9, 3), "kv"), PairLayout.for_text(3, 9, 3))
+    assert streamed
+
+
+def test_a_mask_dropout_and_low_rank_take_the_square(streamed):
+    layout = PairLayout.for_text(5, 5)
+    hidden_states = torch.randn(BATCH, 5, HIDDEN, dtype=torch.float64)
+    mask = torch.zeros(1, 1, 5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e300)
+    mixer = make_mixer(layout, "kv")
+    mixer(hidden_states, layout, mask)
+    assert not streamed
+    mixer.attention_dropout = 0.5
+    mixer.train()(hidden_states, layout)
+    assert not streamed
+    mixer.eval()(hidden_states, layout)
+    assert streamed
+    streamed.clear()
+    make_mixer(layout, "kv", rank=2)(hidden_states, layout)
+    assert not streamed
+
+
+@pytest.mark.parametrize("subset", ["qkv", "kv", "qv"])
+@pytest.mark.parametrize(
+    "layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(5, 5, 2)], ids=["image", "text"]
+)
+def test_gradcheck(layout, subset, streamed):
+    mixer = make_mixer(layout, subset)
+    names = [f"{letter}_bank" for letter in subset]
+    plain = {name: parameter for name, parameter in mixer.named_parameters() if name not in names}
+
+    def run_with(tokens, *banks):
+        parameters = {**plain, **dict(zip(names, banks, strict=True))}
+        return torch.func.functional_call(mixer, parameters, (tokens, layout))[0]
+
+    tokens = torch.randn(2, layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+    banks = [getattr(mixer, name).detach().requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(run_with, (tokens, *banks), fast_mode=True)
+    assert streamed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "layout", [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_text(19, 19, 5)], ids=["image", "text"]
+)
+def test_lower_precision_is_as_good_as_the_reference(layout, dtype, streamed):
+    mixer = make_mixer(layout, "qkv")
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    truth = run(mixer, "eager", hidden_states, layout, None, weight)
+    mixer.to(dtype)
+    expected = run(mixer, "eager", hidden_states.to(dtype), layout, None, weight)
+    actual = run(mixer, "grouped", hidden_states.to(dtype), layout, None, weight)
+    assert streamed
+    for name in truth:
+        assert actual[name].dtype == expected[name].dtype
+        error = relative_error(actual[name], truth[name])
+        assert error < 2 * relative_error(expected[name], truth[name]) + torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_scores_far_from_zero(extreme, streamed):
+    """The greatest score may come in any group; what came before must be rescaled, and never overflow."""
+    layout = PairLayout.for_text(12, 12)
+    mixer = make_mixer(layout, "kv")
+    with torch.no_grad():
+        mixer.k_bank *= torch.linspace(0, extreme, 12, dtype=torch.float64).view(-1, 1, 1)
+    hidden_states = torch.randn(BATCH, 12, HIDDEN, dtype=torch.float64)
+    expected = run(mixer, "eager", hidden_states, layout, None, torch.ones(()))["output"]
+    for elements in (1, 1 << 20):
+        streamed_attention.GROUP_ELEMENTS, before = elements, streamed_attention.GROUP_ELEMENTS
+        actual = run(mixer, "grouped", hidden_states, layout, None, torch.ones(()))["output"]
+        streamed_attention.GROUP_ELEMENTS = before
+        assert relative_error(actual, expected) < 1e-10
+    assert streamed
+
+
+def test_nothing_as_large_as_the_square(monkeypatch, streamed):
+    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(streamed_attention, "GROUP_ELEMENTS", 1 << 9)
+    length, distance = 400, 4
+    layout = PairLayout.for_text(length, length, distance)
+    mixer = make_mixer(layout, "kv").float()
+    hidden_states = torch.randn(1, length, HIDDEN, requires_grad=True)
+    with LargestTensor() as largest:
+        mixer(hidden_states, layout)[0].sum().backward()
+    assert streamed
+    # Twenty elements a token: keys of three features more than the widest of its tensors.
+    assert largest.numel <= 20 * length < length**2 / 10
+
+
+def test_the_operator_is_one_that_pytorch_knows():
+    layout = PairLayout.for_image(2, 3, 2, 3)
+    tokens = torch.randn(2, 7, 4, requires_grad=True)
+    bank = torch.randn(layout.num_offsets, 4, 6, requires_grad=True)
+    arguments = (tokens, tokens, tokens, bank, bank, bank, None, None, None, 2, 0.5, pair_autograd.pack(layout))
+    torch.library.opcheck(torch.ops.translution.streamed_attention.default, arguments)
+    layout = PairLayout.for_text(9, 9, 3)
+    bank = torch.randn(layout.num_offsets, 4, 6, requires_grad=True)
+    far = [torch.randn(2, 2, 9, 3, requires_grad=True) for _ in range(3)]
+    arguments = (tokens, tokens, tokens, bank, bank, bank, *far, 2, 0.5, pair_autograd.pack(layout.near(0)))
+    tokens = torch.randn(2, 9, 4, requires_grad=True)
+    arguments = (tokens, tokens, tokens, *arguments[3:])
+    torch.library.opcheck(torch.ops.translution.streamed_attention.default, arguments)

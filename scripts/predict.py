@@ -1,0 +1,108 @@
+"""Predictions of a saved model: classes of pictures, or how a text goes on.
+
+    python scripts/predict.py runs/digits picture.png another.jpg
+    python scripts/predict.py runs/stdlib "def main("
+    echo "import os" | python scripts/predict.py user/name -
+
+The model is a folder, or a name on the Hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoConfig, Pipeline, pipeline, set_seed
+from transformers.utils import logging
+
+import translution  # noqa: F401 (registers the Auto classes)
+
+
+TASKS = {
+    "TranslutionForImageClassification": "image-classification",
+    "TranslutionForCausalLM": "text-generation",
+}
+
+
+def load(name: str, revision: str | None = None) -> Pipeline:
+    """The pipeline of a saved model, with its own processor or tokenizer.
+
+    Raises:
+        OSError: if there is no such model, or its processor or tokenizer is missing.
+        ValueError: if it is no Translution model with a head.
+    """
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    found = config.architectures or [None]
+    if found[0] not in TASKS:
+        raise ValueError(f"`architectures` of {name} must be one of {', '.join(TASKS)}, got {found[0]}.")
+    return pipeline(TASKS[found[0]], name, revision=revision)
+
+
+def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Iterator[tuple[str, list[dict]]]:
+    """Each picture, and its likeliest classes with their probabilities.
+
+    Raises:
+        FileNotFoundError: if a picture is missing.
+        ValueError: if a file is no picture.
+    """
+    for path in pictures:
+        try:
+            with Image.open(sys.stdin.buffer if path == "-" else path) as picture:
+                yield path, classifier(picture.convert("RGB"), top_k=top_k)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"there is no picture {path!r}; the model classifies pictures, and is not asked in words"
+            ) from None
+        except UnidentifiedImageError:
+            raise ValueError(f"{path!r} is no picture that Pillow can read") from None
+
+
+def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
+    """Each prompt with what the model writes after it."""
+    if options.seed is not None:
+        set_seed(options.seed)
+    sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
+    for prompt in prompts:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        (result,) = generator(
+            text, max_new_tokens=options.max_new_tokens, do_sample=options.temperature > 0, **sampling
+        )
+        yield result["generated_text"]
+
+
+def main(arguments: Sequence[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a saved model, or its name on the Hub")
+    parser.add_argument("inputs", nargs="+", help="pictures, or the beginnings of texts; - is standard input")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--top_k", type=int, default=5, help="classes to show of each picture")
+    parser.add_argument("--max_new_tokens", type=int, default=50, help="tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability to choose from")
+    parser.add_argument("--seed", type=int, help="of the choice; the same seed writes the same text")
+    options = parser.parse_args(arguments)
+    for name, least in (("top_k", 1), ("max_new_tokens", 1), ("temperature", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"`{name}` must be at least {least}, got {getattr(options, name)}")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"`top_p` must be greater than 0 and at most 1, got {options.top_p}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = load(options.model, options.revision)
+        if model.task == "text-generation":
+            for text in go_on(model, options.inputs, options):
+                print(text)
+            return
+        for path, classes in classify(model, options.inputs, options.top_k):
+            print(path)
+            for one in classes:
+                print(f"  {one['score']:7.2%}  {one['label']}")
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,123 @@
+"""`scripts/predict.py` against the model asked directly."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers import ViTImageProcessorPil as ImageProcessor
+
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import predict
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
+NAMES = ["cat", "dog", "zebra [x]"]
+WORDS = ["<unk>", "the", "cat", "sat", "on", "a", "mat"]
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    torch.manual_seed(0)
+    labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+    model = TranslutionForImageClassification(TranslutionConfig(image_size=8, patch_size=4, **labels, **TINY)).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    processor = ImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    model.save_pretrained(tmp_path / "classifier")
+    processor.save_pretrained(tmp_path / "classifier")
+    return model, processor, str(tmp_path / "classifier")
+
+
+@pytest.fixture
+def writer(tmp_path):
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
+    config = TranslutionConfig(modality="text", vocab_size=7, max_position_embeddings=12, pad_token_id=0, **TINY)
+    model = TranslutionForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "writer")
+    tokenizer.save_pretrained(tmp_path / "writer")
+    return model, tokenizer, str(tmp_path / "writer")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "LA"])
+def test_classes_and_probabilities(classifier, mode, tmp_path, capsys):
+    model, processor, folder = classifier
+    pixels = torch.randint(0, 255, (9, 11, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    picture = Image.fromarray(pixels.numpy()).convert(mode)
+    picture.save(tmp_path / "picture.png")
+    inputs = processor(picture.convert("RGB"), return_tensors="pt")
+    probabilities = model(**inputs).logits.softmax(-1)[0]
+    order = probabilities.argsort(descending=True)[:2]
+    predict.main([folder, str(tmp_path / "picture.png"), "--top_k", "2"])
+    lines = [f"  {probabilities[i].item():7.2%}  {NAMES[i]}" for i in order]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "picture.png"), *lines]
+
+
+def test_several_pictures_and_standard_input(classifier, tmp_path, capsys, monkeypatch):
+    _, _, folder = classifier
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{color}.png")
+    predict.main([folder, str(tmp_path / "red.png"), str(tmp_path / "blue.png")])
+    both = capsys.readouterr().out.splitlines()
+    assert len(both) == 2 * (1 + len(NAMES))
+    stdin = type("Stdin", (), {"buffer": io.BytesIO((tmp_path / "blue.png").read_bytes())})
+    monkeypatch.setattr(sys, "stdin", stdin)
+    predict.main([folder, "-"])
+    assert capsys.readouterr().out.splitlines()[1:] == both[5:]
+
+
+def test_text_goes_on_as_the_model_alone_would(writer, capsys, monkeypatch):
+    model, tokenizer, folder = writer
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    for _ in range(4):  # greedy, without `generate` and without a cache
+        ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+    predict.main([folder, "the cat", "--max_new_tokens", "4"])
+    assert capsys.readouterr().out == tokenizer.decode(ids[0]) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    predict.main([folder, "-", "--max_new_tokens", "4"])
+    assert capsys.readouterr().out == tokenizer.decode(ids[0]) + "\n"
+
+
+def test_a_seed_repeats_the_choice(writer, capsys):
+    _, _, folder = writer
+    outputs = []
+    for seed in (1, 1, 2, 3, 4):
+        options = ["--temperature", "2", "--seed", str(seed), "--max_new_tokens", "8"]
+        predict.main([folder, "the", *options])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs)) > 1
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as error:
+        predict.main(list(arguments))
+    assert error.value.code in (1, 2)
+    return capsys.readouterr().err
+
+
+def test_errors_say_what_is_wrong(classifier, writer, tmp_path, capsys):
+    classifier, writer = classifier[2], writer[2]
+    (tmp_path / "note.png").write_text("no picture")
+    assert "note.png' is no picture" in fails(capsys, classifier, str(tmp_path / "note.png"))
+    assert "there is no picture 'a cat'" in fails(capsys, classifier, "a cat")
+    assert "`top_k` must be at least 1, got 0" in fails(capsys, classifier, "x", "--top_k", "0")
+    assert "`top_p` must be greater than 0 and at most 1, got 2.0" in fails(capsys, writer, "x", "--top_p", "2")
+    assert "`temperature` must be at least 0, got -1.0" in fails(capsys, writer, "x", "--temperature", "-1")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "config.json" in fails(capsys, str(empty), "x")
+    (Path(classifier) / "preprocessor_config.json").unlink()
+    assert "preprocessor_config.json" in fails(capsys, classifier, str(tmp_path / "note.png"))
+    for tokenizer_file in Path(writer).glob("tokenizer*"):
+        tokenizer_file.unlink()
+    assert "tokenizer" in fails(capsys, writer, "the")
