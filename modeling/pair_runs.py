@@ -20,7 +20,7 @@ from .pair_layout import ColumnShift, OffsetRun, PairLayout
 
 
 # Elements of one projection kept at a time. What is done to it next finds it in a processor's cache.
-WORKSPACE_ELEMENTS = 1 << 17
+WORKSPACE_ELEMENTS = 1 << 18
 # Heads narrower than this are summed, or given their weight, by a matrix product with ones: PyTorch's own loops over so few
 # elements spend their time on starting.
 NARROW = 33
@@ -147,6 +147,17 @@ class Heads:
         else:
             torch.sum(product.unflatten(-1, (self.num_heads, -1)), -1, dtype=self.wide, out=out)
 
+    def inner_products(self, left: list[Tensor], right: list[Tensor], space: Tensor, out: Tensor) -> None:
+        """`<q_ij, k_ij>` per head of the runs of a block, from `[n·B, A·e]` each, to `out`, `[rows, A]`.
+
+        `space`, `[rows, A·e]`, is written to; `left` may lie in it.
+        """
+        products = space.split([len(part) for part in left])
+        if left[0].data_ptr() != space.data_ptr():
+            torch._foreach_copy_(products, left)
+        torch._foreach_mul_(products, right)
+        self.sum(space, out)
+
     def spread(self, weights: Tensor, out: Tensor) -> Tensor:
         """Weights `[rows, A]` for every feature, `[rows, A·e]`, in `out`."""
         return torch.mm(weights, self.ones_across, out=out)
@@ -198,10 +209,12 @@ class Side:
             self.matrix_gradients = self.bank_gradient.unbind(0)
             self.matrices_across = self.bank.transpose(1, 2).unbind(0)
 
-    def start_shift(self, shift: ColumnShift, gradients: bool = False) -> None:
+    def start_shift(self, shift: ColumnShift, gradients: bool = False, like: Side | None = None) -> None:
+        """Takes the columns of a shift, those of `like` where its tokens are the same."""
         self.column_start = shift.receiver_start if self.receives else shift.giver_start
         place = (self.layout, self.column_start, shift.num_columns)
-        self.columns = columns_of(self.tokens, *place)
+        shared = like is not None and like.tokens is self.tokens
+        self.columns = like.columns if shared else columns_of(self.tokens, *place)
         if gradients:
             self.column_gradient = columns_of(self.token_gradient, *place)
 

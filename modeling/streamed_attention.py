@@ -163,8 +163,9 @@ def _forward(
         softmax.add(receivers, scores, value.project_tokens(givers, row).to(scores.dtype))
     space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
     for shift in layout.column_shifts():
-        for side in (query, key, value):
-            side.start_shift(shift)
+        query.start_shift(shift)
+        key.start_shift(shift)
+        value.start_shift(shift, like=key)
         place = (layout, shift.receiver_start, shift.num_columns)
         greatest, total, output = (
             columns_of(part, *place) for part in (softmax.greatest, softmax.total, softmax.output)
@@ -175,7 +176,11 @@ def _forward(
             sizes = [size for block in group for size in block.sizes]
             scores = greatest.new_empty(sum(sizes), num_heads)
             for block, out in zip(group, scores.split([block.num_rows for block in group]), strict=True):
-                heads.sum(_products(query, key, block, space, spare), out)
+                product = _room(space, block, query.features)
+                q = query.project(block, product.split(block.sizes))
+                k_space = product if query.bank is None else _room(spare, block, query.features)
+                k = key.project(block, k_space.split(block.sizes))
+                heads.inner_products(*((k, q) if query.bank is None else (q, k)), product, out)
             scores *= scale
             old, greatest_rows = greatest.clone(), at(greatest, places)
             maximum_each(greatest_rows, scores.split(sizes))
@@ -227,7 +232,7 @@ def _backward(
     spaces = [workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(3)]
     for shift in layout.column_shifts():
         for side in (*sides, received):
-            side.start_shift(shift, side in wanted)
+            side.start_shift(shift, side in wanted, like=key if side is value else None)
         place = (layout, shift.receiver_start, shift.num_columns)
         logsumexp_columns, mean_columns = (columns_of(part, *place) for part in (logsumexp, mean))
         for block in blocks(shift, query.batch, widest):
@@ -235,19 +240,13 @@ def _backward(
             query_space, key_space = (_room(space, block, query.features).split(block.sizes) for space in spaces[1:])
             q, k = query.project(block, query_space), key.project(block, key_space)
             product = _room(spaces[0], block, query.features)
-            torch._foreach_copy_(product.split(block.sizes), q)
-            torch._foreach_mul_(product.split(block.sizes), k)
-            heads.sum(product, scores)
+            heads.inner_products(q, k, product, scores)
             weights = scores.mul_(scale).sub_(torch.cat(at(logsumexp_columns, block.receivers))).exp_()
             given = _room(spaces[0], block, value.features)
             pieces = given.split(block.sizes)
             if need_scores:
-                if value.bank is None:
-                    torch._foreach_copy_(pieces, value.rows(block))
-                else:
-                    value.project(block, pieces)
-                torch._foreach_mul_(pieces, received.rows(block))
-                value_heads.sum(given, weight_gradient)
+                projected = value.project(block, pieces)
+                value_heads.inner_products(projected, received.rows(block), given, weight_gradient)
                 weight_gradient.sub_(torch.cat(at(mean_columns, block.receivers))).mul_(weights).mul_(scale)
             if needed[2]:
                 value_heads.spread(weights.to(gradient.dtype), given)
@@ -343,23 +342,6 @@ def _far_gradients(
     for target, piece in zip(_shifted(tuple(gradients), distance), pieces, strict=True):
         target.copy_(piece)
     return gradients
-
-
-def _products(query: Side, key: Side, block: Block, space: Tensor, spare: Tensor) -> Tensor:
-    """`q_ij ∘ k_ij` of a block, `[rows, A·e]`, in `space`."""
-    product = _room(space, block, query.features)
-    outs = product.split(block.sizes)
-    if query.bank is None and key.bank is None:
-        torch._foreach_copy_(outs, query.rows(block))
-        others = key.rows(block)
-    elif query.bank is None:
-        key.project(block, outs)
-        others = query.rows(block)
-    else:
-        query.project(block, outs)
-        others = key.project(block, _room(spare, block, query.features).split(block.sizes))
-    torch._foreach_mul_(outs, others)
-    return product
 
 
 def _room(space: Tensor, block: Block, features: int) -> Tensor:

@@ -63,18 +63,9 @@ def _scores(
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
             product = query_space[: end - place]
-            products = product.split(block.sizes)
-            if query_bank is None and key_bank is None:
-                torch._foreach_copy_(products, receiver.rows(block))
-                others = giver.rows(block)
-            elif query_bank is None:
-                giver.project(block, products)
-                others = receiver.rows(block)
-            else:
-                receiver.project(block, products)
-                others = giver.project(block, key_space[: end - place].split(block.sizes))
-            torch._foreach_mul_(products, others)
-            heads.sum(product, flat[place:end])
+            left = receiver.project(block, product.split(block.sizes))
+            right = giver.project(block, key_space[: end - place].split(block.sizes))
+            heads.inner_products(*((right, left) if query_bank is None else (left, right)), product, flat[place:end])
             place = end
     place //= max(batch, 1)
     for receivers, givers, row, reverse in class_blocks(layout):
