@@ -14,6 +14,7 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import predict
+from data import train_tokenizer
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
