@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from data import (
     token_blocks,
     train_tokenizer,
 )
+from model_card import RUN, write_model_card
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -381,6 +383,81 @@ def check_text(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
     }
 
 
+# The cards
+
+
+def image_run(report: dict[str, Any]) -> dict[str, Any]:
+    """What the card of the saved classifier tells of its training."""
+    images, settings = report["images"], report["settings"]
+    best = next(row for row in images["models"] if row["model"] == images["best"])
+    return {
+        "task": "image-classification",
+        "dataset": {
+            "name": f"scikit-learn's handwritten digits, anywhere on a canvas of {CANVAS_SIZE} × {CANVAS_SIZE}",
+            "train_split": f"{images['train_digits']} digits",
+            "eval_split": f"{images['test_digits']} held-out digits",
+        },
+        "metrics": {"accuracy": images["accuracy"] / 100},
+        "hyperparameters": {
+            "num_train_epochs": settings["image_epochs"],
+            "per_device_train_batch_size": settings["image_batch"],
+            "learning_rate": settings["image_learning_rate"],
+            **shared_hyperparameters(report),
+        },
+        "seconds": best["seconds"]["dynamic"],
+        **run_circumstances(report),
+    }
+
+
+def text_run(report: dict[str, Any]) -> dict[str, Any]:
+    """What the card of the saved language model tells of its training."""
+    text, settings = report["text"], report["settings"]
+    best = next(row for row in text["models"] if row["model"] == text["best"])
+    return {
+        "task": "text-generation",
+        "dataset": {
+            "name": f"source text of Python's standard library, blocks of {settings['text_length']} tokens",
+            "train_split": f"{text['train_blocks']} blocks",
+            "eval_split": f"{text['held_out_blocks']} blocks of held-out files",
+        },
+        "metrics": {"perplexity": text["perplexity"]},
+        "hyperparameters": {
+            "max_steps": settings["text_steps"],
+            "per_device_train_batch_size": settings["text_batch"],
+            "learning_rate": settings["text_learning_rate"],
+            **shared_hyperparameters(report),
+        },
+        "seconds": best["seconds"],
+        **run_circumstances(report),
+    }
+
+
+def shared_hyperparameters(report: dict[str, Any]) -> dict[str, Any]:
+    settings = report["settings"]
+    return {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": settings["warmup_steps"],
+        "weight_decay": settings["weight_decay"],
+        "seed": report["seed"],
+    }
+
+
+def run_circumstances(report: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "hardware": report["accelerator"] or report["cpu"],
+        "versions": report["versions"],
+        "commit": report["commit"],
+        "command": report["command"],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def leave_card(checkpoint: Path, run: dict[str, Any]):
+    """Writes `run.json` and the model card beside a saved model."""
+    (checkpoint / RUN).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_model_card(checkpoint)
+
+
 # The fresh process
 
 
@@ -602,8 +679,10 @@ def main(arguments: list[str]):
         report = circumstances(args, settings)
         if not args.skip_images:
             report["images"] = run_images(folder, args.seed, settings)
+            leave_card(folder / IMAGE_CHECKPOINT, image_run(report))
         if not args.skip_text:
             report["text"] = run_text(folder, args.seed, settings)
+            leave_card(folder / TEXT_CHECKPOINT, text_run(report))
         report["fresh_process"] = compare_with_fresh_process(folder, args, report)
         report["seconds"] = time.perf_counter() - start
         (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

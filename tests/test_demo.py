@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import pipeline
 
@@ -67,6 +68,18 @@ def test_demo_writes_what_it_says(tmp_path):
     generator = pipeline("text-generation", model=str(folder / "text-model"), device="cpu")
     assert generator("def ", max_new_tokens=2)[0]["generated_text"].startswith("def ")
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+    # The cards tell what the demo found, and by which command.
+    for model, metric, value in (
+        ("image-model", "accuracy", report["images"]["accuracy"] / 100),
+        ("text-model", "perplexity", report["text"]["perplexity"]),
+    ):
+        card = ModelCard.load(folder / model / "README.md")
+        (result,) = card.data.eval_results
+        assert (result.metric_type, result.metric_value) == (metric, value)
+        assert card.data.datasets is None
+        assert report["command"] in card.text
+        assert json.loads((folder / model / "run.json").read_text(encoding="utf-8"))["metrics"] == {metric: value}
 
 
 def test_failure_keeps_old_output(tmp_path, demo):
