@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from translution import TranslutionConfig
 
 
-TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
 RUN, CARD = "run.json", "README.md"
 TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
 # What the Hub calls the kinds of metric it knows; names of other metrics are their kinds.
@@ -39,10 +42,19 @@ FIELDS = (
 IMAGE_FIELDS, TEXT_FIELDS = ("image_size", "patch_size", "pooling"), ("vocab_size", "max_position_embeddings")
 
 
-def write_model_card(directory: Path) -> Path:
-    """Writes `README.md` beside a saved model, and returns its path.
+def write_model_card(directory: Path, name: str | None = None) -> Path:
+    """Writes `README.md` beside a saved model, and returns its path; arguments and errors as `model_card`."""
+    path = Path(directory) / CARD
+    model_card(directory, name).save(path)
+    return path
 
-    `run.json` names the task; whatever else it does not tell is left out.
+
+def model_card(directory: Path, name: str | None = None) -> ModelCard:
+    """The card of a saved model.
+
+    Args:
+        directory: with `config.json` and `run.json`, which names the task; whatever else it does not tell is left out.
+        name: what the model is loaded by: its repository's name, by default the folder's.
 
     Raises:
         FileNotFoundError: if `config.json` or `run.json` is missing.
@@ -53,8 +65,8 @@ def write_model_card(directory: Path) -> Path:
     if run.get("task") not in TASKS:
         raise ValueError(f"`task` of {directory / RUN} must be one of {', '.join(TASKS)}, got {run.get('task')!r}.")
     config = TranslutionConfig.from_dict(_read(directory / "config.json"))
-    name = run.get("name") or directory.resolve().name
-    card = ModelCard.from_template(
+    name = name or run.get("name") or directory.resolve().name
+    return ModelCard.from_template(
         card_data=_metadata(name, run),
         template_path=str(TEMPLATE),
         name=name,
@@ -62,10 +74,17 @@ def write_model_card(directory: Path) -> Path:
         variant=describe(config),
         auto_class=TASKS[run["task"]],
         fields={field: _plain(getattr(config, field)) for field in _told(config)},
+        citation=bibtex(),
     )
-    path = directory / CARD
-    card.save(path)
-    return path
+
+
+def bibtex() -> str:
+    """The paper's entry of `CITATION.cff`."""
+    paper = yaml.safe_load(CITATION.read_text(encoding="utf-8"))["references"][0]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    key = f"{paper['authors'][0]['family-names']}{paper['year']}{paper['title'].split(':')[0]}".lower()
+    lines = [f"  title = {{{paper['title']}}}", f"  author = {{{authors}}}", f"  year = {{{paper['year']}}}"]
+    return ",\n".join([f"@article{{{key}", *lines, f"  url = {{{paper['url']}}}"]) + "\n}"
 
 
 def describe(config: TranslutionConfig) -> str:
@@ -91,7 +110,8 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     results = [
         EvalResult(
             task_type=run["task"],
-            dataset_type=data.get("id") or data["name"],
+            # The Hub wants a kind even for data that are not on it.
+            dataset_type=data.get("id") or _slug(data["name"]),
             dataset_name=data["name"],
             dataset_config=data.get("config"),
             dataset_split=data.get("eval_split"),
@@ -109,7 +129,8 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
         pipeline_tag=run["task"],
         license=run.get("license"),
         base_model=run.get("base_model"),
-        datasets=[data["name"]] if data.get("name") else None,
+        # Names of the Hub alone: a folder's name may be somebody else's data there.
+        datasets=[data["id"]] if data.get("id") else None,
         metrics=list(dict.fromkeys(METRIC_TYPES.get(metric, metric) for metric in metrics)) or None,
         tags=["translution"],
         # The Hub's client wants a name for a model with results, and no name for one without.
@@ -117,6 +138,10 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
         eval_results=results or None,
         co2_eq_emissions=None if grams is None else {"emissions": grams},
     )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or "data"
 
 
 def _told(config: TranslutionConfig) -> list[str]:

@@ -8,11 +8,16 @@ The token is the one of `hf auth login`, or of the environment variable `HF_TOKE
 from __future__ import annotations
 
 import argparse
+import errno
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from model_card import RUN, model_card
 
 
 try:
@@ -22,50 +27,105 @@ except ImportError:
     from httpx import TransportError
 
 
-# Only what is in the folder itself: checkpoints and optimizers lie deeper, or have other endings.
+# What a model needs, and what tells about it. Checkpoints lie deeper; what a run needs to go on stays at home.
 SHARED = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.txt", "*.png", "*.py")
-PRIVATE = ("*/*", "trainer_state.json", "training_args.json", "arguments.json")
-PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+PRIVATE = ("*/*", ".*", "trainer_state.json", "training_args.json", "arguments.json")
+# Weights that run code when they are read.
+PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "*.ckpt", "*.pkl")
+WEIGHTS, INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
+CARD = "README.md"
+FULL = "there is no space left for it: free some, or choose another place, then push again"
 ADVICE = {
-    401: "the Hub does not accept the token: `hf auth login`, or set HF_TOKEN to one that may write",
+    401: "the Hub does not accept the token, or shows the repository to others only: `hf auth login`, or set HF_TOKEN",
     403: "the token may not write there: use one with write access to the repository",
     404: "there is no such repository or revision, or the token may not see it",
     409: "somebody else has changed the repository meanwhile: push again",
     412: "somebody else has changed the repository meanwhile: push again",
+    413: FULL,
+    507: FULL,
 }
 
 
-def push(
-    directory: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, message: str, api: HfApi
-) -> str:
-    """Pushes a folder and returns the address of the commit or the pull request. The folder itself is only read.
+def check_weights(directory: Path) -> None:
+    """Makes sure that a folder holds whole weights in safetensors, and no others.
 
     Raises:
-        FileNotFoundError: if `directory` has no weights in safetensors.
-        ValueError: if it has pickled weights.
-        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+        FileNotFoundError: if weights, or a shard that the index names, are missing.
+        ValueError: if there are pickled weights, or the index is damaged.
     """
-    if not any((directory / name).is_file() for name in WEIGHTS):
-        raise FileNotFoundError(f"{directory} has no {WEIGHTS[0]}: it is no saved run")
-    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
+    pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
     if pickled:
         raise ValueError(
-            f"{directory} has {', '.join(pickled)}: pickles run code when they are read; remove them first"
+            f"{directory} has {', '.join(pickled)}: pickled weights run code when they are read; save them as safetensors"
         )
+    if (directory / INDEX).is_file():
+        try:
+            shards = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{directory / INDEX} is damaged") from error
+        missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+        if missing:
+            raise FileNotFoundError(f"{directory} has no {', '.join(missing)}, which {INDEX} names")
+    elif not any((directory / name).is_file() for name in WEIGHTS):
+        raise FileNotFoundError(f"{directory} has no {WEIGHTS[0]}: it is no saved run")
+
+
+def additions(directory: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
+    """What is pushed: the files of the folder, and a card that knows the name of the repository."""
+    names = sorted(path.name for path in directory.iterdir() if path.is_file())
+    for name in filter_repo_objects(names, allow_patterns=list(SHARED), ignore_patterns=list(PRIVATE)):
+        if name != CARD or not (directory / RUN).is_file():
+            yield CommitOperationAdd(name, directory / name)
+    if (directory / RUN).is_file():
+        yield CommitOperationAdd(CARD, str(model_card(directory, repo_id)).encode())
+
+
+def push(
+    directory: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str = "Upload a Translution model",
+    api: HfApi | None = None,
+) -> str:
+    """Pushes a folder in one commit, and returns the address of it or of the pull request. The folder is only read.
+
+    Args:
+        directory: a saved run.
+        repo_id: `user/name`; made if it is not there.
+        private: whether a new repository is private.
+        revision: branch to push to, or to open a pull request against; made if it is not there.
+        create_pr: whether to open a pull request.
+        message: of the commit.
+        api: the Hub's client.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_weights`.
+        huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
+    """
+    api = api or HfApi()
+    check_weights(directory)
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if revision is not None and not create_pr:
+    if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=directory,
-        allow_patterns=list(SHARED),
-        ignore_patterns=list(PRIVATE),
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=message,
-    )
+    operations = list(additions(directory, repo_id))
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     return commit.pr_url or commit.commit_url
+
+
+def explain(error: BaseException) -> str:
+    """What to do about an error; never the Hub's own words, which may repeat a request's headers."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else None
+        return ADVICE.get(status, f"the Hub answered {status}: try again later")
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token: `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, TransportError | ConnectionError):
+        return "the Hub cannot be reached: check the network and HF_ENDPOINT, then push again"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FULL
+    return str(error)
 
 
 def main(arguments: list[str]):
@@ -80,18 +140,13 @@ def main(arguments: list[str]):
     try:
         if not args.directory.is_dir():
             raise FileNotFoundError(f"{args.directory} is no folder")
-        options = (args.private, args.revision, args.create_pr, args.commit_message, HfApi())
+        options = (args.private, args.revision, args.create_pr, args.commit_message)
         print(push(args.directory, args.repo_id, *options))
-    except HfHubHTTPError as error:
-        # The Hub's own message may repeat headers; the status says enough.
-        status = error.response.status_code if error.response is not None else None
-        parser.exit(1, f"error: {ADVICE.get(status, f'the Hub answered {status}: try again later')}\n")
-    except LocalTokenNotFoundError:
-        parser.exit(1, f"error: there is no token: {ADVICE[401]}\n")
-    except (TransportError, ConnectionError):
-        parser.exit(1, "error: the Hub cannot be reached: check the network and HF_ENDPOINT, then push again\n")
-    except (OSError, ValueError, HFValidationError) as error:
-        parser.exit(1, f"error: {error}\n")
+    except (OSError, ValueError, RuntimeError, HFValidationError, TransportError) as error:
+        # An upload of a large file wraps what went wrong.
+        known = (HfHubHTTPError, TransportError, OSError)
+        cause = error.__cause__ if isinstance(error.__cause__, known) else error
+        parser.exit(1, f"error: {explain(cause)}\n")
 
 
 if __name__ == "__main__":

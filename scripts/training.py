@@ -16,7 +16,7 @@ import transformers
 from accelerate import PartialState
 from arguments import ModelArguments, RunArguments, hyperparameters, without_tokens
 from checkpoints import WholeCheckpointTrainer, claim_output_dir
-from load_data import DataArguments
+from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
 from measuring import hardware
 from torch import Tensor
 from torch.nn import functional as F
@@ -169,6 +169,7 @@ class Run:
         report = {
             "task": self.task,
             "dataset": {
+                "id": None if data.dataset_name in (DIGITS, STANDARD_LIBRARY) else data.dataset_name,
                 "name": data.dataset_name or Path(data.train_dir or data.train_file[0]).name,
                 "config": data.dataset_config_name,
                 "revision": data.dataset_revision,
