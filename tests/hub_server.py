@@ -10,11 +10,14 @@ import base64
 import contextlib
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
 
 
 TOKEN, USER = "hf_StandInTokenThatNobodyMayPrint", "user"
@@ -54,6 +57,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
         self.faults: set[str] = set()
+        self.validated: list[str] = []
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -160,8 +164,18 @@ class Handler(BaseHTTPRequestHandler):
                 raise RefusalError(404, "", f"the stand-in has no {self.command} {self.path}")
 
     def validate(self, asked: dict):
-        content = asked["content"]
-        errors = [] if content.startswith("---") else [{"message": "no metadata"}]
+        _, metadata, _ = asked["content"].split("---\n", 2)
+        # Part of what the Hub looks at.
+        found = yaml.safe_load(metadata)
+        wrong = [
+            name for name in ("license", "pipeline_tag", "library_name") if not isinstance(found.get(name, ""), str)
+        ]
+        wrong += [name for name in found.get("datasets", []) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)]
+        for model in found.get("model-index", []):
+            for result in model["results"]:
+                wrong += [] if re.fullmatch(r"[\w./-]+", result["dataset"]["type"]) else ["dataset.type"]
+        errors = [{"message": f"{name} is not valid"} for name in wrong]
+        self.server.validated.append(asked["content"])
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def create(self, asked: dict):

@@ -1,0 +1,175 @@
+"""Model cards: what a run leaves, read back by the Hub client's own parser."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import hub_server
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_hub import point_to
+
+from translution import TranslutionConfig
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+from model_card import describe, main, model_card, write_model_card  # noqa: E402
+
+
+RUN = {
+    "task": "image-classification",
+    "dataset": {
+        "id": "user/pictures",
+        "name": "user/pictures",
+        "config": "small",
+        "revision": "abc123",
+        "train_split": "train",
+        "eval_split": "validation",
+    },
+    "metrics": {"accuracy": 0.9344262, "top_5_accuracy": 0.9967213, "loss": 0.25},
+    "hyperparameters": {"learning_rate": 0.0003, "weight_decay": 0.05, "lr_scheduler_type": "cosine", "seed": None},
+    "hardware": "Some CPU | with a pipe",
+    "num_processes": 2,
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "commit": "0123abc",
+    "seconds": 61.4,
+    "date": "2026-01-02T03:04:05+00:00",
+    "co2_grams": 12.5,
+    "license": "apache-2.0",
+    "base_model": "user/base",
+    "command": "python scripts/run_image_classification.py recipe.yaml",
+}
+
+
+def save(folder: Path, run: dict, **fields) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TranslutionConfig(**fields).to_dict()))
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def test_reads_back_as_it_was_written(tmp_path):
+    write_model_card(save(tmp_path / "digits", RUN))
+    card = ModelCard.load(tmp_path / "digits" / "README.md")
+    data = card.data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "image-classification"
+    assert data.license == "apache-2.0"
+    assert data.base_model == "user/base"
+    assert data.datasets == ["user/pictures"]
+    assert data.co2_eq_emissions == {"emissions": 12.5}
+    found = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert found == RUN["metrics"]
+    for result in data.eval_results:
+        assert (result.task_type, result.dataset_type) == ("image-classification", "user/pictures")
+        assert (result.dataset_config, result.dataset_split) == ("small", "validation")
+        assert result.dataset_revision == "abc123"
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == data.to_dict()
+    assert again.text == card.text
+
+
+def test_the_text_tells_the_run(tmp_path):
+    text = model_card(save(tmp_path / "digits", RUN)).text
+    for value in (
+        "0.9344262",
+        "0.9967213",
+        "0.0003",
+        "cosine",
+        "0123abc",
+        "torch 2.13.0",
+        "Fine-tuned from `user/base`",
+    ):
+        assert value in text
+    assert "`seed`" not in text
+    assert "None" not in text
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"][0]
+    assert paper["title"] in text
+    assert all(author["family-names"] in text for author in paper["authors"])
+
+
+def test_what_is_unknown_is_left_out(tmp_path):
+    card = model_card(save(tmp_path / "bare", {"task": "text-generation"}, modality="text", vocab_size=9))
+    assert "None" not in card.content
+    for heading in ("## Data", "## Results", "## Licence"):
+        assert heading not in card.text
+    assert card.data.datasets is None
+    assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
+
+
+@pytest.mark.parametrize(
+    "name", ['a "quoted" name: with colon', "ünïcode — 数字", "pipes | and `ticks`", "yes", "1.5"]
+)
+def test_odd_names(name, tmp_path):
+    run = {**RUN, "name": name, "dataset": {"id": None, "name": name}, "metrics": {name: 0.5, "accuracy": 1}}
+    card = ModelCard(model_card(save(tmp_path / "odd", run)).content)
+    assert card.data.model_name == name
+    # What is not on the Hub must not look as if it were.
+    assert card.data.datasets is None
+    assert {(one.dataset_name, one.metric_name) for one in card.data.eval_results} == {
+        (name, name),
+        (name, "accuracy"),
+    }
+    rows = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert all(line.replace("\\|", "").count("|") == 3 for line in rows)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"relative_projections": "kv"}, "Translution of keys and values"),
+        ({"relative_projections": "qkv"}, "Translution of queries, keys and values"),
+        ({"relative_rank": 8}, "LoR-Translution (rank 8) of keys and values"),
+        ({"offset_basis": 4}, "basis Translution (4 matrices) of keys and values"),
+        (
+            {"mixer_types": ["acmix", "rope_attention"], "num_hidden_layers": 2},
+            "a hybrid of ACmix and rotary attention",
+        ),
+    ],
+)
+def test_kinds_of_model(fields, words, tmp_path):
+    assert describe(TranslutionConfig(**fields)) == words
+    assert words in model_card(save(tmp_path / "kind", RUN, **fields)).text
+
+
+def test_the_name_of_the_repository(tmp_path):
+    folder = save(tmp_path / "digits", RUN)
+    assert 'from_pretrained("digits")' in model_card(folder).text
+    assert 'from_pretrained("user/name")' in model_card(folder, "user/name").text
+    assert not (folder / "README.md").exists()
+
+
+def test_the_hub_accepts_it(tmp_path, monkeypatch):
+    with hub_server.running() as hub:
+        point_to(hub.endpoint, monkeypatch)
+        model_card(save(tmp_path / "digits", RUN)).validate()
+        assert hub.validated
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("run.json", None, "run.json is missing"),
+        ("config.json", None, "config.json is missing"),
+        ("run.json", "{", "run.json is no JSON"),
+        ("run.json", "[]", "must hold a JSON object, got list"),
+        (
+            "run.json",
+            '{"task": "translation"}',
+            "must be one of image-classification, text-generation, got 'translation'",
+        ),
+    ],
+)
+def test_bad_input(file, content, words, tmp_path, capsys):
+    folder = save(tmp_path / "bad", RUN)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with pytest.raises(SystemExit) as exit_:
+        main([str(folder)])
+    assert exit_.value.code == 1
+    assert words in capsys.readouterr().err
