@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from .self_contained import auto_map, copy_code, own_auto_map
 
+
+logger = logging.get_logger(__name__)
 
 MIXER_TYPES = (
     "translution",
@@ -26,6 +30,14 @@ MIXER_TYPES = (
 RELATIVE_PROJECTIONS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
 MODALITIES = ("image", "text")
 POOLINGS = ("cls", "mean")
+# Fields of a saved config that no config class declares.
+ADDED_BY_TRANSFORMERS = {
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "quantization_config",
+}
 
 # Hidden size, layers, heads and MLP size of the paper's models; the head size is always 64.
 SIZES = {
@@ -155,6 +167,19 @@ class TranslutionConfig(PreTrainedConfig):
         if isinstance(self.mixer_types, str):
             self.mixer_types = [self.mixer_types] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Transformers' own; fields that nobody here knows are kept, as in all models, with a warning that names them."""
+        known = set(dir(cls)) | set(cls().to_dict()) | ADDED_BY_TRANSFORMERS
+        unknown = sorted(name for name in set(config_dict) - known if not name.startswith("_"))
+        if unknown:
+            logger.warning(
+                f"The config has fields that this version does not know, and leaves unused: {', '.join(unknown)}. It was written by "
+                f"Transformers {config_dict.get('transformers_version', 'unknown')}, here is {transformers_version}: the "
+                "model may have been made by a newer version of this code, and compute something else."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_size(cls, size: str, **fields: Any) -> "TranslutionConfig":

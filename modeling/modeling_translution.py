@@ -5,9 +5,12 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `V` vocabulary.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -152,6 +155,21 @@ class TranslutionLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_mixer_layernorm(hidden_states)))
 
 
+def _damaged_files(folder: Path) -> list[str]:
+    """Names of the files of weights in a folder, and of their index, that cannot be read."""
+    names = []
+    for path in sorted(folder.glob("*.safetensors*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with safe_open(path, framework="pt"):
+                    pass
+        except (SafetensorError, ValueError):
+            names.append(path.name)
+    return names
+
+
 class TranslutionPreTrainedModel(PreTrainedModel):
     """Initialisation, and what Transformers needs to know of the architecture."""
 
@@ -170,6 +188,23 @@ class TranslutionPreTrainedModel(PreTrainedModel):
             config.mixer_types = [config.mixer_types] * config.num_hidden_layers
         config.validate()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own; see there for arguments and for the report of tensors that are missing or do not fit.
+
+        Raises:
+            OSError: if a file of weights, or their index, is missing or damaged; the message names it.
+            RuntimeError: if a tensor has another shape than the config's; the report names it.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (SafetensorError, json.JSONDecodeError) as error:
+            # Neither says which file it is about.
+            folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
+            names = ", ".join(_damaged_files(folder)) or "a file of weights, or their index"
+            message = f"{names} of {pretrained_model_name_or_path} must be whole, but cannot be read: {error}."
+            raise OSError(f"{message} Copy or download it again.") from error
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Without a request Transformers would fall back to "eager", which here is the readable reference.

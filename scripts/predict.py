@@ -12,17 +12,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoConfig, Pipeline, pipeline, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    Pipeline,
+    pipeline,
+    set_seed,
+)
 from transformers.utils import logging
 
 import translution  # noqa: F401 (registers the Auto classes)
 
 
+# Task of the pipeline, Auto class, and what turns inputs into tensors.
 TASKS = {
-    "TranslutionForImageClassification": "image-classification",
-    "TranslutionForCausalLM": "text-generation",
+    "TranslutionForImageClassification": ("image-classification", AutoModelForImageClassification, "image_processor"),
+    "TranslutionForCausalLM": ("text-generation", AutoModelForCausalLM, "tokenizer"),
 }
 
 
@@ -31,13 +40,29 @@ def load(name: str, revision: str | None = None) -> Pipeline:
 
     Raises:
         OSError: if there is no such model, or its processor or tokenizer is missing.
-        ValueError: if it is no Translution model with a head.
+        ValueError: if it is no Translution model with a head, or its weights are not those of its config.
     """
     config = AutoConfig.from_pretrained(name, revision=revision)
     found = config.architectures or [None]
     if found[0] not in TASKS:
         raise ValueError(f"`architectures` of {name} must be one of {', '.join(TASKS)}, got {found[0]}.")
-    return pipeline(TASKS[found[0]], name, revision=revision)
+    task, auto_class, preprocessor = TASKS[found[0]]
+    # Misshapen tensors are found with the others below, in one error.
+    model, report = auto_class.from_pretrained(
+        name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    require_whole(name, report)
+    return pipeline(task, model, revision=revision, **{preprocessor: name})
+
+
+def require_whole(name: str, report: dict[str, Any]):
+    """Refuses weights that are drawn at random, or left over: Transformers only warns of them."""
+    problems = [f"{key} is missing" for key in sorted(report["missing_keys"])]
+    problems += [f"{key} is unknown" for key in sorted(report["unexpected_keys"])]
+    for key, saved, expected in sorted(report["mismatched_keys"]):
+        problems.append(f"{key} must have the shape {list(expected)}, got {list(saved)}")
+    if problems:
+        raise ValueError(f"the weights of {name} do not fit its config: {'; '.join(problems)}")
 
 
 def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Iterator[tuple[str, list[dict]]]:

@@ -1,0 +1,229 @@
+"""Only tensors are written and read, and a checkpoint that is not whole says what is wrong with it."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.utils import logging
+
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import predict
+from checkpoints import WholeCheckpointTrainer
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8, "intermediate_size": 8}
+BANK = "model.layers.0.mixer.k_bank"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+class Planted:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def model():
+    config = TranslutionConfig(image_size=8, patch_size=4, num_labels=3, **TINY)
+    return TranslutionForImageClassification(config).eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def report(caplog):
+    """What Transformers warns of, which has a handler of its own."""
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def load(folder, **options):
+    return TranslutionForImageClassification.from_pretrained(folder, **options)
+
+
+def change(folder, **tensors):
+    """Replaces tensors of a saved model; None takes one away."""
+    path = folder / "model.safetensors"
+    changed = {**load_file(path), **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+    save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path, {"format": "pt"})
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def trainer(model, output_dir, **options):
+    pixels = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = [{"pixel_values": one, "labels": index % 3} for index, one in enumerate(pixels)]
+    arguments = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    arguments |= {"disable_tqdm": True, "dataloader_pin_memory": False, **options}
+    return WholeCheckpointTrainer(model, TrainingArguments(str(output_dir), **arguments), train_dataset=data)
+
+
+def test_saved_weights_are_safetensors(model, tmp_path):
+    for name, size in (("whole", "1GB"), ("sharded", "2KB")):
+        model.save_pretrained(tmp_path / name, max_shard_size=size)
+        files = list((tmp_path / name).iterdir())
+        assert {path.suffix for path in files} == {".safetensors", ".json", ".py"}
+        saved = {}
+        for path in (tmp_path / name).glob("*.safetensors"):
+            with safe_open(path, framework="pt") as tensors:
+                saved |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        assert saved.keys() == model.state_dict().keys()
+        loaded = load(tmp_path / name).state_dict()
+        assert all(
+            torch.equal(tensor, saved[key]) and torch.equal(tensor, loaded[key])
+            for key, tensor in model.state_dict().items()
+        )
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+
+
+def test_a_missing_and_an_extra_tensor_are_reported(folder, report):
+    change(folder, **{BANK: None, "model.odd": torch.ones(2)})
+    _, found = load(folder, output_loading_info=True)
+    assert (found["missing_keys"], found["unexpected_keys"]) == ({BANK}, {"model.odd"})
+    lines = report.text.splitlines()
+    assert any(BANK in line and "MISSING" in line for line in lines)
+    assert any("model.odd" in line and "UNEXPECTED" in line for line in lines)
+    # Predictions of weights that are drawn at random are worth nothing.
+    with pytest.raises(ValueError, match=f"do not fit its config: {BANK} is missing; model.odd is unknown"):
+        predict.load(str(folder))
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(folder, report):
+    change(folder, **{BANK: torch.ones(2, 8, 8)})
+    with pytest.raises(RuntimeError, match="size"):
+        load(folder)
+    shapes = r"torch.Size([2, 8, 8]) vs model:torch.Size([12, 8, 8])"
+    assert any(BANK in line and shapes in line for line in report.text.splitlines())
+    with pytest.raises(ValueError, match=rf"{BANK} must have the shape \[12, 8, 8\], got \[2, 8, 8\]"):
+        predict.load(str(folder))
+
+
+def test_a_trunk_takes_a_new_head(model, folder, tmp_path):
+    change(folder, **{"classifier.weight": None, "classifier.bias": None})
+    tuned, found = load(folder, num_labels=5, output_loading_info=True)
+    assert found["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    assert tuned.classifier.weight.shape == (5, 8)
+    assert torch.equal(tuned.state_dict()[BANK], model.state_dict()[BANK])
+
+
+@pytest.mark.parametrize("content", ["short", b"", b"12345678 is no header"], ids=["truncated", "empty", "garbage"])
+def test_damaged_weights_are_named(folder, content):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-20] if content == "short" else content)
+    with pytest.raises(OSError, match=r"model.safetensors of .*model must be whole, but cannot be read: Error while"):
+        load(folder)
+
+
+def test_a_missing_and_a_damaged_shard_and_index_are_named(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(OSError, match=f"^{shard.name} of .* must be whole"):
+        load(tmp_path)
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
+        load(tmp_path)
+    shard.write_bytes(whole)
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(OSError, match=r"^model.safetensors.index.json of .* must be whole"):
+        load(tmp_path)
+
+
+def test_no_weights_are_an_error(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"no file named model.safetensors"):
+        load(folder)
+
+
+def test_a_config_of_the_future_is_told(folder, report):
+    load(folder)
+    assert "does not know" not in report.text
+    change_config(folder, gate_banks=True, transformers_version="99.0")
+    assert load(folder).config.gate_banks is True
+    assert "does not know, and leaves unused: gate_banks. It was written by Transformers 99.0" in report.text
+    assert f"here is {transformers.__version__}" in report.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("mixer_types", ["warp"], "`mixer_types` must be one of 'translution', .*got 'warp'"),
+        ("relative_projections", "z", "`relative_projections` must be one of 'qkv', .*got 'z'"),
+        ("hidden_size", "big", "'hidden_size' expected int, got str .value: 'big'"),
+        ("offset_basis", -1, "`offset_basis` must be .*at least 1, got -1"),
+    ],
+)
+def test_a_value_of_the_future_is_refused(folder, field, value, message):
+    change_config(folder, **{field: value})
+    with pytest.raises(StrictDataclassError, match=message):
+        load(folder)
+
+
+def test_pickled_weights_run_no_code(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Planted(tmp_path / "planted")}, folder / "pytorch_model.bin")
+    # The test would tell: where it is unpickled, the code runs.
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    (tmp_path / "planted").rmdir()
+    with pytest.raises(Exception, match="Weights only load failed"):
+        load(folder)
+    assert not (tmp_path / "planted").exists()
+
+
+def test_a_training_that_goes_on_runs_no_code(model, tmp_path):
+    trainer(model, tmp_path / "run").train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    pickled = sorted(path.name for path in checkpoint.iterdir() if path.suffix in PICKLES)
+    # States of a training, and no weights; arguments are JSON.
+    assert pickled == ["optimizer.pt", "rng_state.pth", "scheduler.pt"]
+    assert (checkpoint / "model.safetensors").is_file()
+    for name in pickled:
+        planted = tmp_path / name / "checkpoint-1"
+        shutil.copytree(checkpoint, planted)
+        torch.save({"state": Planted(tmp_path / "planted")}, planted / name)
+        with pytest.raises(Exception, match="Weights only load failed"):
+            trainer(model, tmp_path / "again").train(resume_from_checkpoint=str(planted))
+        assert not (tmp_path / "planted").exists()
+    torch.save(Planted(tmp_path / "planted"), checkpoint / "training_args.bin")
+    trainer(model, tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "planted").exists()
+
+
+def test_text_is_refused_in_the_same_way(tmp_path):
+    config = TranslutionConfig(modality="text", vocab_size=11, max_position_embeddings=4, **TINY)
+    TranslutionForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(OSError, match=r"^model.safetensors of .* must be whole"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
