@@ -31,7 +31,8 @@ class Block:
     """Consecutive runs of a shift.
 
     `sizes` and `num_rows` count `B` pairs as `B` rows, for each run and together. `receivers` and `givers` are where the
-    tokens of each run begin in the columns of the shift, and how many rows they are.
+    tokens of each run begin in the columns of the shift, and how many rows they are. `shared` groups runs, by their index,
+    that share a matrix because their distances are clamped: the first has all tokens of the others.
     """
 
     num_rows: int
@@ -40,6 +41,7 @@ class Block:
     reverse_rows: tuple[int, ...]
     receivers: tuple[tuple[int, int], ...]
     givers: tuple[tuple[int, int], ...]
+    shared: tuple[tuple[int, ...], ...]
 
 
 def blocks(shift: ColumnShift, batch: int, features: int) -> tuple[Block, ...]:
@@ -63,6 +65,10 @@ def _blocks(shift: ColumnShift, batch: int, most_rows: int) -> tuple[Block, ...]
 
 def _block(runs: list[OffsetRun], step: int) -> Block:
     sizes = [run.num_rows * step for run in runs]
+    by_row: dict[int, list[int]] = {}
+    for index, run in enumerate(runs):
+        by_row.setdefault(run.row, []).append(index)
+    shared = [sorted(group, key=lambda index: -sizes[index]) for group in by_row.values() if len(group) > 1]
     return Block(
         sum(sizes),
         sizes,
@@ -70,6 +76,7 @@ def _block(runs: list[OffsetRun], step: int) -> Block:
         tuple(run.reverse_row for run in runs),
         tuple((run.receiver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
         tuple((run.giver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
+        tuple(map(tuple, shared)),
     )
 
 
@@ -241,22 +248,36 @@ class Side:
         if self.bank is None:
             return rows
         matrices = self.matrices
-        return [
-            torch.mm(tokens, matrices[row], out=out)
-            for tokens, row, out in zip(rows, self._bank_rows(block), outs, strict=True)
-        ]
+        parts = zip(rows, self._bank_rows(block), outs, strict=True)
+        if not block.shared:
+            return [torch.mm(tokens, matrices[row], out=out) for tokens, row, out in parts]
+        # A token is projected once by a matrix, however many distances share it.
+        places, copies = self.places(block), {index for group in block.shared for index in group[1:]}
+        for index, (tokens, row, out) in enumerate(parts):
+            if index not in copies:
+                torch.mm(tokens, matrices[row], out=out)
+        for first, *others in block.shared:
+            for other in others:
+                outs[other].copy_(outs[first].narrow(0, places[other][0] - places[first][0], places[other][1]))
+        return list(outs)
 
     def accumulate(self, block: Block, gradients: tuple[Tensor, ...]) -> None:
-        """Adds the gradients of each run's projections to those of the tokens and the bank."""
+        """Adds the gradients of each run's projections, which may be changed, to those of the tokens and the bank."""
         targets = self.gradient_rows(block)
         if self.bank is None:
             add_each(targets, gradients)
             return
-        for row, tokens, target, gradient in zip(
-            self._bank_rows(block), self.rows(block), targets, gradients, strict=True
-        ):
-            self._add_to_matrix(row, tokens, gradient)
-            _add_product(target, gradient, self.matrices_across[row])
+        places, added = self.places(block), set()
+        for first, *others in block.shared:
+            added.update(others)
+            for other in others:
+                part = gradients[first].narrow(0, places[other][0] - places[first][0], places[other][1])
+                part += gradients[other]
+        parts = zip(self._bank_rows(block), self.rows(block), targets, gradients, strict=True)
+        for index, (row, tokens, target, gradient) in enumerate(parts):
+            if index not in added:
+                self._add_to_matrix(row, tokens, gradient)
+                _add_product(target, gradient, self.matrices_across[row])
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:

@@ -71,6 +71,28 @@ def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypa
     assert streamed
 
 
+@pytest.mark.parametrize("distance", [0, 1, 2])
+@pytest.mark.parametrize("subset", ["qkv", "kv", "v"])
+def test_image_with_a_distance(subset, distance, streamed, monkeypatch):
+    layout = PairLayout.for_image(6, 5, 6, 5, distance)
+    compare(make_mixer(layout, subset), layout)
+    assert streamed
+    monkeypatch.setattr(streamed_attention, "ENABLED", False)
+    compare(make_mixer(layout, subset), layout)
+
+
+def test_a_token_is_projected_once_by_a_shared_matrix(monkeypatch, streamed):
+    products = []
+    product = torch.mm
+    layout = PairLayout.for_image(6, 5, 6, 5, 1)
+    mixer = make_mixer(layout, "v")
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(args[0]) or product(*args, **kwargs))
+    mixer(torch.randn(1, layout.num_tokens, HIDDEN, dtype=torch.float64), layout)
+    assert streamed
+    # Three row distances for each of nine column offsets, instead of eleven.
+    assert sum(one.shape[1] == HIDDEN for one in products) == 27
+
+
 def test_switched_off_the_square_runs(monkeypatch, streamed):
     monkeypatch.setattr(streamed_attention, "ENABLED", False)
     compare(make_mixer(PairLayout.for_text(9, 9), "qkv"), PairLayout.for_text(9, 9))
