@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from translution import TranslutionConfig
 
@@ -53,7 +55,8 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
     """The card of a saved model.
 
     Args:
-        directory: with `config.json` and `run.json`, which names the task; whatever else it does not tell is left out.
+        directory: with `config.json` and `run.json`, which names the task; whatever else it does not tell, or
+            tells as null, is left out.
         name: what the model is loaded by: its repository's name, by default the folder's.
 
     Raises:
@@ -61,7 +64,7 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
         ValueError: if `run.json` is no JSON object, or its `task` is none of `TASKS`.
     """
     directory = Path(directory)
-    run = _read(directory / RUN)
+    run = _without_null(_read(directory / RUN))
     if run.get("task") not in TASKS:
         raise ValueError(f"`task` of {directory / RUN} must be one of {', '.join(TASKS)}, got {run.get('task')!r}.")
     config = TranslutionConfig.from_dict(_read(directory / "config.json"))
@@ -69,7 +72,9 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
     return ModelCard.from_template(
         card_data=_metadata(name, run),
         template_path=str(TEMPLATE),
-        name=name,
+        name=" ".join(name.split()),
+        # A string of Python, whatever quotes are in it.
+        quoted_name=json.dumps(name, ensure_ascii=False),
         run=run,
         variant=describe(config),
         auto_class=TASKS[run["task"]],
@@ -107,11 +112,12 @@ def _describe_mixer(config: TranslutionConfig, mixer: str) -> str:
 def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     """What the Hub reads: YAML at the head of the card."""
     data, metrics = run.get("dataset") or {}, run.get("metrics") or {}
+    dataset_id = data.get("id") if _is_hub_id(data.get("id")) else None
     results = [
         EvalResult(
             task_type=run["task"],
             # The Hub wants a kind even for data that are not on it.
-            dataset_type=data.get("id") or _slug(data["name"]),
+            dataset_type=dataset_id or _slug(data["name"]),
             dataset_name=data["name"],
             dataset_config=data.get("config"),
             dataset_split=data.get("eval_split"),
@@ -130,7 +136,7 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
         license=run.get("license"),
         base_model=run.get("base_model"),
         # Names of the Hub alone: a folder's name may be somebody else's data there.
-        datasets=[data["id"]] if data.get("id") else None,
+        datasets=[dataset_id] if dataset_id else None,
         metrics=list(dict.fromkeys(METRIC_TYPES.get(metric, metric) for metric in metrics)) or None,
         tags=["translution"],
         # The Hub's client wants a name for a model with results, and no name for one without.
@@ -138,6 +144,21 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
         eval_results=results or None,
         co2_eq_emissions=None if grams is None else {"emissions": grams},
     )
+
+
+def _is_hub_id(text: str | None) -> bool:
+    """Whether a dataset on the Hub may be called so, such as `user/name` or `imagenet-1k`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _slug(name: str) -> str:

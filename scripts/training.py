@@ -169,7 +169,7 @@ class Run:
         report = {
             "task": self.task,
             "dataset": {
-                "id": None if data.dataset_name in (DIGITS, STANDARD_LIBRARY) else data.dataset_name,
+                "id": hub_dataset(data),
                 "name": data.dataset_name or Path(data.train_dir or data.train_file[0]).name,
                 "config": data.dataset_config_name,
                 "revision": data.dataset_revision,
@@ -204,6 +204,12 @@ class Run:
 def save(trainer: Trainer, split: str, metrics: dict[str, float]):
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
+
+
+def hub_dataset(data: DataArguments) -> str | None:
+    """The name of the dataset on the Hub, if that is where it is from."""
+    name = data.dataset_name
+    return None if name in (None, DIGITS, STANDARD_LIBRARY) or Path(name).exists() else name
 
 
 def device_name(cpu: str) -> str:

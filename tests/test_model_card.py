@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -116,6 +117,37 @@ def test_odd_names(name, tmp_path):
     }
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").count("|") == 3 for line in rows)
+    # The name is read by Python as it is.
+    snippets = [block.removeprefix("python") for block in card.text.split("```") if block.startswith("python\nimport")]
+    (call,) = (node for node in ast.walk(ast.parse(snippets[0])) if isinstance(node, ast.Call))
+    assert call.args[0].value == name
+
+
+@pytest.mark.parametrize(
+    ("dataset", "is_id"),
+    [
+        ("imagenet-1k", True),
+        ("user/name", True),
+        ("/data/my pictures", False),
+        ("digits, moved", False),
+        ("a/b/c", False),
+    ],
+)
+def test_only_names_of_the_hub_are_linked(dataset, is_id, tmp_path):
+    card = model_card(save(tmp_path / "digits", {**RUN, "dataset": {"id": dataset, "name": dataset}}))
+    assert card.data.datasets == ([dataset] if is_id else None)
+    kinds = {one.dataset_type for one in card.data.eval_results}
+    assert (kinds == {dataset}) == is_id
+    assert f"## Data\n\n{dataset}." in card.text
+
+
+def test_null_is_shown_nowhere(tmp_path):
+    nulls = {name: dict.fromkeys(value) if isinstance(value, dict) else None for name, value in RUN.items()}
+    card = model_card(save(tmp_path / "digits", {**nulls, "task": RUN["task"]}))
+    # No field of the config's own is null in the table either.
+    assert "None" not in card.content
+    assert "null" not in card.content
+    assert card.data.eval_results is None
 
 
 @pytest.mark.parametrize(
