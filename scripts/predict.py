@@ -10,6 +10,7 @@ The model is a folder, or a name on the Hub.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -82,14 +83,33 @@ def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Itera
             ) from None
         except UnidentifiedImageError:
             raise ValueError(f"{path!r} is no picture that Pillow can read") from None
+        except OSError as error:
+            # A file that breaks off, or a folder.
+            raise ValueError(f"the picture {path!r} cannot be read: {error}") from error
+
+
+def is_picture(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    try:
+        with Image.open(path):
+            return True
+    except OSError:
+        return False
 
 
 def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
-    """Each prompt with what the model writes after it."""
+    """Each prompt with what the model writes after it.
+
+    Raises:
+        ValueError: if a prompt is the name of a picture.
+    """
     if options.seed is not None:
         set_seed(options.seed)
     sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
     for prompt in prompts:
+        if is_picture(prompt):
+            raise ValueError(f"{prompt!r} is a picture; the model goes on with text, and sees nothing")
         text = sys.stdin.read() if prompt == "-" else prompt
         (result,) = generator(
             text, max_new_tokens=options.max_new_tokens, do_sample=options.temperature > 0, **sampling
