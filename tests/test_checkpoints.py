@@ -54,9 +54,13 @@ def folder(model, tmp_path):
 def report(caplog):
     """What Transformers warns of, which has a handler of its own."""
     logger = logging.get_logger("transformers")
+    level = logger.level
+    # Programs that other tests call in this process have made it quieter.
+    logger.setLevel("WARNING")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
 
 
 def load(folder, **options):
