@@ -25,6 +25,7 @@ from translution import TranslutionConfig
 from translution.modeling.pair_layout import PairLayout
 
 
+VERIFIED_LENGTH = 96
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DISTANCE, HIDDEN, HEADS = 32, 192, 3
 VARIANTS = {
@@ -50,7 +51,7 @@ def make(name: str, length: int) -> tuple[nn.Module, PairLayout]:
     return make_mixer(config), PairLayout.for_text(length, length, config.max_relative_distance)
 
 
-def verify(name: str, length: int = 96) -> float:
+def verify(name: str, length: int) -> float:
     """Error of output and gradients against the readable path, both in float64."""
     mixer, layout = make(name, length)
     mixer.double()
@@ -89,7 +90,7 @@ def needs_mib(name: str, length: int) -> float:
 def length_suite(options: argparse.Namespace) -> Iterator[dict]:
     errors = {}
     for name in VARIANTS:
-        errors[name] = verify(name)
+        errors[name] = verify(name, VERIFIED_LENGTH)
         stop_if_wrong(name, errors[name], 1e-9)
     growing = dict.fromkeys(VARIANTS, True)
     for length in options.lengths:

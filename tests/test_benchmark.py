@@ -1,0 +1,139 @@
+"""The benchmark on tiny shapes: it stops where a result is wrong, and writes what it says. Nothing is asserted of times."""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from translution.modeling.pair_layout import PairLayout
+
+
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import benchmark
+import benchmark_length
+import benchmark_models
+import benchmark_operator
+from measuring import FIELDS, peak_memory, spread
+
+
+CASES = (
+    ("image", PairLayout.for_image(3, 2, 3, 2), 12, 2, "qkv"),
+    ("text", PairLayout.for_text(5, 5), 12, 2, "kv"),
+)
+ALL = argparse.Namespace(repeats=1, lengths=[40], patience=5.0, memory=1000.0)
+
+
+def test_operators_agree_and_are_timed(monkeypatch):
+    monkeypatch.setattr(benchmark_operator, "CASES", CASES)
+    rows = list(benchmark_operator.operator_suite(ALL))
+    assert {row["implementation"] for row in rows} == {"floor", "grouped", "streamed"}
+    assert len(rows) == 2 * 2 * 3
+    assert all(row["error"] < 1e-5 for row in rows if row["implementation"] != "floor")
+    assert all(set(row) <= set(FIELDS) for row in rows)
+
+
+@pytest.mark.parametrize("name", list(benchmark_operator.IMPLEMENTATIONS))
+@pytest.mark.parametrize("case", CASES, ids=["image", "text"])
+def test_every_implementation_is_right(name, case):
+    _, layout, hidden, batch, projections = case
+    tokens = torch.randn(batch, layout.num_tokens, hidden, dtype=torch.float64, requires_grad=True)
+    banks = {
+        one: torch.randn(layout.num_offsets, hidden, hidden, dtype=torch.float64).requires_grad_()
+        for one in projections
+    }
+    assert benchmark_operator.verify([name], tokens, banks, layout)[name] < 1e-12
+
+
+def test_a_wrong_implementation_is_not_timed(monkeypatch):
+    monkeypatch.setattr(benchmark_operator, "CASES", CASES)
+    right = benchmark_operator.IMPLEMENTATIONS["streamed"]
+    monkeypatch.setitem(benchmark_operator.IMPLEMENTATIONS, "streamed", lambda *args: right(*args) * 1.001)
+    with pytest.raises(SystemExit, match="streamed is wrong"):
+        list(benchmark_operator.operator_suite(ALL))
+
+
+def test_the_floor_has_a_row_for_each_pair(monkeypatch):
+    layout, products = PairLayout.for_image(3, 4, 3, 4), []
+    banks = [torch.randn(layout.num_offsets, 5, 5) for _ in range(2)]
+    floor = benchmark_operator.bare_products(2, banks, layout)
+    product = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda left, *args, **kwargs: products.append(left) or product(left, *args, **kwargs)
+    )
+    floor(False)
+    assert sum(len(left) for left in products) == 2 * 2 * layout.num_tokens**2
+    assert len(products) == 2 * layout.num_offsets
+    products.clear()
+    floor(True)
+    assert len(products) == 4 * 2 * layout.num_offsets
+
+
+@pytest.mark.parametrize("fields", benchmark_models.VARIANTS.values(), ids=list(benchmark_models.VARIANTS))
+def test_layers_are_verified(fields):
+    assert benchmark_models.verify_mixer(fields) < 1e-10
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Far pairs, and little work."""
+    monkeypatch.setattr(benchmark_length, "VERIFIED_LENGTH", 36)
+
+
+def test_lengths_are_written_and_drawn(tmp_path, short):
+    results, picture = tmp_path / "results.csv", tmp_path / "picture.png"
+    threads = str(torch.get_num_threads())
+    benchmark.main(
+        [
+            "--suite",
+            "length",
+            "--lengths",
+            "36",
+            "40",
+            "--repeats",
+            "1",
+            "--threads",
+            threads,
+            "--output",
+            str(results),
+        ]
+    )
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = {*benchmark_length.VARIANTS, "floor: projections", "floor: attention"}
+    assert {(row["case"], row["implementation"], row["passes"]) for row in rows} == {
+        (f"text, L {length}, C 192, B 1, kv", name, passes)
+        for length in (36, 40)
+        for name in names
+        for passes in ("forward", "forward+backward")
+    }
+    for row in rows:
+        assert float(row["lower_quartile_ms"]) <= float(row["median_ms"]) <= float(row["upper_quartile_ms"])
+    benchmark.main(["--output", str(results), "--picture", str(picture)])
+    assert picture.stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        benchmark.main(["--picture", str(picture)])
+
+
+def test_a_mixer_that_needs_too_much_is_left_out(short):
+    options = argparse.Namespace(repeats=1, lengths=[36], patience=5.0, memory=1.0)
+    names = {row["implementation"] for row in benchmark_length.length_suite(options)}
+    assert "full" not in names
+    assert {"attention", benchmark_length.DISTANT} <= names
+
+
+def test_columns_of_one_and_of_several_times():
+    assert spread([3.0]) == {"median_ms": 3.0, "lower_quartile_ms": 3.0, "upper_quartile_ms": 3.0, "repeats": 1}
+    several = spread([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (several["median_ms"], several["repeats"]) == (3.0, 5)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+def test_peak_memory_is_what_a_run_takes():
+    peak = peak_memory(lambda: torch.ones(2**25))
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 120 < peak < 200  # 128 MiB
