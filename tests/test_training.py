@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -81,6 +82,15 @@ def read(folder, name="run.json"):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
+def assert_card(folder, run):
+    """The Hub client's parser reads the card, finds the run's figures in it, and writes the same again."""
+    card = ModelCard.load(folder / "README.md")
+    assert {result.metric_name: result.metric_value for result in card.data.eval_results} == run["metrics"]
+    assert card.data.pipeline_tag == run["task"]
+    assert "None" not in card.text
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_understood(scripts, recipe, tmp_path):
     arguments = scripts("arguments")
@@ -131,7 +141,7 @@ def test_a_folder_of_pictures_becomes_a_classifier(images, pictures):
     assert set(run["metrics"]) == {"loss", "accuracy"}
     assert run["hyperparameters"]["max_steps"] == 2
     assert run["seconds"] > 0
-    assert (folder / "README.md").is_file()
+    assert_card(folder, run)
     assert not list(folder.rglob("*.bin"))
 
 
@@ -172,6 +182,7 @@ def test_a_folder_of_text_becomes_a_generator(text, texts):
     generator = pipeline("text-generation", model=str(folder), device="cpu")
     assert len(generator("3 and", max_new_tokens=4)[0]["generated_text"]) > 4
     assert read(folder)["metrics"]["perplexity"] > 1
+    assert_card(folder, read(folder))
     assert read(folder, "config.json")["max_position_embeddings"] == 16
 
 
