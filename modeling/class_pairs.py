@@ -8,7 +8,6 @@ Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, PairLayout
@@ -85,7 +84,7 @@ def _add(
         return
     token_gradient[:, place] += gradient @ bank[row].t()
     if bank_gradient is not None:
-        torch.mm(tokens[:, place].flatten(0, 1).t(), gradient.flatten(0, 1), out=bank_gradient[row])
+        bank_gradient[row] = tokens[:, place].flatten(0, 1).t() @ gradient.flatten(0, 1)
 
 
 def _project(tokens: Tensor, bank: Tensor | None, row: int) -> Tensor:

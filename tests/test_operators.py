@@ -8,7 +8,7 @@ from test_pair_layout import LAYOUTS, every_layout, expected_rows, layout_id
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig
-from translution.modeling import pair_runs, translution_grouped, translution_reference
+from translution.modeling import narrow_pairs, pair_runs, translution_grouped, translution_reference
 from translution.modeling.pair_autograd import register_pair_operators
 from translution.modeling.pair_layout import PairLayout
 from translution.modeling.translution_mixer import TranslutionMixer
@@ -91,6 +91,25 @@ def test_grouped_equals_reference(layout, subset, rank, masked):
             assert actual[name].norm() < 1e-12, name
         else:
             assert relative_error(actual[name], expected[name]) < 1e-10, name
+
+
+@pytest.mark.parametrize("rank", [None, 3], ids=["full", "lor3"])
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.causal], ids=layout_id)
+@pytest.mark.parametrize("narrow", [False, True], ids=["runs", "narrow"])
+def test_both_ways_over_images_equal_the_reference(narrow, layout, subset, rank, monkeypatch):
+    monkeypatch.setattr(narrow_pairs, "WIDEST", 64 if narrow else 0)
+    monkeypatch.setattr(narrow_pairs, "LEAST_THREADS", 1)
+    calls = []
+    values = narrow_pairs.values
+    monkeypatch.setattr(narrow_pairs, "values", lambda *args: calls.append(1) or values(*args))
+    mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    expected = run(mixer, "eager", hidden_states, layout, mask, weight)
+    actual = run(mixer, "grouped", hidden_states, layout, mask, weight)
+    assert bool(calls) == (narrow and "v" in subset)
+    for name in expected:
+        assert (actual[name] - expected[name]).norm() <= 1e-10 * expected[name].norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("length", range(1, 8))
