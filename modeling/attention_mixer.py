@@ -141,7 +141,9 @@ class AttentionMixer(Mixer):
         """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
         bias = self.score_bias(layout)
         eager = self.implementation(output_attentions) == "eager"
-        if eager or bias is not None:
+        # PyTorch's own causal mask begins with the first key, wherever the queries begin.
+        is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
+        if eager or bias is not None or not is_causal:
             attention_mask = self.pair_mask(attention_mask, layout, query)
         mask = bias if attention_mask is None else attention_mask if bias is None else attention_mask + bias
         if eager:
@@ -150,7 +152,7 @@ class AttentionMixer(Mixer):
         mask = None if mask is None else mask.to(query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None and layout.causal, scale=self.scaling
+            query, key, value, mask, dropout, is_causal=mask is None and is_causal, scale=self.scaling
         )
         return self.merge_heads(output), None
 

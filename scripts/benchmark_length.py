@@ -106,6 +106,8 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
             }
             if DISTANT in runs and length > DISTANCE:
                 runs |= floors(mixers[DISTANT][0], length, backward)
+            if not runs:
+                return
             memory, counts = {}, {}
             for name, run in runs.items():
                 memory[name] = peak_memory(run)
@@ -127,7 +129,7 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
                     "passes": BOTH if backward else FORWARD,
                     **spread(values),
                     "peak_mib": memory[name],
-                    "times_attention": medians[name] / medians["attention"],
+                    "times_attention": medians[name] / medians["attention"] if "attention" in medians else None,
                     "times_floor": medians[name] / floor if name == DISTANT and floor else None,
                     "error": errors.get(name),
                 }

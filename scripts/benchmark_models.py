@@ -123,28 +123,35 @@ def training_suite(options: argparse.Namespace) -> Iterator[dict]:
     chosen = {
         name: VARIANTS[name] for name in ("attention", "ACmix", "LoR 8, kv", "basis 8, v", "basis 8, kv", "full, kv")
     }
-    medians = {}
+    models, steps, memory, errors = {}, {}, {}, {}
+
+    def train(model: TranslutionForImageClassification) -> None:
+        # As optimizers do: each step makes its gradients anew.
+        model.zero_grad(set_to_none=True)
+        model(pixel_values=pixel_values, labels=labels).loss.backward()
+
     for name, fields in chosen.items():
+        errors[name] = verify_mixer(fields)
+        stop_if_wrong(name, errors[name], 1e-9)
         torch.manual_seed(0)
         model = TranslutionForImageClassification(TranslutionConfig.from_size("tiny", num_labels=1000, **fields))
-
-        def train(model=model) -> None:
-            # As optimizers do: each step makes its gradients anew.
-            model.zero_grad(set_to_none=True)
-            model(pixel_values=pixel_values, labels=labels).loss.backward()
-
-        train()
+        models[name], steps[name] = model, partial(train, model)
+        train(model)
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters()) / 2**20
         model.zero_grad(set_to_none=True)
-        peak = peak_memory(train)
-        times = time_in_turn({name: train}, {name: 3 if name == "full, kv" else options.repeats}, warm_up=())[name]
-        medians[name] = statistics.median(times)
+        peak = peak_memory(steps[name])
+        memory[name] = None if peak is None else peak - gradients
+    counts = {name: min(options.repeats, 3) if name == "full, kv" else options.repeats for name in models}
+    times = time_in_turn(steps, counts, warm_up=())
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, model in models.items():
+        size = f"{model.num_parameters() / 1e6:.1f} M parameters"
         yield {
-            "case": f"tiny, {len(model.model.layers)} layers, 224x224, patch 16, B {batch}, {model.num_parameters() / 1e6:.1f} M parameters",
+            "case": f"tiny, {len(model.model.layers)} layers, 224x224, patch 16, B {batch}, {size}",
             "implementation": name,
             "passes": BOTH,
-            **spread(times),
-            "peak_mib": None if peak is None else peak - gradients,
+            **spread(times[name]),
+            "peak_mib": memory[name],
             "times_attention": medians[name] / medians["attention"],
+            "error": errors[name],
         }
-        del model

@@ -41,7 +41,7 @@ ADVICE = {
     404: "there is no such repository or revision, or the token may not see it",
     409: "somebody else has changed the repository meanwhile: push again",
     412: "somebody else has changed the repository meanwhile: push again",
-    413: FULL,
+    413: "a file is larger than the Hub takes: save the weights in shards (`max_shard_size`)",
     507: FULL,
 }
 
@@ -106,16 +106,26 @@ def push(
     """
     api = api or HfApi()
     check_weights(directory)
+    # What is wrong with the card is found before there is an empty repository.
+    list(additions(directory, repo_id))
     repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    if revision is not None:
+    if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    operations = list(additions(directory, repo_id))
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+    # Weights take their time. What somebody else pushes meanwhile is not overwritten.
+    before = api.model_info(repo_id, revision=revision).sha
+    commit = api.create_commit(
+        repo_id,
+        list(additions(directory, repo_id)),
+        commit_message=message,
+        revision=revision,
+        create_pr=create_pr,
+        parent_commit=before,
+    )
     return commit.pr_url or commit.commit_url
 
 
 def explain(error: BaseException) -> str:
-    """What to do about an error; never the Hub's own words, which may repeat a request's headers."""
+    """What to do about an error. The Hub's own words, which may repeat a request's headers, are left out."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else None
         return ADVICE.get(status, f"the Hub answered {status}: try again later")

@@ -125,6 +125,11 @@ def test_a_mixer_that_needs_too_much_is_left_out(short):
     assert {"attention", benchmark_length.DISTANT} <= names
 
 
+def test_patience_ends(short):
+    options = argparse.Namespace(repeats=1, lengths=[34, 36, 38], patience=1e-9, memory=1000.0)
+    assert {row["case"] for row in benchmark_length.length_suite(options)} == {"text, L 34, C 192, B 1, kv"}
+
+
 def test_columns_of_one_and_of_several_times():
     assert spread([3.0]) == {"median_ms": 3.0, "lower_quartile_ms": 3.0, "upper_quartile_ms": 3.0, "repeats": 1}
     several = spread([1.0, 2.0, 3.0, 4.0, 100.0])

@@ -17,11 +17,13 @@ import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from PIL import Image
 from safetensors.torch import save_file
 from test_remote_code import SHADOW, TINY, WITHOUT_PACKAGE
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers import ViTImageProcessorPil as ImageProcessor
 
-from translution import TranslutionConfig, TranslutionForCausalLM
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -189,6 +191,7 @@ def test_every_way_to_push_carries_the_code(hub, run, tmp_path):
     push(run)
     push(run, "--revision", "branch")
     model.push_to_hub(f"{hub_server.USER}/by-model")
+    AutoTokenizer.from_pretrained(run).push_to_hub(f"{hub_server.USER}/by-model")
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=f"{hub_server.USER}/by-save")
     arguments = TrainingArguments(
         str(tmp_path / "trained"),
@@ -274,6 +277,51 @@ def test_the_hub_refuses(hub, run, capsys, fault, words, monkeypatch):
     hub.faults = set()
     push(run)
     assert "model.safetensors" in hub.repositories[NAME].files()
+
+
+def test_what_somebody_else_pushes_meanwhile_is_kept(hub, run, capsys, monkeypatch):
+    push(run)
+    repository = hub.repositories[NAME]
+    upload = HfApi.preupload_lfs_files
+
+    def slow(*args, **kwargs):
+        upload(*args, **kwargs)
+        repository.commit("main", {**repository.files(), "theirs.txt": b"theirs"}, repository.refs["main"])
+
+    (run / "eval_results.json").write_text('{"ours": 1}')
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "preupload_lfs_files", slow)
+        assert "push again" in fails(run, capsys)
+    assert repository.files()["eval_results.json"] == b"{}"
+    push(run)
+    assert repository.files()["eval_results.json"] == b'{"ours": 1}'
+    assert repository.files()["theirs.txt"] == b"theirs"
+
+
+def test_a_broken_hub_and_a_broken_card(hub, run, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    (run / "run.json").write_text("{")
+    assert "run.json is no JSON" in fails(run, capsys)
+    assert not hub.repositories
+    (run / "run.json").write_text(json.dumps(RUN))
+    hub.faults = {"broken"}
+    assert "the Hub answered 500" in fails(run, capsys)
+
+
+def test_an_image_model_and_its_processor(hub, tmp_path):
+    torch.manual_seed(0)
+    model = TranslutionForImageClassification(
+        TranslutionConfig(image_size=8, patch_size=4, num_labels=3, **TINY)
+    ).eval()
+    model.save_pretrained(tmp_path / "run")
+    ImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "run")
+    push(tmp_path / "run")
+    found = pipeline("image-classification", NAME)(Image.new("RGB", (11, 9), "red"), top_k=3)
+    inputs = AutoImageProcessor.from_pretrained(tmp_path / "run")(
+        Image.new("RGB", (11, 9), "red"), return_tensors="pt"
+    )
+    expected = model(**inputs).logits.softmax(-1).sort(descending=True).values[0]
+    torch.testing.assert_close(torch.tensor([one["score"] for one in found]), expected)
 
 
 def test_a_disk_full_while_loading(hub, run, monkeypatch, tmp_path):

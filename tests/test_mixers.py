@@ -16,7 +16,7 @@ from translution.modeling.acmix_mixer import ACmixMixer
 from translution.modeling.attention_mixer import RelativeBiasAttentionMixer, RelativeVectorAttentionMixer
 from translution.modeling.convolution_mixer import ConvolutionMixer
 from translution.modeling.modeling_translution import build_mixer
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.pair_layout import PairLayout, StepLayout
 from translution.modeling.resampling import resample_offsets, resample_positions
 from translution.modeling.translution_mixer import TranslutionMixer
 
@@ -518,3 +518,33 @@ def test_shifted_content_moves_the_outputs(name):
         assert (here - there).norm() > 0.1 * here.norm()
     else:
         torch.testing.assert_close(here, there, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer_type", ["attention", "relative_bias_attention", "relative_vector_attention"])
+@pytest.mark.parametrize(
+    ("layout", "receivers"),
+    [(PairLayout.for_text(9, 9), 9), (PairLayout.for_text(9, 9, past=3), 6), (StepLayout(8, 9, 9, False), 1)],
+    ids=["whole", "past", "step"],
+)
+def test_attention_without_a_mask_looks_back_from_where_it_is(mixer_type, layout, receivers):
+    torch.manual_seed(0)
+    config = TranslutionConfig(
+        modality="text",
+        hidden_size=12,
+        num_attention_heads=2,
+        head_dim=6,
+        num_hidden_layers=1,
+        max_position_embeddings=9,
+        mixer_types=mixer_type,
+    )
+    mixer = build_mixer(config, 0).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    query, key, value = mixer.project(torch.randn(2, 9, 12, dtype=torch.float64))
+    config._attn_implementation = "grouped"
+    whole, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), None, False)
+    part, _ = mixer.attend(query[:, :, -receivers:], key, value, layout, None, False)
+    torch.testing.assert_close(part, whole[:, -receivers:])
+    mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e300)
+    masked, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), mask[None, None], False)
+    torch.testing.assert_close(whole, masked)
