@@ -4,11 +4,15 @@ Tokens come first here, `[L, B, C]`, so that the rows of a grid are one block of
 copy. All pairs of a run share a matrix, so that their projections are one matrix product over a rectangle of the grid. Runs are
 taken a block at a time: as many as stay in a processor's cache, and enough that starting an operation does not count.
 
+Where distances are clamped, offsets share a matrix. A token is projected by it once, and its projection kept for all of them:
+the number of projections grows with tokens times matrices, not with pairs.
+
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `n` pairs of a run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,17 +35,14 @@ class Block:
     """Consecutive runs of a shift.
 
     `sizes` and `num_rows` count `B` pairs as `B` rows, for each run and together. `receivers` and `givers` are where the
-    tokens of each run begin in the columns of the shift, and how many rows they are. `shared` groups runs, by their index,
-    that share a matrix because their distances are clamped: the first has all tokens of the others.
+    tokens of each run begin in the columns of the shift, and how many rows they are.
     """
 
+    runs: tuple[OffsetRun, ...]
     num_rows: int
     sizes: list[int]
-    rows: tuple[int, ...]
-    reverse_rows: tuple[int, ...]
     receivers: tuple[tuple[int, int], ...]
     givers: tuple[tuple[int, int], ...]
-    shared: tuple[tuple[int, ...], ...]
 
 
 def blocks(shift: ColumnShift, batch: int, features: int) -> tuple[Block, ...]:
@@ -65,19 +66,55 @@ def _blocks(shift: ColumnShift, batch: int, most_rows: int) -> tuple[Block, ...]
 
 def _block(runs: list[OffsetRun], step: int) -> Block:
     sizes = [run.num_rows * step for run in runs]
-    by_row: dict[int, list[int]] = {}
-    for index, run in enumerate(runs):
-        by_row.setdefault(run.row, []).append(index)
-    shared = [sorted(group, key=lambda index: -sizes[index]) for group in by_row.values() if len(group) > 1]
     return Block(
+        tuple(runs),
         sum(sizes),
         sizes,
-        tuple(run.row for run in runs),
-        tuple(run.reverse_row for run in runs),
         tuple((run.receiver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
         tuple((run.giver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
-        tuple(map(tuple, shared)),
     )
+
+
+@dataclass(frozen=True)
+class SharedMatrix:
+    """A matrix of several offsets: the smallest rectangles, rows and columns of the grid, that hold all its pairs."""
+
+    row: int
+    reverse_row: int
+    receivers: tuple[slice, slice]
+    givers: tuple[slice, slice]
+    last_shift: ColumnShift
+
+
+@lru_cache(maxsize=64)
+def shared_matrices(layout: PairLayout) -> dict[int, SharedMatrix]:
+    """Every matrix that clamped offsets share, by its row of the banks of keys and values."""
+    members: dict[int, list[tuple[ColumnShift, OffsetRun]]] = {}
+    for shift in layout.column_shifts() if layout.clamp else ():
+        for run in shift.runs:
+            members.setdefault(run.row, []).append((shift, run))
+    return {
+        row: SharedMatrix(
+            row,
+            pairs[0][1].reverse_row,
+            (
+                _union((run.receiver_start, run.num_rows) for _, run in pairs),
+                _union((shift.receiver_start, shift.num_columns) for shift, _ in pairs),
+            ),
+            (
+                _union((run.giver_start, run.num_rows) for _, run in pairs),
+                _union((shift.giver_start, shift.num_columns) for shift, _ in pairs),
+            ),
+            pairs[-1][0],
+        )
+        for row, pairs in members.items()
+        if len(pairs) > 1
+    }
+
+
+def _union(places: Iterable[tuple[int, int]]) -> slice:
+    starts, ends = zip(*((start, start + size) for start, size in places), strict=True)
+    return slice(min(starts), max(ends))
 
 
 def workspace(layout: PairLayout, batch: int, features: int, like: Tensor) -> Tensor:
@@ -197,6 +234,9 @@ class Side:
         self.matrices = None if bank is None else bank.unbind(0)
         self.features = tokens.shape[-1] if bank is None else bank.shape[-1]
         self.batch = tokens.shape[1]
+        self.shared = {} if bank is None else shared_matrices(layout)
+        self.kept: dict[int, Tensor] = {}
+        self.kept_gradients: dict[int, Tensor] = {}
 
     def start_gradients(self) -> None:
         # The gradient of a token sums over all its offsets: accumulated in a wider type than it is stored in. A matrix
@@ -218,6 +258,7 @@ class Side:
 
     def start_shift(self, shift: ColumnShift, gradients: bool = False, like: Side | None = None) -> None:
         """Takes the columns of a shift, those of `like` where its tokens are the same."""
+        self.shift = shift
         self.column_start = shift.receiver_start if self.receives else shift.giver_start
         place = (self.layout, self.column_start, shift.num_columns)
         shared = like is not None and like.tokens is self.tokens
@@ -225,8 +266,16 @@ class Side:
         if gradients:
             self.column_gradient = columns_of(self.token_gradient, *place)
 
-    def end_shift(self, shift: ColumnShift) -> None:
-        put_columns(self.token_gradient, self.column_gradient, self.layout, self.column_start, shift.num_columns)
+    def end_shift(self, gradients: bool = False) -> None:
+        """Writes gradients back, and parts with what no later shift shares."""
+        if gradients:
+            place = (self.layout, self.column_start, self.shift.num_columns)
+            put_columns(self.token_gradient, self.column_gradient, *place)
+        done = [row for row in {**self.kept, **self.kept_gradients} if self.shared[row].last_shift is self.shift]
+        for row in done:
+            self.kept.pop(row, None)
+            if row in self.kept_gradients:
+                self._accumulate_kept(self.shared[row], self.kept_gradients.pop(row))
 
     def places(self, block: Block) -> tuple[tuple[int, int], ...]:
         return block.receivers if self.receives else block.givers
@@ -239,26 +288,20 @@ class Side:
         """Where the gradient of each run's tokens is added up."""
         return at(self.column_gradient, self.places(block))
 
-    def _bank_rows(self, block: Block) -> tuple[int, ...]:
-        return block.reverse_rows if self.reverse else block.rows
+    def _bank_row(self, pairs: OffsetRun | SharedMatrix) -> int:
+        return pairs.reverse_row if self.reverse else pairs.row
 
     def project(self, block: Block, outs: tuple[Tensor, ...]) -> list[Tensor]:
         """The projections of each run, `[n·B, A·e]`, in `outs`, or as they are where there is no bank."""
         rows = self.rows(block)
         if self.bank is None:
             return rows
-        matrices = self.matrices
-        parts = zip(rows, self._bank_rows(block), outs, strict=True)
-        if not block.shared:
-            return [torch.mm(tokens, matrices[row], out=out) for tokens, row, out in parts]
-        # A token is projected once by a matrix, however many distances share it.
-        places, copies = self.places(block), {index for group in block.shared for index in group[1:]}
-        for index, (tokens, row, out) in enumerate(parts):
-            if index not in copies:
-                torch.mm(tokens, matrices[row], out=out)
-        for first, *others in block.shared:
-            for other in others:
-                outs[other].copy_(outs[first].narrow(0, places[other][0] - places[first][0], places[other][1]))
+        for run, tokens, out in zip(block.runs, rows, outs, strict=True):
+            if run.row in self.shared:
+                part = self._part(run, self._kept(self.shared[run.row]))
+                out.view(part.shape).copy_(part)
+            else:
+                torch.mm(tokens, self.matrices[self._bank_row(run)], out=out)
         return list(outs)
 
     def accumulate(self, block: Block, gradients: tuple[Tensor, ...]) -> None:
@@ -267,17 +310,46 @@ class Side:
         if self.bank is None:
             add_each(targets, gradients)
             return
-        places, added = self.places(block), set()
-        for first, *others in block.shared:
-            added.update(others)
-            for other in others:
-                part = gradients[first].narrow(0, places[other][0] - places[first][0], places[other][1])
-                part += gradients[other]
-        parts = zip(self._bank_rows(block), self.rows(block), targets, gradients, strict=True)
-        for index, (row, tokens, target, gradient) in enumerate(parts):
-            if index not in added:
+        for run, tokens, target, gradient in zip(block.runs, self.rows(block), targets, gradients, strict=True):
+            if run.row in self.shared:
+                part = self._part(run, self._kept_gradient(self.shared[run.row]))
+                part += gradient.view(part.shape)
+            else:
+                row = self._bank_row(run)
                 self._add_to_matrix(row, tokens, gradient)
                 _add_product(target, gradient, self.matrices_across[row])
+
+    def _rectangle(self, shared: SharedMatrix) -> tuple[slice, slice]:
+        return shared.receivers if self.receives else shared.givers
+
+    def _part(self, run: OffsetRun, rectangle: Tensor) -> Tensor:
+        """A run's part, `[n / w, w, B, A·e]`, of what is kept for all tokens of its matrix."""
+        rows, columns = self._rectangle(self.shared[run.row])
+        row = (run.receiver_start if self.receives else run.giver_start) - rows.start
+        column = self.column_start - columns.start
+        return rectangle[row : row + run.num_rows, column : column + self.shift.num_columns]
+
+    def _kept(self, shared: SharedMatrix) -> Tensor:
+        """The projections of all tokens by a shared matrix, `[rows, columns, B, A·e]`."""
+        if shared.row not in self.kept:
+            tokens = _grid(self.tokens, self.layout)[self._rectangle(shared)]
+            projected = torch.mm(tokens.flatten(0, 2), self.matrices[self._bank_row(shared)])
+            self.kept[shared.row] = projected.unflatten(0, tokens.shape[:3])
+        return self.kept[shared.row]
+
+    def _kept_gradient(self, shared: SharedMatrix) -> Tensor:
+        """Where the gradient of those projections is added up, in the wider type."""
+        if shared.row not in self.kept_gradients:
+            size = (*_grid(self.tokens, self.layout)[self._rectangle(shared)].shape[:3], self.features)
+            self.kept_gradients[shared.row] = self.token_gradient.new_zeros(size)
+        return self.kept_gradients[shared.row]
+
+    def _accumulate_kept(self, shared: SharedMatrix, gradient: Tensor) -> None:
+        rectangle, row = self._rectangle(shared), self._bank_row(shared)
+        flat = gradient.flatten(0, 2).to(self.tokens.dtype)
+        self._add_to_matrix(row, _grid(self.tokens, self.layout)[rectangle].flatten(0, 2), flat)
+        target = _grid(self.token_gradient, self.layout)[rectangle]
+        target += (flat @ self.matrices_across[row]).view(target.shape)
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:

@@ -200,6 +200,8 @@ def _forward(
                 add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
         for part, columns in ((softmax.greatest, greatest), (softmax.total, total), (softmax.output, output)):
             put_columns(part, columns, *place)
+        for side in (query, key, value):
+            side.end_shift()
     output, logsumexp = softmax.finish()
     return output.transpose(0, 1).to(tensors[2].dtype).contiguous(), logsumexp
 
@@ -267,8 +269,8 @@ def _backward(
                 changed, by = (weights, other) if other_side.bank is None else (other, weights)
                 torch._foreach_mul_(changed, by)
                 side.accumulate(block, changed)
-        for side in wanted:
-            side.end_shift(shift)
+        for side in sides:
+            side.end_shift(side in wanted)
     for receivers, givers, row, reverse in class_blocks(layout):
         _class_gradients(query, key, value, received, needed, receivers, givers, row, reverse, logsumexp, mean, scale)
     far_gradients = [gradient.new_empty(0) for _ in range(3)]

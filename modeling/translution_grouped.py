@@ -70,6 +70,8 @@ def _scores(
             right = giver.project(block, key_space[: end - place].split(block.sizes))
             heads.inner_products(*((right, left) if query_bank is None else (left, right)), product, flat[place:end])
             place = end
+        receiver.end_shift()
+        giver.end_shift()
     place //= max(batch, 1)
     for receivers, givers, row, reverse in class_blocks(layout):
         product = receiver.project_tokens(receivers, reverse) * giver.project_tokens(givers, row)
@@ -123,8 +125,8 @@ def _scores_backward(
                     torch._foreach_mul_(pieces, weights)
                     side.accumulate(block, pieces)
             place = end
-        for side, _ in sides:
-            side.end_shift(shift)
+        receiver.end_shift(need_query)
+        giver.end_shift(need_key)
     place //= max(batch, 1)
     for receivers, givers, row, reverse in class_blocks(layout):
         count = max(receiver.tokens[receivers].shape[0], giver.tokens[givers].shape[0])
@@ -170,6 +172,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
             add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
             place = end
         put_columns(output, received, layout, shift.receiver_start, shift.num_columns)
+        giver.end_shift()
     place //= max(batch, 1)
     for receivers, givers, row, _ in class_blocks(layout):
         piece = giver.project_tokens(givers, row).unflatten(-1, (num_heads, -1))

@@ -61,7 +61,9 @@ def test_text_with_a_distance(length, distance, subset, streamed):
 
 
 @pytest.mark.parametrize(
-    "layout", [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_text(11, 11)], ids=["image", "text"]
+    "layout",
+    [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_image(5, 4, 5, 4, 1), PairLayout.for_text(11, 11)],
+    ids=["image", "image-distance", "text"],
 )
 @pytest.mark.parametrize("elements", [1, 40, 1 << 20])
 def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypatch, streamed):
@@ -81,16 +83,30 @@ def test_image_with_a_distance(subset, distance, streamed, monkeypatch):
     compare(make_mixer(layout, subset), layout)
 
 
-def test_a_token_is_projected_once_by_a_shared_matrix(monkeypatch, streamed):
-    products = []
-    product = torch.mm
-    layout = PairLayout.for_image(6, 5, 6, 5, 1)
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("backward", [False, True])
+def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, enabled, monkeypatch, streamed):
+    monkeypatch.setattr(streamed_attention, "ENABLED", enabled)
+    product, rows = torch.mm, []
+
+    def count(left, right, **kwargs):
+        if right.shape == mixer.v_bank.shape[1:]:
+            rows.append(left.shape[0])
+        return product(left, right, **kwargs)
+
+    layout = PairLayout.for_image(12, 9, 12, 9, 1)
     mixer = make_mixer(layout, "v")
-    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(args[0]) or product(*args, **kwargs))
-    mixer(torch.randn(1, layout.num_tokens, HIDDEN, dtype=torch.float64), layout)
-    assert streamed
-    # Three row distances for each of nine column offsets, instead of eleven.
-    assert sum(one.shape[1] == HIDDEN for one in products) == 27
+    hidden_states = torch.randn(1, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    output = mixer(hidden_states, layout)[0]
+    monkeypatch.setattr(torch, "mm", count)
+    if backward:
+        output.sum().backward()
+    else:
+        mixer(hidden_states, layout)
+    # Nine matrices, instead of 23 row offsets times 17 column offsets; no token is projected twice by one of them.
+    patches = layout.height * layout.width
+    assert len(rows) == 9
+    assert 4 * patches < sum(rows) <= 9 * patches
 
 
 def test_switched_off_the_square_runs(monkeypatch, streamed):
