@@ -21,8 +21,8 @@ from measuring import FIELDS, peak_memory, spread
 
 
 CASES = (
-    ("image", PairLayout.for_image(3, 2, 3, 2), 12, 2, "qkv"),
-    ("text", PairLayout.for_text(5, 5), 12, 2, "kv"),
+    benchmark_operator.Case("image", PairLayout.for_image(3, 2, 3, 2), 12, 2, "qkv"),
+    benchmark_operator.Case("text", PairLayout.for_text(5, 5), 12, 2, "kv"),
 )
 ALL = argparse.Namespace(repeats=1, lengths=[40], patience=5.0, memory=1000.0)
 
@@ -36,10 +36,17 @@ def test_operators_agree_and_are_timed(monkeypatch):
     assert all(set(row) <= set(FIELDS) for row in rows)
 
 
+def test_bfloat16_is_allowed_its_rounding(monkeypatch):
+    monkeypatch.setattr(benchmark_operator, "CASES", [CASES[0]._replace(dtype=torch.bfloat16)])
+    rows = list(benchmark_operator.operator_suite(ALL))
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert all(1e-4 < row["error"] < 2e-2 for row in rows if row["implementation"] != "floor")
+
+
 @pytest.mark.parametrize("name", list(benchmark_operator.IMPLEMENTATIONS))
 @pytest.mark.parametrize("case", CASES, ids=["image", "text"])
 def test_every_implementation_is_right(name, case):
-    _, layout, hidden, batch, projections = case
+    _, layout, hidden, batch, projections, _ = case
     tokens = torch.randn(batch, layout.num_tokens, hidden, dtype=torch.float64, requires_grad=True)
     banks = {
         one: torch.randn(layout.num_offsets, hidden, hidden, dtype=torch.float64).requires_grad_()
@@ -56,7 +63,7 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
         list(benchmark_operator.operator_suite(ALL))
 
 
-def test_the_floor_has_a_row_for_each_pair(monkeypatch):
+def test_the_floor_has_a_row_for_each_pair_of_patches(monkeypatch):
     layout, products = PairLayout.for_image(3, 4, 3, 4), []
     banks = [torch.randn(layout.num_offsets, 5, 5) for _ in range(2)]
     floor = benchmark_operator.bare_products(2, banks, layout)
@@ -65,11 +72,25 @@ def test_the_floor_has_a_row_for_each_pair(monkeypatch):
         torch, "mm", lambda left, *args, **kwargs: products.append(left) or product(left, *args, **kwargs)
     )
     floor(False)
-    assert sum(len(left) for left in products) == 2 * 2 * layout.num_tokens**2
+    # Two images and two banks; what a class token gives to all patches is one row, as is what it gives to itself.
+    assert sum(len(left) for left in products) == 2 * 2 * (12 * 12 + 12 + 1 + 1)
     assert len(products) == 2 * layout.num_offsets
     products.clear()
     floor(True)
     assert len(products) == 4 * 2 * layout.num_offsets
+
+
+def test_the_floor_of_a_distance_has_a_row_for_each_token_of_a_matrix(monkeypatch):
+    layout, products = PairLayout.for_image(5, 4, 5, 4, 1), []
+    floor = benchmark_operator.bare_products(1, [torch.randn(layout.num_offsets, 5, 5)], layout)
+    product = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda left, *args, **kwargs: products.append(left) or product(left, *args, **kwargs)
+    )
+    floor(False)
+    # Offset 0 takes all tokens; -1 and 1, for which all distances beyond stand too, all rows or columns but one.
+    expected = [(5 - abs(dx)) * (4 - abs(dy)) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
+    assert [len(left) for left in products] == [*expected, 1, 20, 1]
 
 
 @pytest.mark.parametrize("fields", benchmark_models.VARIANTS.values(), ids=list(benchmark_models.VARIANTS))
