@@ -78,8 +78,7 @@ class _Side:
         self.place = slice(start, start + shift.num_columns)
         self.columns = self.tokens[:, :, self.place].contiguous()
         if self.bank is not None:
-            offset = shift.receiver_start - shift.giver_start
-            self.rows = _bank_rows(self.layout, offset, self.receives).to(self.bank.device)
+            self.rows = _bank_rows(self.layout, shift.offset, self.receives).to(self.bank.device)
             matrices = self.bank.index_select(0, self.rows)  # [K, in, F]
             self.matrix = matrices.transpose(0, 1).flatten(1)  # [in, K·F]
 

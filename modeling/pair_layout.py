@@ -46,6 +46,11 @@ class ColumnShift:
     def num_pairs(self) -> int:
         return self.num_columns * sum(run.num_rows for run in self.runs)
 
+    @property
+    def offset(self) -> int:
+        """The column offset, `dy`."""
+        return self.receiver_start - self.giver_start
+
 
 @dataclass(frozen=True)
 class PairLayout:

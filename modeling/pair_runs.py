@@ -129,19 +129,19 @@ def tokens_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).contiguous()
 
 
-def _grid(tokens: Tensor, layout: PairLayout) -> Tensor:
+def grid(tokens: Tensor, layout: PairLayout) -> Tensor:
     """The tokens of the grid, `[rows, W, B, C]`."""
     return tokens[int(layout.class_token) :].unflatten(0, (-1, layout.width))
 
 
 def columns_of(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
     """Columns `start …` of the grid's tokens, `[rows·w·B, C]`, contiguous: a copy only where they are not all columns."""
-    return _grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
+    return grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
 
 
 def put_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
     """Writes changed columns back, where `columns_of` had to copy them."""
-    part = _grid(tokens, layout)[:, start : start + num_columns]
+    part = grid(tokens, layout)[:, start : start + num_columns]
     if part.data_ptr() != columns.data_ptr():
         part.copy_(columns.view(part.shape))
 
@@ -275,7 +275,7 @@ class Side:
         for row in done:
             self.kept.pop(row, None)
             if row in self.kept_gradients:
-                self._accumulate_kept(self.shared[row], self.kept_gradients.pop(row))
+                self.accumulate_shared(self.shared[row], self.kept_gradients.pop(row))
 
     def places(self, block: Block) -> tuple[tuple[int, int], ...]:
         return block.receivers if self.receives else block.givers
@@ -332,24 +332,36 @@ class Side:
     def _kept(self, shared: SharedMatrix) -> Tensor:
         """The projections of all tokens by a shared matrix, `[rows, columns, B, A·e]`."""
         if shared.row not in self.kept:
-            tokens = _grid(self.tokens, self.layout)[self._rectangle(shared)]
-            projected = torch.mm(tokens.flatten(0, 2), self.matrices[self._bank_row(shared)])
-            self.kept[shared.row] = projected.unflatten(0, tokens.shape[:3])
+            self.kept[shared.row] = self.project_shared(shared)
         return self.kept[shared.row]
 
     def _kept_gradient(self, shared: SharedMatrix) -> Tensor:
         """Where the gradient of those projections is added up, in the wider type."""
         if shared.row not in self.kept_gradients:
-            size = (*_grid(self.tokens, self.layout)[self._rectangle(shared)].shape[:3], self.features)
+            size = (*self._tokens_of(self.tokens, shared).shape[:3], self.features)
             self.kept_gradients[shared.row] = self.token_gradient.new_zeros(size)
         return self.kept_gradients[shared.row]
 
-    def _accumulate_kept(self, shared: SharedMatrix, gradient: Tensor) -> None:
-        rectangle, row = self._rectangle(shared), self._bank_row(shared)
-        flat = gradient.flatten(0, 2).to(self.tokens.dtype)
-        self._add_to_matrix(row, _grid(self.tokens, self.layout)[rectangle].flatten(0, 2), flat)
-        target = _grid(self.token_gradient, self.layout)[rectangle]
+    def project_shared(self, shared: SharedMatrix) -> Tensor:
+        """The projections of all tokens of a shared matrix, `[rows, columns, B, A·e]`; plain tokens where there is no bank."""
+        tokens = self._tokens_of(self.tokens, shared)
+        if self.bank is None:
+            return tokens
+        projected = torch.mm(tokens.flatten(0, 2), self.matrices[self._bank_row(shared)])
+        return projected.unflatten(0, tokens.shape[:3])
+
+    def accumulate_shared(self, shared: SharedMatrix, gradient: Tensor) -> None:
+        """Adds the gradients of those projections to those of the tokens and the bank."""
+        target = self._tokens_of(self.token_gradient, shared)
+        if self.bank is None:
+            target += gradient
+            return
+        row, flat = self._bank_row(shared), gradient.to(self.tokens.dtype).flatten(0, 2)
+        self._add_to_matrix(row, self._tokens_of(self.tokens, shared).flatten(0, 2), flat)
         target += (flat @ self.matrices_across[row]).view(target.shape)
+
+    def _tokens_of(self, tokens: Tensor, shared: SharedMatrix) -> Tensor:
+        return grid(tokens, self.layout)[self._rectangle(shared)]
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:
@@ -387,14 +399,17 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
 __all__ = [
     "Block",
     "Heads",
+    "SharedMatrix",
     "Side",
     "add_each",
     "add_weighted_each",
     "at",
     "blocks",
     "columns_of",
+    "grid",
     "maximum_each",
     "put_columns",
+    "shared_matrices",
     "tokens_first",
     "workspace",
 ]

@@ -12,7 +12,7 @@ Text with a distance `D` has far pairs, which share one matrix, so that a far qu
 own causal attention, of tokens shifted by `D`, is where the pass over the near pairs starts from. Time and memory of the
 projections grow with `L·D`.
 
-A class token's pairs are where the pass over a grid starts from.
+A class token's pairs are where the pass over a grid starts from, and with a distance the pairs of `far_columns.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` output size per head, `w` columns of a shift.
 """
@@ -25,6 +25,15 @@ import torch
 from torch import Tensor
 
 from .class_pairs import class_blocks
+from .far_columns import (
+    FLASH,
+    FLASH_BACKWARD,
+    accumulate_far_columns,
+    add_far_columns,
+    has_far_columns,
+    has_flash,
+    near_shifts,
+)
 from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
 from .pair_layout import PairLayout
 from .pair_runs import (
@@ -49,21 +58,21 @@ SQUARE_ELEMENTS = 1 << 20
 ENABLED = True
 # Scores between two updates of the softmax: many, since each update touches the output once.
 GROUP_ELEMENTS = 1 << 17
-# PyTorch's fused attention in the form that returns the logarithm of each softmax's sum, which merging needs.
-_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def can_stream(tokens: Tensor, num_heads: int, layout: PairLayout) -> bool:
-    """Whether one pass can serve, and pays: always for text, half of whose square is empty, and for large images.
+    """Whether one pass can serve, and pays.
 
-    All tokens must receive, and far pairs need an operator that PyTorch has for CPUs.
+    It does for text, half of whose square is empty, for large images, and where a distance makes most columns far. All tokens
+    must receive, and far pairs of a text need an operator that PyTorch has for CPUs.
     """
     if layout.past > 0:
         return False
     if has_far_pairs(layout):
-        return ENABLED and tokens.device.type == "cpu" and _FLASH is not None
-    return ENABLED and (layout.causal or tokens.shape[0] * num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS)
+        return ENABLED and has_flash(tokens.device)
+    mostly_far = has_far_columns(layout, tokens.device) and 2 * layout.bank_width <= layout.width
+    large = tokens.shape[0] * num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS
+    return ENABLED and (layout.causal or mostly_far or large)
 
 
 def has_far_pairs(layout: PairLayout) -> bool:
@@ -156,13 +165,14 @@ def _forward(
     value_heads = Heads(num_heads, features, tensors[2])
     widest = max(query.features, features)
     if far is not None:
-        softmax.start_far(*_FLASH(*_shifted(far, layout.band), 0.0, True, scale=scale), layout.band)
+        softmax.start_far(*FLASH(*_shifted(far, layout.band), 0.0, True, scale=scale), layout.band)
     for receivers, givers, row, reverse in class_blocks(layout):
         product = query.project_tokens(receivers, reverse) * key.project_tokens(givers, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.total.dtype) * scale
         softmax.add(receivers, scores, value.project_tokens(givers, row).to(scores.dtype))
+    add_far_columns((query, key, value), softmax.greatest, softmax.total, softmax.output, scale, layout)
     space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
-    for shift in layout.column_shifts():
+    for shift in near_shifts(layout, tensors[0].device):
         query.start_shift(shift)
         key.start_shift(shift)
         value.start_shift(shift, like=key)
@@ -232,7 +242,7 @@ def _backward(
     need_scores = needed[0] or needed[1]
     widest = max(query.features, value.features)
     spaces = [workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(3)]
-    for shift in layout.column_shifts():
+    for shift in near_shifts(layout, tensors[0].device):
         for side in (*sides, received):
             side.start_shift(shift, side in wanted, like=key if side is value else None)
         place = (layout, shift.receiver_start, shift.num_columns)
@@ -273,6 +283,8 @@ def _backward(
             side.end_shift(side in wanted)
     for receivers, givers, row, reverse in class_blocks(layout):
         _class_gradients(query, key, value, received, needed, receivers, givers, row, reverse, logsumexp, mean, scale)
+    whole = tokens_first(output)
+    accumulate_far_columns(sides, needed, received.tokens, whole, logsumexp, scale, layout)
     far_gradients = [gradient.new_empty(0) for _ in range(3)]
     if far is not None:
         far_gradients = _far_gradients(gradient, output, logsumexp, far, scale, layout.band)
@@ -337,7 +349,7 @@ def _far_gradients(
     # With the output and the normaliser of all pairs, PyTorch's backward pass gives the share of the far ones.
     received, whole = (_heads(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
     normaliser = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
-    pieces = _FLASH_BACKWARD(
+    pieces = FLASH_BACKWARD(
         received.contiguous(), *_shifted(far, distance), whole.contiguous(), normaliser, 0.0, True, scale=scale
     )
     gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]

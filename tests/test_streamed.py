@@ -5,7 +5,7 @@ import torch
 from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
 from test_pair_layout import every_layout
 
-from translution.modeling import pair_autograd, pair_runs, streamed_attention
+from translution.modeling import far_columns, pair_autograd, pair_runs, streamed_attention
 from translution.modeling.pair_layout import PairLayout
 
 
@@ -73,20 +73,45 @@ def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypa
     assert streamed
 
 
-@pytest.mark.parametrize("distance", [0, 1, 2])
-@pytest.mark.parametrize("subset", ["qkv", "kv", "v"])
-def test_image_with_a_distance(subset, distance, streamed, monkeypatch):
-    layout = PairLayout.for_image(6, 5, 6, 5, distance)
+@pytest.mark.parametrize("path", ["far columns", "runs", "square"])
+@pytest.mark.parametrize("size", [(6, 5), (2, 7), (7, 2), (1, 6), (4, 4)])
+@pytest.mark.parametrize("distance", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("subset", ["qkv", "qk", "v"])
+def test_image_with_a_distance(subset, distance, size, path, streamed, monkeypatch):
+    served = []
+    monkeypatch.setattr(streamed_attention, "ENABLED", path != "square")
+    if path == "runs":
+        monkeypatch.setattr(far_columns, "FLASH", None)
+    else:
+        flash = far_columns.FLASH
+        monkeypatch.setattr(far_columns, "FLASH", lambda *args, **kwargs: served.append(1) or flash(*args, **kwargs))
+    layout = PairLayout.for_image(*size, *size, distance)
     compare(make_mixer(layout, subset), layout)
+    assert bool(streamed) == (path != "square")
+    assert bool(served) == (path == "far columns" and 0 < distance < size[1] - 1)
+
+
+@pytest.mark.parametrize("need", ["hidden_states", "bank"])
+def test_image_with_a_distance_and_gradients_of_one_input(need, streamed):
+    layout = PairLayout.for_image(5, 6, 5, 6, 2)
+    mixer = make_mixer(layout, "qkv")
+    hidden_states = torch.randn(BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    gradients = {}
+    for implementation in ("eager", "grouped"):
+        mixer.config._attn_implementation = implementation
+        inputs = hidden_states.clone().requires_grad_(need == "hidden_states")
+        mixer.requires_grad_(False)
+        mixer.k_bank.requires_grad_(need == "bank")
+        output = mixer(inputs, layout)[0].pow(2).sum()
+        gradients[implementation] = torch.autograd.grad(output, mixer.k_bank if need == "bank" else inputs)[0]
     assert streamed
-    monkeypatch.setattr(streamed_attention, "ENABLED", False)
-    compare(make_mixer(layout, subset), layout)
+    assert relative_error(gradients["grouped"], gradients["eager"]) < 1e-10
 
 
-@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("path", ["streamed", "square"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, enabled, monkeypatch, streamed):
-    monkeypatch.setattr(streamed_attention, "ENABLED", enabled)
+def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, path, monkeypatch, streamed):
+    monkeypatch.setattr(streamed_attention, "ENABLED", path == "streamed")
     product, rows = torch.mm, []
 
     def count(left, right, **kwargs):
@@ -109,6 +134,15 @@ def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, 
     assert 4 * patches < sum(rows) <= 9 * patches
 
 
+def test_a_small_image_streams_where_most_columns_are_far():
+    tokens = torch.empty(1, 0, 0)
+    image = PairLayout.for_image
+    assert streamed_attention.can_stream(tokens, 3, image(7, 8, 7, 8, 2))
+    assert not streamed_attention.can_stream(tokens, 3, image(7, 8, 7, 8, 4))
+    assert not streamed_attention.can_stream(tokens, 3, image(7, 8, 7, 8))
+    assert not streamed_attention.can_stream(tokens.to("meta"), 3, image(7, 8, 7, 8, 2))
+
+
 def test_switched_off_the_square_runs(monkeypatch, streamed):
     monkeypatch.setattr(streamed_attention, "ENABLED", False)
     compare(make_mixer(PairLayout.for_text(9, 9), "qkv"), PairLayout.for_text(9, 9))
@@ -118,7 +152,7 @@ def test_switched_off_the_square_runs(monkeypatch, streamed):
 
 
 def test_without_pytorchs_attention_for_far_pairs_the_square_runs(monkeypatch, streamed):
-    monkeypatch.setattr(streamed_attention, "_FLASH", None)
+    monkeypatch.setattr(far_columns, "FLASH", None)
     compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
     assert not streamed
     # No pair of so short a text is far.
@@ -164,7 +198,9 @@ def test_gradcheck(layout, subset, streamed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "layout", [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_text(19, 19, 5)], ids=["image", "text"]
+    "layout",
+    [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_image(4, 6, 4, 6, 2), PairLayout.for_text(19, 19, 5)],
+    ids=["image", "image-distance", "text"],
 )
 def test_lower_precision_is_as_good_as_the_reference(layout, dtype, streamed):
     mixer = make_mixer(layout, "qkv")
@@ -197,11 +233,13 @@ def test_scores_far_from_zero(extreme, streamed):
     assert streamed
 
 
-def test_nothing_as_large_as_the_square(monkeypatch, streamed):
+@pytest.mark.parametrize(
+    "layout", [PairLayout.for_text(400, 400, 4), PairLayout.for_image(20, 20, 20, 20, 2)], ids=["text", "image"]
+)
+def test_nothing_as_large_as_the_square(layout, monkeypatch, streamed):
     monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", 1 << 9)
     monkeypatch.setattr(streamed_attention, "GROUP_ELEMENTS", 1 << 9)
-    length, distance = 400, 4
-    layout = PairLayout.for_text(length, length, distance)
+    length = layout.num_tokens
     mixer = make_mixer(layout, "kv").float()
     hidden_states = torch.randn(1, length, HIDDEN, requires_grad=True)
     with LargestTensor() as largest:

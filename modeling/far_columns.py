@@ -1,0 +1,159 @@
+"""Pairs of an image whose column distance is clamped: PyTorch's own attention for all of a row offset at once.
+
+With a distance `D`, a receiver at column `y` and a giver at `y' ≤ y - D` use the same matrix, whatever `y - y'`. So their
+projections belong to tokens, and for one row offset the pairs are causal attention of the columns from `D` on to those that many
+before; and likewise to the other side, with columns in reverse. What `streamed_attention.py` keeps of the softmax is where the
+results are merged.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` size per head, `w` columns of the grid less `D`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from .pair_layout import ColumnShift, OffsetRun, PairLayout
+from .pair_runs import SharedMatrix, Side, grid, shared_matrices
+
+
+# PyTorch's fused attention in the form that returns the logarithm of each softmax's sum, which merging needs.
+FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether PyTorch has that operator for a device."""
+    return device.type == "cpu" and FLASH is not None
+
+
+def has_far_columns(layout: PairLayout, device: torch.device) -> bool:
+    """Whether several column offsets to one side share matrices, on a device whose attention can serve them."""
+    several = 0 < layout.bank_width - 1 < layout.width - 1
+    return layout.clamp and not layout.causal and several and has_flash(device)
+
+
+def near_shifts(layout: PairLayout, device: torch.device) -> tuple[ColumnShift, ...]:
+    """The column offsets that are left to the pass over runs."""
+    if not has_far_columns(layout, device):
+        return layout.column_shifts()
+    return tuple(shift for shift in layout.column_shifts() if abs(shift.offset) < layout.bank_width - 1)
+
+
+def _far(layout: PairLayout, device: torch.device) -> Iterator[tuple[SharedMatrix, list[OffsetRun], bool]]:
+    """Each matrix of far columns, the row offsets it serves, and whether columns are to be taken in reverse."""
+    if not has_far_columns(layout, device):
+        return
+    shared = shared_matrices(layout)
+    for shift in layout.column_shifts():
+        if abs(shift.offset) == layout.bank_width - 1:
+            for row, runs in groupby(shift.runs, lambda run: run.row):
+                yield shared[row], list(runs), shift.offset < 0
+
+
+def _arranged(rectangle: Tensor, num_heads: int, reverse: bool) -> Tensor:
+    """`[rows, w, B, A·e]` to `[rows, B, A, w, e]`."""
+    arranged = rectangle.unflatten(-1, (num_heads, -1)).permute(0, 2, 3, 1, 4)
+    return arranged.flip(3) if reverse else arranged.contiguous()
+
+
+def _back(arranged: Tensor, reverse: bool) -> Tensor:
+    """`[rows, B, A, w, e]` to `[rows, w, B, A·e]`."""
+    return (arranged.flip(3) if reverse else arranged).permute(0, 3, 1, 2, 4).flatten(3)
+
+
+def _rows(run: OffsetRun, shared: SharedMatrix) -> tuple[slice, slice]:
+    """Where the receivers and the givers of a run lie among those of its matrix."""
+    receiver = run.receiver_start - shared.receivers[0].start
+    giver = run.giver_start - shared.givers[0].start
+    return slice(receiver, receiver + run.num_rows), slice(giver, giver + run.num_rows)
+
+
+def add_far_columns(
+    sides: tuple[Side, Side, Side],
+    greatest: Tensor,
+    total: Tensor,
+    output: Tensor,
+    scale: float,
+    layout: PairLayout,
+) -> None:
+    """Adds the far pairs to the softmax of each receiver: greatest score and sum, `[L, B, A]`, and output, `[L, B, A·e]`."""
+    num_heads = total.shape[-1]
+    for shared, runs, reverse in _far(layout, output.device):
+        query, key, value = (_arranged(side.project_shared(shared), num_heads, reverse) for side in sides)
+        for run in runs:
+            receivers, givers = _rows(run, shared)
+            inputs = (query[receivers], key[givers], value[givers])
+            found, logsumexp = FLASH(*(part.flatten(0, 1) for part in inputs), 0.0, True, scale=scale)
+            found = _back(found.unflatten(0, (run.num_rows, -1)), reverse)
+            logsumexp = _back(logsumexp.unflatten(0, (run.num_rows, -1)).unsqueeze(-1), reverse)
+            rows = slice(run.receiver_start, run.receiver_start + run.num_rows)
+            old, old_total, old_output = (
+                grid(part, layout)[rows, shared.receivers[1]] for part in (greatest, total, output)
+            )
+            new = torch.maximum(old, logsumexp)
+            decay, weight = (old - new).exp_(), (logsumexp - new).exp_()
+            old_total.mul_(decay).add_(weight)
+            given = found.unflatten(-1, (num_heads, -1)) * weight.unsqueeze(-1)
+            old_output.unflatten(-1, (num_heads, -1)).mul_(decay.unsqueeze(-1)).add_(given)
+            old.copy_(new)
+
+
+def accumulate_far_columns(
+    sides: tuple[Side, Side, Side],
+    needed: tuple[bool, bool, bool],
+    received: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    layout: PairLayout,
+) -> None:
+    """Adds the gradients of the far pairs to those of each side.
+
+    Args:
+        received: gradient of the output, `[L, B, A·e]`.
+        output: of all pairs, `[L, B, A·e]`.
+        logsumexp: of all pairs, `[L, B, A]`.
+    """
+    num_heads = logsumexp.shape[-1]
+    for shared, runs, reverse in _far(layout, output.device):
+        tensors = [_arranged(side.project_shared(shared), num_heads, reverse) for side in sides]
+        given, whole = (
+            _arranged(grid(part, layout)[shared.receivers], num_heads, reverse) for part in (received, output)
+        )
+        normaliser = _arranged(grid(logsumexp, layout)[shared.receivers], num_heads, reverse).squeeze(-1)
+        gradients = [torch.zeros_like(part, dtype=logsumexp.dtype) for part in tensors]
+        for run in runs:
+            places = _rows(run, shared)
+            places = (places[0], places[1], places[1])
+            inputs = [part[place].flatten(0, 1) for part, place in zip(tensors, places, strict=True)]
+            # With the output and the normaliser of all pairs, this is the share of these.
+            pieces = FLASH_BACKWARD(
+                given[places[0]].flatten(0, 1),
+                *inputs,
+                whole[places[0]].flatten(0, 1),
+                normaliser[places[0]].flatten(0, 1),
+                0.0,
+                True,
+                scale=scale,
+            )
+            for gradient, place, piece in zip(gradients, places, pieces, strict=True):
+                part = gradient[place]
+                part += piece.view(part.shape)
+        for side, need, gradient in zip(sides, needed, gradients, strict=True):
+            if need:
+                side.accumulate_shared(shared, _back(gradient, reverse))
+
+
+__all__ = [
+    "FLASH",
+    "FLASH_BACKWARD",
+    "accumulate_far_columns",
+    "add_far_columns",
+    "has_far_columns",
+    "has_flash",
+    "near_shifts",
+]
