@@ -10,6 +10,7 @@ Legend: `B` batch, `A` heads, `L` tokens, `e` size per head, `n` factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,36 +23,48 @@ from .pair_autograd import accumulation_dtype, is_registered
 CHUNK_ELEMENTS = 1 << 18
 
 
-def _chunks(keys: Tensor, receivers: int) -> Iterator[tuple[slice, int]]:
-    """Parts of the batch, and a head: one after the other."""
-    batch, heads, factors, tokens, _ = keys.shape
-    size = max(CHUNK_ELEMENTS // max(factors * receivers * tokens, 1), 1)
-    for start in range(0, batch, size):
+def _chunks(keys: Tensor, receivers: int) -> Iterator[tuple[slice, int, slice]]:
+    """Parts of the batch, a head, and parts of the receivers: one after the other."""
+    batch, heads = keys.shape[:2]
+    most, size = _chunk_shape(keys, receivers)
+    for start in range(0, batch, most):
         for head in range(heads):
-            yield slice(start, min(start + size, batch)), head
+            for first in range(0, receivers, size):
+                yield slice(start, min(start + most, batch)), head, slice(first, min(first + size, receivers))
+
+
+def _chunk_shape(keys: Tensor, receivers: int) -> tuple[int, int]:
+    """Inputs and receivers of a chunk: several inputs only where all receivers of one fit."""
+    per_receiver = max(keys.shape[2] * keys.shape[3], 1)
+    size = min(max(CHUNK_ELEMENTS // per_receiver, 1), max(receivers, 1))
+    return max(CHUNK_ELEMENTS // (per_receiver * max(receivers, 1)), 1), size
 
 
 def _space(keys: Tensor, receivers: int) -> Tensor:
     """Room for the products of a chunk, taken once: fresh memory costs more than what is written to it."""
-    parts = [part.stop - part.start for part, _ in _chunks(keys, receivers)]
-    return keys.new_empty(max(parts, default=0), keys.shape[2], receivers, keys.shape[3])
+    most, size = _chunk_shape(keys, receivers)
+    return keys.new_empty(min(most, keys.shape[0]) * keys.shape[2] * size * keys.shape[3])
+
+
+def _room(space: Tensor, *shape: int) -> Tensor:
+    return space[: math.prod(shape)].view(shape)
 
 
 def _products(query: Tensor, keys: Tensor, space: Tensor) -> Tensor:
-    """`[b, receivers, e]` and `[b, n, L, e]` to `[b, n, receivers, L]`, in `space`."""
-    products = space[: len(query)]
+    """`[b, r, e]` and `[b, n, L, e]` to `[b, n, r, L]`, in `space`."""
+    products = _room(space, *keys.shape[:2], query.shape[1], keys.shape[2])
     for out, one, several in zip(products, query, keys, strict=True):
         torch.bmm(one.expand(len(several), -1, -1), several.transpose(-1, -2), out=out)
     return products
 
 
 def _mixed(pairs: Tensor, weights: Tensor, space: Tensor) -> Tensor:
-    """`[b, receivers, L]` times `[n, receivers, L]`, `[b, n, receivers, L]`, in `space`."""
-    return torch.mul(pairs.unsqueeze(1), weights, out=space[: len(pairs)])
+    """`[b, r, L]` times `[n, r, L]`, `[b, n, r, L]`, in `space`."""
+    return torch.mul(pairs.unsqueeze(1), weights, out=_room(space, len(pairs), *weights.shape))
 
 
 def _add_products(output: Tensor, mixed: Tensor, keys: Tensor) -> None:
-    """`[b, n, receivers, L]` and `[b, n, L, e]`, multiplied and summed over `n`, into `[b, receivers, e]`."""
+    """`[b, n, r, L]` and `[b, n, L, e]`, multiplied and summed over `n`, into `[b, r, e]`."""
     for out, weighted, several in zip(output, mixed, keys, strict=True):
         torch.addbmm(several.new_zeros(()), weighted, several, beta=0, out=out)
 
@@ -60,9 +73,9 @@ def _scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     wide = accumulation_dtype(query.dtype)
     scores = query.new_empty(*query.shape[:3], keys.shape[3], dtype=wide)
     space = _space(keys, query.shape[2])
-    for part, head in _chunks(keys, query.shape[2]):
-        products = _products(query[part, head], keys[part, head], space).mul_(weights)
-        torch.sum(products, dim=1, dtype=wide, out=scores[part, head])
+    for part, head, rows in _chunks(keys, query.shape[2]):
+        products = _products(query[part, head, rows], keys[part, head], space).mul_(weights[:, rows])
+        torch.sum(products, dim=1, dtype=wide, out=scores[part, head, rows])
     return scores
 
 
@@ -70,9 +83,9 @@ def _values(probabilities: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     batch, heads, receivers, _ = probabilities.shape
     output = keys.new_empty(batch, heads, receivers, keys.shape[-1])
     space = _space(keys, receivers)
-    for part, head in _chunks(keys, receivers):
-        mixed = _mixed(probabilities[part, head].to(keys.dtype), weights, space)
-        _add_products(output[part, head], mixed, keys[part, head])
+    for part, head, rows in _chunks(keys, receivers):
+        mixed = _mixed(probabilities[part, head, rows].to(keys.dtype), weights[:, rows], space)
+        _add_products(output[part, head, rows], mixed, keys[part, head])
     return output
 
 
@@ -82,29 +95,34 @@ def _backward(
     """Gradients of the form by queries, keys and weights; an empty tensor for each that is not needed."""
     none = query.new_empty(0)
     wide = accumulation_dtype(query.dtype)
+    whole = _chunk_shape(keys, query.shape[2])[1] >= query.shape[2]
     query_gradient = torch.empty_like(query) if need_query else none
-    keys_gradient = torch.empty_like(keys) if need_keys else none.clone()
+    keys_gradient = none.clone()
+    if need_keys:
+        # Where all receivers come at once, a gradient is written once and needs no zeros before, nor a wider type.
+        keys_gradient = torch.empty_like(keys) if whole else torch.zeros_like(keys, dtype=wide)
     weights_gradient = torch.zeros_like(weights, dtype=wide) if need_weights else none.clone()
     space = _space(keys, query.shape[2])
-    for part, head in _chunks(keys, query.shape[2]):
-        given, q, k = pairs[part, head].to(query.dtype), query[part, head], keys[part, head]
+    for part, head, rows in _chunks(keys, query.shape[2]):
+        given, q, k = pairs[part, head, rows].to(query.dtype), query[part, head, rows], keys[part, head]
         if need_weights:
             for products, one in zip(_products(q, k, space), given, strict=True):
-                if products.dtype == wide:
-                    weights_gradient.addcmul_(products, one)
-                else:
-                    weights_gradient += products * one
+                # A weight's gradient sums over the batch, and a coefficient's over many weights: not rounded before.
+                weights_gradient[:, rows].addcmul_(products.to(wide), one.to(wide))
         if not (need_query or need_keys):
             continue
-        mixed = _mixed(given, weights, space)
+        mixed = _mixed(given, weights[:, rows], space)
         if need_query:
-            _add_products(query_gradient[part, head], mixed, k)
+            _add_products(query_gradient[part, head, rows], mixed, k)
         if need_keys:
             # One product at a time goes where it belongs without a copy; a batch of them would not.
             for outs, several, one in zip(keys_gradient[part, head], mixed, q, strict=True):
                 for out, weighted in zip(outs, several, strict=True):
-                    torch.mm(weighted.t(), one, out=out)
-    return query_gradient, keys_gradient, weights_gradient.to(weights.dtype)
+                    if whole:
+                        torch.mm(weighted.t(), one, out=out)
+                    else:
+                        out += weighted.t() @ one
+    return query_gradient, keys_gradient.to(keys.dtype), weights_gradient.to(weights.dtype)
 
 
 NAMES = [f"translution::basis_{name}" for name in ("scores", "backward", "values")]

@@ -33,7 +33,7 @@ def is_narrow(layout: PairLayout, batch: int, *banks: Tensor | None) -> bool:
         return False
     widest = max((max(bank.shape[1:]) for bank in banks if bank is not None), default=0)
     elements = batch * layout.height * layout.width * (2 * layout.height - 1) * widest
-    return widest <= WIDEST and elements <= MOST_ELEMENTS
+    return widest <= WIDEST and 0 < elements <= MOST_ELEMENTS
 
 
 @lru_cache(maxsize=64)

@@ -77,13 +77,16 @@ def _block(runs: list[OffsetRun], step: int) -> Block:
 
 @dataclass(frozen=True)
 class SharedMatrix:
-    """A matrix of several offsets: the smallest rectangles, rows and columns of the grid, that hold all its pairs."""
+    """A matrix of several offsets: the smallest rectangles, rows and columns of the grid, that hold all its pairs.
+
+    `last_offset` is the last column offset that uses it.
+    """
 
     row: int
     reverse_row: int
     receivers: tuple[slice, slice]
     givers: tuple[slice, slice]
-    last_shift: ColumnShift
+    last_offset: int
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +108,7 @@ def shared_matrices(layout: PairLayout) -> dict[int, SharedMatrix]:
                 _union((run.giver_start, run.num_rows) for _, run in pairs),
                 _union((shift.giver_start, shift.num_columns) for shift, _ in pairs),
             ),
-            pairs[-1][0],
+            pairs[-1][0].offset,
         )
         for row, pairs in members.items()
         if len(pairs) > 1
@@ -271,7 +274,9 @@ class Side:
         if gradients:
             place = (self.layout, self.column_start, self.shift.num_columns)
             put_columns(self.token_gradient, self.column_gradient, *place)
-        done = [row for row in {**self.kept, **self.kept_gradients} if self.shared[row].last_shift is self.shift]
+        done = [
+            row for row in {**self.kept, **self.kept_gradients} if self.shared[row].last_offset == self.shift.offset
+        ]
         for row in done:
             self.kept.pop(row, None)
             if row in self.kept_gradients:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
+from test_operators import LargestTensor
 from torch.nn import functional as F
 
 from translution import TranslutionConfig, TranslutionForImageClassification, TranslutionModel
 from translution.configuration.configuration_translution import MIXER_TYPES
-from translution.modeling import translution_grouped, translution_reference
+from translution.modeling import basis_products, translution_grouped, translution_reference
 from translution.modeling.acmix_mixer import ACmixMixer
 from translution.modeling.attention_mixer import RelativeBiasAttentionMixer, RelativeVectorAttentionMixer
 from translution.modeling.convolution_mixer import ConvolutionMixer
@@ -176,6 +177,61 @@ def test_basis_equals_the_built_bank(modality, subset, rank, clamp):
         gradients.append(torch.autograd.grad(output.sin().sum(), list(mixed.parameters())))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("elements", [1, 150, 700, 1 << 18])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_basis_in_parts(modality, elements, monkeypatch):
+    """One receiver at a time, several, several inputs: all the same."""
+    monkeypatch.setattr(basis_products, "CHUNK_ELEMENTS", elements)
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    config = make_config(modality, relative_projections="qkv", offset_basis=3)
+    layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
+    tokens, mask = tokens_of(layout).requires_grad_(), causal_mask(layout.num_tokens) if layout.causal else None
+    found = []
+    for implementation in ("grouped", "eager"):
+        mixer.config._attn_implementation = implementation
+        output = mixer(tokens, layout, mask)[0]
+        found.append([output, *torch.autograd.grad(output.sin().sum(), [tokens, *mixer.parameters()])])
+    torch.use_deterministic_algorithms(False)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_products_of_a_basis_never_exist_whole(monkeypatch):
+    monkeypatch.setattr(basis_products, "CHUNK_ELEMENTS", 1 << 11)
+    query, weights = torch.randn(1, 1, 60, 4), torch.randn(8, 60, 60)
+    keys, pairs = torch.randn(1, 1, 8, 60, 4), torch.randn(1, 1, 60, 60)
+    largest = LargestTensor()
+    largest.inside(basis_products._scores)(query, keys, weights)
+    largest.inside(basis_products._values)(pairs, keys, weights)
+    largest.inside(basis_products._backward)(pairs, query, keys, weights, True, True, False)
+    # The scores are the largest; what is viewed, weights and inputs, is there before.
+    assert 60 * 60 <= largest.made <= max(60 * 60, 1 << 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_basis_in_half_precision_is_as_good_as_the_reference(modality, dtype):
+    config = make_config(modality, relative_projections="kv", offset_basis=3, max_relative_distance=1)
+    layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
+    tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
+
+    def gradients(implementation, dtype):
+        mixer.config._attn_implementation = implementation
+        mixer.to(dtype)
+        output = mixer(tokens.to(dtype), layout, None if mask is None else mask.to(dtype).clamp(min=-1e4))[0]
+        return torch.autograd.grad(
+            (output.double() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), list(mixer.parameters())
+        )
+
+    start = {name: value.clone() for name, value in mixer.state_dict().items()}
+    truth = gradients("eager", torch.float64)
+    expected, actual = gradients("eager", dtype), gradients("grouped", dtype)
+    mixer.double().load_state_dict(start)
+    for one, other, right in zip(actual, expected, truth, strict=True):
+        errors = [((part.double() - right).norm() / right.norm()).item() for part in (one, other)]
+        assert errors[0] < 2 * errors[1] + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])

@@ -1,6 +1,7 @@
 """The grouped operators and the readable reference against each other, brute force, `gradcheck` and identities."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -256,18 +257,34 @@ def test_equal_matrices_are_self_attention(layout):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operator returns."""
+    """Notes the largest storage that any operator returns, and the largest of those that are no view of its inputs.
+
+    What a custom operator does inside is seen by `inside` alone.
+    """
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.numel = self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+                numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+                self.numel = max(self.numel, numel)
+                if tensor.untyped_storage().data_ptr() not in given:
+                    self.made = max(self.made, numel)
         return result
+
+    def inside(self, function: Callable) -> Callable:
+        """The function that an operator runs, watched."""
+
+        def watched(*args, **kwargs):
+            with self:
+                return function(*args, **kwargs)
+
+        return watched
 
 
 def test_no_tensor_per_pair(monkeypatch):
@@ -286,6 +303,20 @@ def test_no_tensor_per_pair(monkeypatch):
         translution_grouped._scores_backward(gradient, query, key, query_bank, key_bank, layout, True, True)
         translution_grouped._values(gradient, key, key_bank, layout)
     assert largest.numel <= bound
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("distance", [None, 1])
+@pytest.mark.parametrize("fields", [{}, {"rank": 2}, {"offset_basis": 2}], ids=["full", "LoR", "basis"])
+def test_an_empty_batch(fields, distance, threads):
+    torch.set_num_threads(threads)
+    for layout in (PairLayout.for_image(4, 5, 4, 5, distance), PairLayout.for_text(9, 9, distance)):
+        mixer = make_mixer(layout, "kv", **fields)
+        hidden_states = torch.randn(0, layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
+        output = mixer(hidden_states, layout)[0]
+        output.sum().backward()
+        assert output.shape == hidden_states.grad.shape == hidden_states.shape
+        assert all(not parameter.grad.any() for parameter in mixer.parameters())
 
 
 def test_backward_keeps_no_projection():
