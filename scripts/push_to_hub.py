@@ -11,13 +11,15 @@ import argparse
 import errno
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from model_card import RUN, model_card
+from safetensors import SafetensorError, safe_open
 
 
 try:
@@ -33,6 +35,18 @@ PRIVATE = ("*/*", ".*", "trainer_state.json", "training_args.json", "arguments.j
 # Weights that run code when they are read.
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "*.ckpt", "*.pkl")
 WEIGHTS, INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
+# Names that `from_pretrained` looks for. Old ones beside a push would be loaded in its place, wholly or in part.
+LOADED = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter_config.json",
+)
 CARD = "README.md"
 FULL = "there is no space left for it: free some, or choose another place, then push again"
 ADVICE = {
@@ -51,7 +65,7 @@ def check_weights(directory: Path) -> None:
 
     Raises:
         FileNotFoundError: if weights, or a shard that the index names, are missing.
-        ValueError: if there are pickled weights, or the index is damaged.
+        ValueError: if there are pickled weights, or weights or the index are damaged.
     """
     pickled = sorted(path.name for pattern in PICKLED for path in directory.glob(pattern))
     if pickled:
@@ -68,6 +82,13 @@ def check_weights(directory: Path) -> None:
             raise FileNotFoundError(f"{directory} has no {', '.join(missing)}, which {INDEX} names")
     elif not any((directory / name).is_file() for name in WEIGHTS):
         raise FileNotFoundError(f"{directory} has no {WEIGHTS[0]}: it is no saved run")
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            # Reads the head alone, and compares it with the file's length.
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def additions(directory: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
@@ -80,6 +101,13 @@ def additions(directory: Path, repo_id: str) -> Iterator[CommitOperationAdd]:
         yield CommitOperationAdd(CARD, str(model_card(directory, repo_id)).encode())
 
 
+def deletions(there: Iterable[str], pushed: Iterable[str]) -> Iterator[CommitOperationDelete]:
+    """What goes from the repository: weights and indexes of an earlier push that this one does not replace."""
+    for name in sorted(set(there) - set(pushed)):
+        if any(fnmatchcase(name, pattern) for pattern in LOADED) and "/" not in name:
+            yield CommitOperationDelete(name, is_folder=False)
+
+
 def push(
     directory: Path,
     repo_id: str,
@@ -90,6 +118,8 @@ def push(
     api: HfApi | None = None,
 ) -> str:
     """Pushes a folder in one commit, and returns the address of it or of the pull request. The folder is only read.
+
+    The same commit deletes earlier weights that would be loaded in place of these; all else in the repository stays.
 
     Args:
         directory: a saved run.
@@ -112,14 +142,16 @@ def push(
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     # Weights take their time. What somebody else pushes meanwhile is not overwritten.
-    before = api.model_info(repo_id, revision=revision).sha
+    before = api.model_info(repo_id, revision=revision)
+    added = list(additions(directory, repo_id))
+    there = [file.rfilename for file in before.siblings or ()]
     commit = api.create_commit(
         repo_id,
-        list(additions(directory, repo_id)),
+        [*added, *deletions(there, [operation.path_in_repo for operation in added])],
         commit_message=message,
         revision=revision,
         create_pr=create_pr,
-        parent_commit=before,
+        parent_commit=before.sha,
     )
     return commit.pr_url or commit.commit_url
 
@@ -128,7 +160,11 @@ def explain(error: BaseException) -> str:
     """What to do about an error. The Hub's own words, which may repeat a request's headers, are left out."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else None
-        return ADVICE.get(status, f"the Hub answered {status}: try again later")
+        if status is None or status == 429 or status >= 500:
+            otherwise = "try again later"
+        else:
+            otherwise = "it refuses what it was sent, and will again; check the names, the card and the Hub's client"
+        return ADVICE.get(status, f"the Hub answered {status}: {otherwise}")
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token: `hf auth login`, or set HF_TOKEN"
     if isinstance(error, TransportError | ConnectionError):

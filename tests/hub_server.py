@@ -22,7 +22,7 @@ import yaml
 
 TOKEN, USER = "hf_StandInTokenThatNobodyMayPrint", "user"
 # Status of what goes wrong when a fault is set.
-FAULTS = {"conflict": 412, "full": 507, "broken": 500}
+FAULTS = {"conflict": 412, "refused": 400, "busy": 429, "full": 507, "broken": 500}
 
 
 @dataclass
@@ -173,7 +173,8 @@ class Handler(BaseHTTPRequestHandler):
         wrong += [name for name in found.get("datasets", []) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)]
         for model in found.get("model-index", []):
             for result in model["results"]:
-                wrong += [] if re.fullmatch(r"[\w./-]+", result["dataset"]["type"]) else ["dataset.type"]
+                kind = result["dataset"]["type"]
+                wrong += [] if re.fullmatch(r"[\w./-]+", kind, re.ASCII) else ["dataset.type"]
         errors = [{"message": f"{name} is not valid"} for name in wrong]
         self.server.validated.append(asked["content"])
         self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
@@ -233,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, name: str, revision: str, create_pr: bool, body: bytes):
         self.demand_token()
         repository = self.repository(name)
-        self.fail("conflict")
+        self.fail("conflict", "refused", "busy")
         parent = self.revision(repository, revision)
         files = dict(repository.commits[parent])
         for line in body.splitlines():
@@ -245,6 +246,10 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             if item["key"] == "lfsFile":
                 files[value["path"]] = self.server.large[value["oid"]]
+            if item["key"] == "deletedFile":
+                if value["path"] not in files:
+                    raise RefusalError(400, "", f"there is no {value['path']} to delete")
+                del files[value["path"]]
         requests = sum(ref.startswith("refs/pr/") for ref in repository.refs)
         ref = f"refs/pr/{requests + 1}" if create_pr else revision
         sha = repository.commit(ref, files, parent)

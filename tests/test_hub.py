@@ -156,6 +156,33 @@ def test_branches_revisions_and_pull_requests(hub, run, tmp_path):
         AutoModelForCausalLM.from_pretrained(NAME, revision="nowhere")
 
 
+def test_old_weights_do_not_outlive_a_push(hub, run, tmp_path):
+    """One file, then shards, then one file: what is loaded is what was pushed last."""
+    shards, single = tmp_path / "shards", tmp_path / "single"
+    save_run(single, seed=2)
+    save_run(shards, seed=1)
+    (shards / "model.safetensors").unlink()
+    make_model(1).save_pretrained(shards, max_shard_size="5kB")
+    parts = {path.name for path in shards.glob("model[.-]*")}
+    assert len(parts) > 2
+    push(run)
+    api = HfApi()
+    for path in ("theirs.safetensors", "old/model.safetensors", "pytorch_model.bin", "adapter_config.json"):
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo=path, repo_id=NAME)
+    kept = {"theirs.safetensors", "old/model.safetensors"}
+    push(run, "--revision", "other")
+    push(shards, "--create_pr")
+    for folder, seed, wanted in ((shards, 1, parts), (single, 2, {"model.safetensors"})):
+        push(folder)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(NAME)), logits(make_model(seed)))
+        found = set(hub.repositories[NAME].files())
+        assert {name for name in found if name.startswith(("model.", "model-", "pytorch", "adapter"))} == wanted
+        assert kept <= found
+    for revision, seed in (("other", 0), ("refs/pr/1", 1)):
+        model = AutoModelForCausalLM.from_pretrained(NAME, revision=revision)
+        assert torch.equal(logits(model), logits(make_model(seed))), revision
+
+
 def test_private(hub, run, monkeypatch):
     push(run, "--private")
     assert hub.repositories[NAME].private
@@ -268,11 +295,21 @@ def test_unreachable(hub, run, capsys, monkeypatch):
     assert "cannot be reached" in fails(run, capsys)
 
 
-@pytest.mark.parametrize(("fault", "words"), [("conflict", "push again"), ("full", "no space left")])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("conflict", "push again"),
+        ("full", "no space left"),
+        ("busy", "the Hub answered 429: try again later"),
+        ("refused", "the Hub answered 400: it refuses what it was sent"),
+    ],
+)
 def test_the_hub_refuses(hub, run, capsys, fault, words, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.faults = {fault}
-    assert words in fails(run, capsys)
+    printed = fails(run, capsys)
+    assert words in printed
+    assert fault != "refused" or "later" not in printed
     assert not hub.repositories[NAME].files()
     hub.faults = set()
     push(run)
@@ -363,6 +400,21 @@ def test_what_is_no_whole_run_is_not_pushed(hub, run, capsys, tmp_path):
     (run / "model.safetensors.index.json").write_text("[]")
     assert "model.safetensors.index.json is damaged" in fails(run, capsys)
     assert not hub.repositories
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_damaged_weights_are_not_pushed(hub, run, capsys, sharded):
+    if sharded:
+        (run / "model.safetensors").unlink()
+        make_model().save_pretrained(run, max_shard_size="5kB")
+    path = sorted(run.glob("model*.safetensors"))[-1]
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:100], b"", whole + b"more"):
+        path.write_bytes(content)
+        assert f"{path} is damaged" in fails(run, capsys)
+    assert not hub.repositories
+    path.write_bytes(whole)
+    push(run)
 
 
 def fails_for(folder: Path, capsys) -> str:
