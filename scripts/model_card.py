@@ -162,7 +162,8 @@ def _without_null(value: Any) -> Any:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-").lower() or "data"
+    # The Hub takes ASCII alone.
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.").lower() or "data"
 
 
 def _told(config: TranslutionConfig) -> list[str]:

@@ -141,6 +141,13 @@ def test_only_names_of_the_hub_are_linked(dataset, is_id, tmp_path):
     assert f"## Data\n\n{dataset}." in card.text
 
 
+@pytest.mark.parametrize(("name", "kind"), [("Pic [a] %23 ü", "pic-a-23"), ("ü", "data"), ("ü.ü", "data")])
+def test_the_kind_of_data_is_ascii(name, kind, tmp_path):
+    card = model_card(save(tmp_path / "digits", {**RUN, "dataset": {"id": None, "name": name}}))
+    assert {one.dataset_type for one in card.data.eval_results} == {kind}
+    assert {one.dataset_name for one in card.data.eval_results} == {name}
+
+
 def test_null_is_shown_nowhere(tmp_path):
     nulls = {name: dict.fromkeys(value) if isinstance(value, dict) else None for name, value in RUN.items()}
     card = model_card(save(tmp_path / "digits", {**nulls, "task": RUN["task"]}))
