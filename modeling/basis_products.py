@@ -1,9 +1,9 @@
-"""Attention products mixed by weights of the pairs, a few heads at a time: what basis Translution computes.
+"""Attention products mixed by weights of the pairs, a part at a time: what basis Translution computes.
 
     scores_ij = Σ_m w_m,ij <q_i, k_mj>          values_i = Σ_m Σ_j w_m,ij p_ij v_mj
 
 are derivatives of one form, `T(s, q, k, w) = Σ_m Σ_ij s_ij w_m,ij <q_i, k_mj>`, by `s` and by `q`. The `n` products per pair are
-made for as many heads as stay in a processor's cache, forward and backward, and never exist whole.
+made for as many receivers as stay in a processor's cache, forward and backward, and never exist whole.
 
 Legend: `B` batch, `A` heads, `L` tokens, `e` size per head, `n` factors.
 """

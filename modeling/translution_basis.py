@@ -5,8 +5,8 @@ A bank of `n` factors is `W[o] = Σ_m b[o, m] U[m]`. The projections `x_j U[m]` 
     <q_i, x_j W[o]> = Σ_m b[o, m] <q_i, x_j U[m]>,      Σ_j p_ij x_j W[o] = Σ_m Σ_j (p_ij b[o, m]) x_j U[m]
 
 are `n` ordinary attention products mixed by the offset: `n·2·B·L²·C'` operations instead of `2·B·L²·C·C'`. Where queries and
-keys both have a basis there are `n²` products. They are made a few heads at a time, see `basis_products.py`. The signatures are those of `translution_reference.py`, with an `OffsetBasis`
-for each bank.
+keys both have a basis there are `n²` products. They are made a part at a time, see `basis_products.py`. The signatures are those
+of `translution_reference.py`, with an `OffsetBasis` for each bank.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `n` factors.
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .basis_products import mixed_scores, mixed_values
+from .pair_autograd import accumulation_dtype
 from .pair_layout import PairLayout
 
 
@@ -88,8 +89,10 @@ def _weights(coefficients: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
     """Each factor's weight in each pair, `[n, receivers, L]`; one without coefficients."""
     if coefficients is None:
         return like.new_ones(1, *rows.shape)
-    # Pairs that do not exist have no row; whatever weight they get is multiplied by zero.
-    weights = torch.nn.functional.embedding(rows.clamp(min=0).to(like.device), coefficients)
+    # Pairs that do not exist have no row; whatever weight they get is multiplied by zero. A coefficient's gradient sums over
+    # many pairs: in a type that can hold the sum.
+    wide = coefficients.to(accumulation_dtype(coefficients.dtype))
+    weights = torch.nn.functional.embedding(rows.clamp(min=0).to(like.device), wide).to(coefficients.dtype)
     return weights.permute(2, 0, 1).contiguous()
 
 

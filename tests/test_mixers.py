@@ -213,8 +213,9 @@ def test_products_of_a_basis_never_exist_whole(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_basis_in_half_precision_is_as_good_as_the_reference(modality, dtype):
-    config = make_config(modality, relative_projections="kv", offset_basis=3, max_relative_distance=1)
-    layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
+    size = {"grid": (10, 9), "length": 90}
+    config = make_config(modality, relative_projections="kv", offset_basis=3, max_relative_distance=1, **size)
+    layout, mixer = layout_of(config, 90), randomise(TranslutionMixer(config, 0))
     tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
 
     def gradients(implementation, dtype):
