@@ -6,9 +6,10 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from measuring import spread, time_in_turn
+from measuring import peak_memory, spread, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -45,8 +46,7 @@ def generation_suite(options: argparse.Namespace) -> Iterator[dict]:
         pad_token_id=0,
     )
     models["gpt2"] = GPT2LMHeadModel(gpt2).eval()
-    for name, model in models.items():
-        verify_generation(name, model, vocabulary)
+    errors = {name: verify_generation(name, model, vocabulary) for name, model in models.items()}
     for prompt_length in (32, 128):
         for batch in (1, 8):
             prompt = torch.randint(1, vocabulary, (batch, prompt_length))
@@ -56,7 +56,9 @@ def generation_suite(options: argparse.Namespace) -> Iterator[dict]:
             }
             # Without a cache a run takes long, and varies little for that.
             counts = {name: 1 if name.endswith("no cache") else max(min(options.repeats, 5), 2) for name in runs}
-            times = time_in_turn(runs, counts, warm_up=[name for name in runs if not name.endswith("no cache")])
+            # What measures memory warms up.
+            memory = {name: peak_memory(run) for name, run in runs.items() if not name.endswith("no cache")}
+            times = time_in_turn(runs, counts, warm_up=())
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, values in times.items():
                 model = models[name.removesuffix(", no cache")]
@@ -66,6 +68,8 @@ def generation_suite(options: argparse.Namespace) -> Iterator[dict]:
                     "implementation": name,
                     "passes": "generate",
                     **spread(values),
+                    "peak_mib": memory.get(name),
+                    "error": errors[name] if cached else None,
                     "tokens_per_second": batch * new / medians[name] * 1e3,
                     "cache_bytes_per_token": cache_bytes(model, prompt) if cached else None,
                     "times_no_cache": medians[f"{name}, no cache"] / medians[name] if cached else None,
@@ -73,7 +77,7 @@ def generation_suite(options: argparse.Namespace) -> Iterator[dict]:
                 }
 
 
-def generate(model: PreTrainedModel, prompt: Tensor, new: int, use_cache: bool) -> Tensor:
+def generate(model: PreTrainedModel, prompt: Tensor, new: int, use_cache: bool, **options) -> Any:
     return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -81,16 +85,24 @@ def generate(model: PreTrainedModel, prompt: Tensor, new: int, use_cache: bool) 
         min_new_tokens=new,
         do_sample=False,
         use_cache=use_cache,
+        **options,
     )
 
 
-def verify_generation(name: str, model: PreTrainedModel, vocabulary: int) -> None:
-    """In float64 the cache must not change a token."""
+def verify_generation(name: str, model: PreTrainedModel, vocabulary: int) -> float:
+    """Error, in float64, of each generated token's logits against the readable path over the whole text without a cache."""
     model.double()
     prompt = torch.randint(1, vocabulary, (2, 9))
-    if not torch.equal(generate(model, prompt, 12, True), generate(model, prompt, 12, False)):
-        raise SystemExit(f"{name} generates other tokens with a cache. Nothing timed.")
+    found = generate(model, prompt, 12, True, return_dict_in_generate=True, output_logits=True)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        logits = model(found.sequences[:, :-1], use_cache=False).logits[:, prompt.shape[1] - 1 :]
+    model.set_attn_implementation(implementation)
     model.float()
+    error = worst_error([torch.stack(found.logits, 1)], [logits])
+    stop_if_wrong(name, error, 1e-9)
+    return error
 
 
 def cache_bytes(model: PreTrainedModel, prompt: Tensor) -> float:

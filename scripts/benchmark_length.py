@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from benchmark_models import make_mixer, mix
 from benchmark_operator import products_of
-from measuring import BOTH, FORWARD, peak_memory, relative_error, spread, step, stop_if_wrong, time_in_turn
+from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor, nn
 
 from translution import TranslutionConfig
@@ -63,7 +63,7 @@ def verify(name: str, length: int) -> float:
         weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
         return [output, *torch.autograd.grad((output * weight).sum(), [tokens, *mixer.parameters()])]
 
-    return max(map(relative_error, results("grouped"), results("eager")))
+    return worst_error(results("grouped"), results("eager"))
 
 
 def floors(mixer: nn.Module, length: int, backward: bool) -> dict[str, object]:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from benchmark_operator import bare_products
-from measuring import BOTH, FORWARD, peak_memory, relative_error, spread, step, stop_if_wrong, time_in_turn
+from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
 from translution.modeling.modeling_translution import build_mixer
 from translution.modeling.pair_layout import PairLayout
+from translution.modeling.rotary import image_rotation
 
 
 VARIANTS = {
     "attention": {"mixer_types": "attention"},
+    "rotary attention": {"mixer_types": "rope_attention"},
     "relative bias": {"mixer_types": "relative_bias_attention"},
     "relative vectors": {"mixer_types": "relative_vector_attention"},
     "ACmix": {"mixer_types": "acmix"},
@@ -29,6 +31,7 @@ VARIANTS = {
     "LoR 8, kv": {"relative_projections": "kv", "relative_rank": 8},
     "basis 8, v": {"relative_projections": "v", "offset_basis": 8},
     "basis 8, kv": {"relative_projections": "kv", "offset_basis": 8},
+    "rotary LoR 8, kv": {"mixer_types": "rope_translution", "relative_projections": "kv", "relative_rank": 8},
     "full, kv": {"relative_projections": "kv"},
 }
 # Hidden size, heads, grid, batch: the demo's, and the paper's sizes at 224 × 224 with patches of 16.
@@ -50,29 +53,35 @@ def make_mixer(config: TranslutionConfig) -> nn.Module:
 
 
 def mix(mixer: nn.Module, tokens: Tensor, layout: PairLayout) -> Tensor:
-    return mixer(tokens, layout)[0]
+    config = mixer.config
+    return mixer(tokens, layout, rotation=rotation_of(layout, config.head_dim, config.rope_theta, tokens.dtype))[0]
+
+
+@lru_cache
+def rotation_of(layout: PairLayout, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """What a model hands to all its layers, and only rotary ones read."""
+    if layout.causal:
+        return None
+    return image_rotation(layout.height, layout.width, head_dim, theta, dtype, torch.device("cpu"))
 
 
 def verify_mixer(fields: dict) -> float:
-    """Error of a small mixer's output and gradients against its readable path, both in float64."""
-    small = {
-        "hidden_size": 24,
-        "num_attention_heads": 3,
-        "head_dim": 8,
-        "num_hidden_layers": 1,
-        "image_size": [5, 4],
-        "patch_size": 1,
-    }
-    mixer, layout = make_mixer(TranslutionConfig(**small, **fields)).double(), PairLayout.for_image(5, 4, 5, 4)
-    tokens = torch.randn(3, layout.num_tokens, 24, dtype=torch.float64, requires_grad=True)
+    """Error of a small mixer's output and gradients against its readable path, both in float64.
 
-    def results(implementation: str) -> list[Tensor]:
-        mixer.config._attn_implementation = implementation
-        output = mixer(tokens, layout)[0]
-        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-        return [output, *torch.autograd.grad((output * weight).sum(), [tokens, *mixer.parameters()])]
-
-    return max(map(relative_error, results("grouped"), results("eager")))
+    In two widths: images with narrow matrices take a way of their own.
+    """
+    layout, found, expected = PairLayout.for_image(5, 4, 5, 4), [], []
+    for head_dim in (8, 16):
+        sizes = {"hidden_size": 3 * head_dim, "num_attention_heads": 3, "head_dim": head_dim}
+        config = TranslutionConfig(**sizes, num_hidden_layers=1, image_size=[5, 4], patch_size=1, **fields)
+        mixer = make_mixer(config).double()
+        tokens = torch.randn(3, layout.num_tokens, 3 * head_dim, dtype=torch.float64, requires_grad=True)
+        for results, implementation in ((found, "grouped"), (expected, "eager")):
+            mixer.config._attn_implementation = implementation
+            output = mix(mixer, tokens, layout)
+            weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+            results += [output, *torch.autograd.grad((output * weight).sum(), [tokens, *mixer.parameters()])]
+    return worst_error(found, expected)
 
 
 def layer_suite(options: argparse.Namespace) -> Iterator[dict]:

@@ -108,6 +108,12 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected).norm() / expected.norm()).item()
 
 
+def worst_error(values: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest relative error of several results, and NaN where one of them is."""
+    errors = [relative_error(value, truth) for value, truth in zip(values, expected, strict=True)]
+    return torch.tensor(errors, dtype=torch.float64).max().item()
+
+
 def stop_if_wrong(name: str, error: float, threshold: float = 1e-4) -> None:
     """Ends the program where a result is further from the truth than rounding explains: nothing wrong is timed."""
     if not error < threshold:

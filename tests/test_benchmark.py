@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import benchmark
 import benchmark_length
 import benchmark_models
 import benchmark_operator
-from measuring import FIELDS, peak_memory, spread
+from measuring import FIELDS, peak_memory, spread, stop_if_wrong, worst_error
 
 
 CASES = (
@@ -61,6 +62,50 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
     monkeypatch.setitem(benchmark_operator.IMPLEMENTATIONS, "streamed", lambda *args: right(*args) * 1.001)
     with pytest.raises(SystemExit, match="streamed is wrong"):
         list(benchmark_operator.operator_suite(ALL))
+
+
+class WrongGradient(torch.autograd.Function):
+    """Passes on as it is; the gradient comes back changed."""
+
+    @staticmethod
+    def forward(ctx, tensor, factor):
+        ctx.factor = factor
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_gradient_is_not_timed(factor, monkeypatch):
+    monkeypatch.setattr(benchmark_operator, "CASES", CASES)
+    right = benchmark_operator.IMPLEMENTATIONS["streamed"]
+    wrong = lambda *args: WrongGradient.apply(right(*args), factor)  # noqa: E731
+    monkeypatch.setitem(benchmark_operator.IMPLEMENTATIONS, "streamed", wrong)
+    with pytest.raises(SystemExit, match="streamed is wrong"):
+        list(benchmark_operator.operator_suite(ALL))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, float("nan")])
+def test_gradients_too_large_for_the_reference_are_its_slopes(factor, monkeypatch):
+    monkeypatch.setattr(benchmark_operator, "CASES", CASES)
+    monkeypatch.setattr(benchmark_operator, "REFERENCE_ELEMENTS", 0)
+    right = benchmark_operator.IMPLEMENTATIONS["grouped"]
+    wrong = lambda *args: WrongGradient.apply(right(*args), factor)  # noqa: E731
+    monkeypatch.setitem(benchmark_operator.IMPLEMENTATIONS, "grouped", wrong)
+    if factor == 1:
+        assert all(row["error"] < 1e-5 for row in benchmark_operator.operator_suite(ALL) if row.get("error"))
+    else:
+        with pytest.raises(SystemExit, match="grouped, gradient of tokens, is wrong"):
+            list(benchmark_operator.operator_suite(ALL))
+
+
+def test_an_error_that_is_no_number_counts():
+    right = torch.ones(2)
+    assert math.isnan(worst_error([right, right * float("nan"), right], [right] * 3))
+    with pytest.raises(SystemExit):
+        stop_if_wrong("it", float("nan"))
 
 
 def test_the_floor_has_a_row_for_each_pair_of_patches(monkeypatch):
