@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from load_data import endless
+from pictures import as_rgb
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -93,9 +95,7 @@ def rand_augment(picture: Image.Image, operations: int, magnitude: float, seed: 
 
 
 class ImageTransform:
-    """Makes `pixel_values` of a picture: with a seed augmented, without as the processor does it.
-
-    Any mode of picture becomes RGB in the way of Transformers' pipelines.
+    """Makes `pixel_values` of an RGB picture: with a seed augmented, without as the processor does it.
 
     Args:
         processor: resizes, rescales and normalises.
@@ -108,7 +108,6 @@ class ImageTransform:
 
     def __call__(self, picture: Image.Image, seed: int | None = None) -> Tensor:
         """`[3, height, width]`, float."""
-        picture = picture.convert("RGB")
         if seed is not None:
             picture = self.augment(picture, seed)
         return torch.as_tensor(np.asarray(self.processor(images=picture)["pixel_values"][0]))
@@ -132,7 +131,7 @@ class ImageSamples(Dataset):
     """Model inputs of a data set with `image` and `label`; augmented if there is a seed."""
 
     def __init__(self, data: Any, transform: ImageTransform, seed: int | None = None):
-        self.data = data
+        self.data = undecoded(data)
         self.transform = transform
         self.seed = seed
         # Shared with loading processes, which may outlive an epoch.
@@ -154,7 +153,7 @@ class ImageStream(IterableDataset):
     """The same of a stream; in training, with a seed, one without end: its epochs follow each other."""
 
     def __init__(self, data: Any, transform: ImageTransform, seed: int | None = None):
-        self.data = data
+        self.data = undecoded(data)
         self.transform = transform
         self.seed = seed
 
@@ -167,8 +166,27 @@ class ImageStream(IterableDataset):
             yield sample(row, self.transform, seed_of(self.seed, worker.id if worker else 0, index))
 
 
+def undecoded(data: Any) -> Any:
+    """Leaves pictures to `sample`, which can say whose file is damaged."""
+    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+        return data.cast_column("image", datasets.Image(decode=False))
+    return data
+
+
 def sample(row: dict[str, Any], transform: ImageTransform, seed: int | None) -> dict[str, Any]:
-    inputs = {"pixel_values": transform(row["image"], seed), "labels": row["label"]}
+    """Model inputs of a row; its picture may have any mode.
+
+    Raises:
+        ValueError: for a picture that cannot be read, with its file's name.
+    """
+    image = row["image"]
+    try:
+        picture = as_rgb(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
+    # Of a damaged file Pillow raises whatever its decoders do.
+    except Exception as error:
+        name = (image["path"] if isinstance(image, dict) else None) or "without a name"
+        raise ValueError(f"The picture {name} cannot be read: {error}.") from error
+    inputs = {"pixel_values": transform(picture, seed), "labels": row["label"]}
     return inputs if seed is None else inputs | {"seed": seed}
 
 

@@ -55,9 +55,35 @@ def test_a_seed_says_everything_and_leaves_other_numbers_alone(augmentation, pro
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
 def test_every_mode_of_picture_becomes_rgb(augmentation, processor, mode):
     transform = augmentation.ImageTransform(processor, strong(augmentation))
-    pixels = transform(picture().convert(mode), 1)
+    pixels = augmentation.sample({"image": picture().convert(mode), "label": 0}, transform, 1)["pixel_values"]
     assert pixels.shape == (3, 16, 16)
     assert pixels.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_grey_of_16_bits_is_that_of_8(augmentation, processor, mode):
+    """Whichever of the two usual ways the bits were doubled."""
+    transform = augmentation.ImageTransform(processor, augmentation.AugmentationArguments())
+    eight = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    pictures = [Image.fromarray(eight)]
+    for factor in (256, 257):
+        wide = (eight.astype(np.int32) * factor).astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode])
+        pictures.append(Image.frombytes(mode, (16, 16), wide.tobytes()))
+    if mode == "I":
+        pictures.append(Image.fromarray(eight.astype(np.int32)))
+    assert pictures[1].mode == mode
+    first, *others = [
+        augmentation.sample({"image": one, "label": 0}, transform, None)["pixel_values"] for one in pictures
+    ]
+    assert all(torch.equal(other, first) for other in others)
+
+
+@pytest.mark.parametrize("values", [[-1, 5], [0, 65536]])
+def test_pixels_beyond_16_bits_are_refused(augmentation, processor, values):
+    transform = augmentation.ImageTransform(processor, augmentation.AugmentationArguments())
+    row = {"image": Image.fromarray(np.array([values], dtype=np.int32)), "label": 0}
+    with pytest.raises(ValueError, match=f"must be at least 0 and at most 65535, got {values[0]} to {values[1]}"):
+        augmentation.sample(row, transform, None)
 
 
 def test_flip_mirrors(augmentation, processor):
