@@ -8,12 +8,15 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 from data import SPLIT_SEED, DigitCanvases, digits_split, read_texts, split_files, standard_library_files
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.exceptions import DatasetGenerationError
+from torch.utils.data import get_worker_info
 
 
 DIGITS, STANDARD_LIBRARY = "digits", "stdlib"
@@ -122,7 +125,8 @@ def standard_library_dataset() -> DatasetDict:
 def endless(data: Any) -> Iterator[Any]:
     """A stream's epochs one after the other, each shuffled anew.
 
-    So the position in the stream, which a resumed run skips to, says everything.
+    So the position in the stream, which a resumed run skips to, says everything. A loading process whose part is empty, as
+    there are fewer files than processes, gives nothing.
 
     Raises:
         ValueError: if the stream is empty.
@@ -134,8 +138,20 @@ def endless(data: Any) -> Iterator[Any]:
             count += 1
             yield row
         if count == 0:
-            raise ValueError("The stream to train on is empty.")
+            _require_other_parts(data)
+            return
         epoch += 1
+
+
+def _require_other_parts(data: Any):
+    """Makes sure that a stream of which this process sees nothing has rows for another one."""
+    worker = get_worker_info()
+    if worker is not None:
+        # One process looks for all; a single part is always the first one's.
+        parts = data.num_shards if worker.id == 0 else 0
+        if worker.id > 0 or any(True for index in range(parts) for _ in data.shard(parts, index)):
+            return
+    raise ValueError("The stream to train on is empty.")
 
 
 def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[AnyDataset, AnyDataset | None]:
@@ -143,7 +159,8 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[AnyDataset, 
 
     Raises:
         FileNotFoundError: for a folder that is not there.
-        ValueError: if there are no data, no pictures, no such split or column, or fewer than two classes.
+        ValueError: if there are no data, no pictures, no such split or column, fewer than two classes, or pictures that are
+            not in the folder of a class.
     """
     if args.dataset_name is None:
         _require_one(args, ("dataset_name", "train_dir"))
@@ -178,7 +195,8 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
 
     Raises:
         FileNotFoundError: for a file or folder that is not there.
-        ValueError: if there are no data, no text, no such split or column.
+        ValueError: if there are no data, no text, no such split or column, or a file that is not in UTF-8. That of a stream is
+            found where it is read.
     """
     choices = ("dataset_name", "train_dir", "train_file")
     _require_one(args, choices)
@@ -192,7 +210,13 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
         builder = _text_builder(sources)
         options = {"sample_by": args.sample_by} if builder == "text" else {}
         data_files = {split: [glob.escape(name) for name in files] for split, files in sources.items()}
-        splits = _load(builder, args, data_files=data_files, **options)
+        try:
+            splits = _load(builder, args, data_files=data_files, **options)
+        except DatasetGenerationError:
+            # It does not say which file it was.
+            if builder == "text":
+                _require_utf8(chain.from_iterable(sources.values()))
+            raise
     elif args.dataset_name == STANDARD_LIBRARY:
         splits = _streamed(standard_library_dataset(), args)
     else:
@@ -228,8 +252,17 @@ def _folder(folder: str, option: str) -> Path:
 def _pictures(folder: str, split: str) -> list[str]:
     option = f"{split}_dir"
     files = (path for path in _folder(folder, option).rglob("*") if path.is_file())
-    if not any(path.suffix.lower() in PICTURE_ENDINGS for path in files):
+    pictures = [path.relative_to(folder) for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    if not pictures:
         raise ValueError(f"`{option}` must hold pictures, {', '.join(PICTURE_ENDINGS)}; there is none in {folder}.")
+    if not _has_metadata([folder]):
+        for path in sorted(pictures):
+            # `datasets` takes the name of the innermost folder for the class. It passes over hidden files and `__MACOSX`.
+            hidden = path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parts[:-1])
+            if len(path.parts) != 2 and not hidden:
+                raise ValueError(
+                    f"`{option}` must have one folder for each class, and its pictures right in it, got {Path(folder) / path}."
+                )
     # The pattern keeps `datasets` from reading splits out of the classes' names.
     return [f"{glob.escape(folder)}/**"]
 
@@ -240,10 +273,21 @@ def _has_metadata(folders: Iterable[str | None]) -> bool:
 
 
 def _texts(folder: str, option: str) -> list[str]:
-    files = sorted(str(path) for path in _folder(folder, option).rglob("*") if path.suffix.lower() in TEXT_BUILDERS)
+    paths = (path for path in _folder(folder, option).rglob("*") if path.is_file())
+    files = sorted(str(path) for path in paths if path.suffix.lower() in TEXT_BUILDERS)
     if not files:
         raise ValueError(f"`{option}` must hold text, {', '.join(TEXT_BUILDERS)}; there is none in {folder}.")
     return files
+
+
+def _require_utf8(files: Iterable[str]):
+    for name in files:
+        with open(name, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{name} must be text in UTF-8, line {number} is not: {error}.") from None
 
 
 def _text_builder(sources: dict[str, list[str]]) -> str:

@@ -1,0 +1,135 @@
+"""Files to train on: what a folder may hold, what of it is named where it is damaged, and streams of few files."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+
+datasets = pytest.importorskip("datasets")
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield importlib.import_module
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def samples(scripts, folder, streaming):
+    """Every row as training reads it."""
+    load, augmentation = scripts("load_data"), scripts("augmentation")
+    data, _ = load.load_images(load.ImageDataArguments(train_dir=str(folder), streaming=streaming), False)
+    transform = augmentation.ImageTransform(scripts("data").digits_processor(), augmentation.AugmentationArguments())
+    return list((augmentation.ImageStream if streaming else augmentation.ImageSamples)(data, transform))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("damage", ["short", "checksum", "text"])
+def test_a_damaged_picture_is_named(scripts, pictures, damage, streaming):
+    assert len(samples(scripts, pictures, streaming)) == 8
+    path = pictures / "dog" / "2.png"
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes({"short": path.read_bytes()[:900], "checksum": content, "text": b"no picture"}[damage])
+    with pytest.raises(ValueError, match=rf"The picture .*{path} cannot be read: "):
+        samples(scripts, pictures, streaming)
+
+
+@pytest.mark.parametrize("place", ["stray.png", "cat/young/one.png", "more/cat/one.png"])
+def test_a_picture_outside_its_class_is_refused(scripts, pictures, place):
+    (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+    (pictures / "cat" / "0.png").rename(pictures / place)
+    with pytest.raises(ValueError, match=f"`train_dir` must have one folder for each class.*{pictures / place}"):
+        samples(scripts, pictures, False)
+
+
+def test_what_is_no_picture_and_what_is_hidden_is_passed_over(scripts, pictures):
+    (pictures / "notes.txt").write_text("notes")
+    for place in (".trash/old/one.png", "__MACOSX/cat/one.png", ".one.png"):
+        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / place).write_bytes((pictures / "cat" / "0.png").read_bytes())
+    assert len(samples(scripts, pictures, False)) == 8
+
+
+def test_metadata_name_pictures_wherever_they_are(scripts, pictures):
+    (pictures / "cat" / "0.png").rename(pictures / "stray.png")
+    names = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.png"))
+    rows = [f"{name},{index % 2}" for index, name in enumerate(names)]
+    (pictures / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert len(samples(scripts, pictures, False)) == 8
+
+
+@pytest.mark.parametrize("sample_by", ["document", "line"])
+def test_a_text_that_is_not_utf8_is_named(scripts, tmp_path, sample_by):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("good\n", encoding="utf-8")
+    (folder / "b.txt").write_bytes(b"good\ncaf\xe9\n")
+    load = scripts("load_data")
+    with pytest.raises(ValueError, match=f"{folder / 'b.txt'} must be text in UTF-8, line 2 is not: "):
+        load.load_texts(load.TextDataArguments(train_dir=str(folder), sample_by=sample_by), False)
+
+
+def test_a_folder_that_is_called_like_a_text(scripts, tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "x.py").mkdir(parents=True)
+    (folder / "x.py" / "inner.txt").write_text("inner")
+    (folder / "a.txt").write_text("outer")
+    load = scripts("load_data")
+    train, _ = load.load_texts(load.TextDataArguments(train_dir=str(folder)), False)
+    assert sorted(train["text"]) == ["inner", "outer"]
+
+
+@pytest.fixture
+def stream(scripts, tmp_path):
+    """A stream of files with as many rows as are told, and what makes endless blocks of it."""
+
+    def make(*counts, first=None):
+        for index, count in enumerate(counts):
+            (tmp_path / f"{index}.txt").write_text("".join(f"{index} {row}\n" for row in range(count)))
+        load = scripts("load_data")
+        files = [str(tmp_path / f"{index}.txt") for index in range(len(counts))]
+        args = load.TextDataArguments(train_file=files, sample_by="line", streaming=True, max_train_samples=first)
+        train, _ = load.load_texts(args, False)
+        return scripts("text_blocks").BlockStream(train.shuffle(seed=0, buffer_size=4))
+
+    return make
+
+
+@pytest.mark.parametrize(("counts", "first"), [((5,), None), ((0, 5), None), ((5, 0), None), ((5, 3), 4)])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_more_loading_processes_than_files(stream, counts, first, workers):
+    data, total = stream(*counts, first=first), first or sum(counts)
+    rows = iter(DataLoader(data, batch_size=None, num_workers=workers))
+    found = [next(rows)["text"] for _ in range(4 * total)]
+    # Every row in turn, epoch after epoch.
+    assert len(set(found)) == total
+    if len(counts) == 1:
+        assert all(found.count(text) == 4 for text in found)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_empty_stream_is_an_error(stream, workers):
+    with pytest.raises(ValueError, match="The stream to train on is empty"):
+        next(iter(DataLoader(stream(0, 0), batch_size=None, num_workers=workers)))
