@@ -10,11 +10,15 @@ The model is a folder, or a name on the Hub.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pictures import as_rgb
 from PIL import Image, UnidentifiedImageError
 from transformers import (
     AutoConfig,
@@ -41,19 +45,41 @@ def load(name: str, revision: str | None = None) -> Pipeline:
 
     Raises:
         OSError: if there is no such model, or its processor or tokenizer is missing.
-        ValueError: if it is no Translution model with a head, or its weights are not those of its config.
+        ValueError: if it is no Translution model with a head, its config or what makes its inputs is damaged, or its weights are
+            not those of its config.
     """
-    config = AutoConfig.from_pretrained(name, revision=revision)
-    found = config.architectures or [None]
-    if found[0] not in TASKS:
-        raise ValueError(f"`architectures` of {name} must be one of {', '.join(TASKS)}, got {found[0]}.")
-    task, auto_class, preprocessor = TASKS[found[0]]
+    if not os.path.isdir(name):
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise FileNotFoundError(
+                f"there is no folder {name!r}, and it is no name of a repository, such as user/name"
+            ) from None
+    with damage(f"the config of {name}"):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    found = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    if found not in TASKS:
+        raise ValueError(f"`architectures` of {name} must be one of {', '.join(TASKS)}, got {found}.")
+    task, auto_class, preprocessor = TASKS[found]
     # Misshapen tensors are found with the others below, in one error.
     model, report = auto_class.from_pretrained(
         name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
     )
     require_whole(name, report)
-    return pipeline(task, model, revision=revision, **{preprocessor: name})
+    with damage(f"the {preprocessor.replace('_', ' ')} of {name}"):
+        return pipeline(task, model, revision=revision, **{preprocessor: name})
+
+
+@contextlib.contextmanager
+def damage(what: str) -> Iterator[None]:
+    """Says what is damaged: reading it, Transformers raises whatever the first wrong value leads to."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        # The config's own errors are wrapped.
+        raise ValueError(f"{what} is damaged: {error.__cause__ or error}") from error
 
 
 def require_whole(name: str, report: dict[str, Any]):
@@ -75,17 +101,18 @@ def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Itera
     """
     for path in pictures:
         try:
-            with Image.open(sys.stdin.buffer if path == "-" else path) as picture:
-                yield path, classifier(picture.convert("RGB"), top_k=top_k)
+            with Image.open(sys.stdin.buffer if path == "-" else path) as file:
+                picture = as_rgb(file)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"there is no picture {path!r}; the model classifies pictures, and is not asked in words"
             ) from None
         except UnidentifiedImageError:
             raise ValueError(f"{path!r} is no picture that Pillow can read") from None
-        except OSError as error:
-            # A file that breaks off, or a folder.
+        # A folder, or a damaged file, of which Pillow raises whatever its decoders do.
+        except Exception as error:
             raise ValueError(f"the picture {path!r} cannot be read: {error}") from error
+        yield path, classifier(picture, top_k=top_k)
 
 
 def is_picture(path: str) -> bool:

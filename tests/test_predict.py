@@ -1,9 +1,11 @@
 """`scripts/predict.py` against the model asked directly."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +58,16 @@ def test_classes_and_probabilities(classifier, mode, tmp_path, capsys):
     predict.main([folder, str(tmp_path / "picture.png"), "--top_k", "2"])
     lines = [f"  {probabilities[i].item():7.2%}  {NAMES[i]}" for i in order]
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "picture.png"), *lines]
+
+
+def test_grey_of_16_bits(classifier, tmp_path, capsys):
+    folder, pixels = classifier[2], np.random.default_rng(0).integers(0, 256, (9, 11), dtype=np.uint8)
+    found = []
+    for values in (pixels, pixels.astype(np.uint16) * 257):
+        Image.fromarray(values).save(tmp_path / "picture.png")
+        predict.main([folder, str(tmp_path / "picture.png")])
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
 
 
 def test_several_pictures_and_standard_input(classifier, tmp_path, capsys, monkeypatch):
@@ -126,3 +138,35 @@ def test_errors_say_what_is_wrong(classifier, writer, tmp_path, capsys):
     for tokenizer_file in Path(writer).glob("tokenizer*"):
         tokenizer_file.unlink()
     assert "tokenizer" in fails(capsys, writer, "the")
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "words"),
+    [
+        ("config.json", {"mixer_types": "nope"}, "the config of FOLDER is damaged: `mixer_types` must be one of"),
+        ("config.json", {"hidden_size": "x"}, "the config of FOLDER is damaged: Field 'hidden_size' expected int"),
+        ("config.json", {"id2label": 5}, "the config of FOLDER is damaged: "),
+        ("config.json", {"architectures": 3}, "`architectures` of FOLDER must be one of"),
+        ("config.json", None, "the config of FOLDER is damaged: "),
+        ("preprocessor_config.json", [1], "the image processor of FOLDER is damaged: "),
+    ],
+)
+def test_a_damaged_config(classifier, file, value, words, capsys):
+    path = Path(classifier[2]) / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **value} if isinstance(value, dict) else value))
+    printed = fails(capsys, classifier[2], "picture.png")
+    assert printed.startswith("error: " + words.replace("FOLDER", classifier[2]))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "runs/a/b", "runs/digits/", "my run", ""])
+def test_a_folder_that_is_not_there(name, capsys):
+    assert f"there is no folder {name!r}, and it is no name of a repository" in fails(capsys, name, "picture.png")
+
+
+def test_a_picture_that_pillow_chokes_on(classifier, tmp_path, capsys):
+    """Not every decoder's error is an OSError."""
+    Image.effect_noise((40, 40), 50).save(tmp_path / "picture.png")
+    content = bytearray((tmp_path / "picture.png").read_bytes())
+    content[20] ^= 1  # the height, so that the checksum is wrong
+    (tmp_path / "picture.png").write_bytes(content)
+    assert f"{str(tmp_path / 'picture.png')!r} " in fails(capsys, classifier[2], str(tmp_path / "picture.png"))
