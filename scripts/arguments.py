@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,18 @@ RECIPE_ENDINGS = (".yaml", ".yml", ".json")
 # What a script decides by itself, from its task or its data.
 DECIDED_FIELDS = ("modality",)
 TOKEN_OPTIONS = ("token", "hub_token")
+# Options of model and data that change neither, so that a run may go on with others.
+PASSING_FIELDS = (
+    *TOKEN_OPTIONS,
+    "trust_remote_code",
+    "ignore_mismatched_sizes",
+    "cache_dir",
+    "num_proc",
+    "validation_dir",
+    "validation_file",
+    "validation_split",
+    "max_eval_samples",
+)
 
 
 @dataclass
@@ -58,15 +72,20 @@ class RunArguments:
         metadata={"help": "Evaluations without improvement of `metric_for_best_model` after which training ends."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew: checkpoints in the output folder are deleted."}
+        default=False, metadata={"help": "Start anew: model and checkpoints in the output folder are deleted."}
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the model, for its card."})
+    co2_grams: float | None = field(
+        default=None, metadata={"help": "Emissions of the training, in grams of CO2, for its card."}
+    )
 
     def __post_init__(self):
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ValueError(
                 f"`early_stopping_patience` must be an integer of at least 1, got {self.early_stopping_patience}."
             )
+        if self.co2_grams is not None and not 0 <= self.co2_grams < math.inf:
+            raise ValueError(f"`co2_grams` must be a number of at least 0, got {self.co2_grams}.")
 
 
 def parse_arguments(classes: Sequence[type], arguments: Sequence[str], description: str) -> tuple[Any, ...]:
@@ -74,7 +93,8 @@ def parse_arguments(classes: Sequence[type], arguments: Sequence[str], descripti
 
     Raises:
         FileNotFoundError: for a recipe that is not there.
-        ValueError: for a recipe that is no mapping, or names what no dataclass has.
+        ValueError: for a recipe that is no mapping, and for a name that no dataclass has. Their values, which may be
+            tokens, are not repeated.
     """
     recipe, rest = {}, list(arguments)
     if rest and rest[0].endswith(RECIPE_ENDINGS):
@@ -83,18 +103,23 @@ def parse_arguments(classes: Sequence[type], arguments: Sequence[str], descripti
         classes, description=description, usage="%(prog)s [recipe.yaml] [--name value ...]", allow_abbrev=False
     )
     names = {item.name for cls in classes for item in dataclasses.fields(cls) if item.init}
-    unknown = sorted(set(recipe) - names)
+    unknown = sorted(map(str, set(recipe) - names))
     if unknown:
         raise ValueError(f"A recipe may set the options that --help lists; {', '.join(unknown)} is not among them.")
     overrides = recipe.pop("config_overrides", None)
     parser.set_defaults(**recipe)
-    parsed = parser.parse_args_into_dataclasses(rest)
+    *parsed, left = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    if left:
+        found = [match[0] for match in (re.match(r"--[A-Za-z][\w-]*", text) for text in left) if match]
+        raise ValueError(
+            f"Options must be those that --help lists; {', '.join(found) or 'a value without an option'} is not among them."
+        )
     for part in parsed:
         if isinstance(part, ModelArguments):
             merged = {**read_overrides(overrides), **read_overrides(part.config_overrides)}
-            part.config_overrides = json.dumps(merged) if merged else None
+            part.config_overrides = json.dumps(merged, sort_keys=True) if merged else None
         hide_tokens(part)
-    return parsed
+    return tuple(parsed)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -102,12 +127,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no mapping.
+        ValueError: if it is no YAML, or holds no mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}.")
-    # JSON is YAML, and YAML's error messages name the line.
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        # JSON is YAML, and YAML's errors know the line.
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        # The error itself shows the text, where a token may be.
+        raise ValueError(f"A recipe must be YAML, {path} is not{where}.") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"A recipe must be a mapping of options to values, got {type(recipe).__name__} in {path}.")
     return recipe
@@ -197,6 +228,17 @@ def without_tokens(arguments: Iterable[str]) -> list[str]:
         elif not equals:
             next(arguments, None)
     return kept
+
+
+def lasting(*parts: Any) -> dict[str, Any]:
+    """The options that a run cannot change when it goes on, by name, as JSON has them."""
+    values = {
+        item.name: getattr(part, item.name)
+        for part in parts
+        for item in dataclasses.fields(part)
+        if item.name not in PASSING_FIELDS
+    }
+    return json.loads(json.dumps(values, default=str))
 
 
 def hyperparameters(training: TrainingArguments, *others: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -329,3 +330,22 @@ def test_errors_of_recipes(scripts, tmp_path):
     recipe.write_text("- 3")
     with pytest.raises(ValueError, match=r"must be a mapping .* got list"):
         arguments.parse_arguments((arguments.RunArguments,), [str(recipe)], "")
+    recipe.write_text("learning_rate: 3\ntoken: [hf_secret\nseed: 1\n")
+    with pytest.raises(ValueError, match=r"must be YAML, .*recipe.yaml is not in line 3") as caught:
+        arguments.parse_arguments((arguments.RunArguments,), [str(recipe)], "")
+    assert "hf_secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--hf_token", "hf_secret"], "--hf_token is"),
+        (["--hf_token=hf_secret"], "--hf_token is"),
+        (["--license", "mit", "hf_secret"], "a value without an option is"),
+    ],
+)
+def test_an_unknown_option_is_named_without_its_value(scripts, given, named):
+    arguments = scripts("arguments")
+    with pytest.raises(ValueError, match=f"--help lists; {named} not among them") as caught:
+        arguments.parse_arguments((arguments.RunArguments,), given, "")
+    assert "hf_secret" not in "".join(traceback.format_exception(caught.value))
