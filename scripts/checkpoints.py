@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from saving import written_whole
 from torch import nn
@@ -38,7 +39,8 @@ class WholeCheckpointTrainer(Trainer):
     """`Trainer` writes a checkpoint in place; here it appears, in one rename, when it is complete and on the disk.
 
     So a run may be killed at any moment and the newest checkpoint is good. Several processes need a folder that they all
-    see. In place of the pickled `training_args.bin`, arguments are saved as JSON, without tokens.
+    see. In place of the pickled `training_args.bin`, arguments are saved as JSON, without tokens. What is pushed is what
+    `push_to_hub.py` pushes: a model, and nothing of what a run needs to go on.
     """
 
     # Where a checkpoint is being written, while it is.
@@ -76,8 +78,31 @@ class WholeCheckpointTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str):
         # While it is being written there is nothing to push yet.
-        if self._partial is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._partial is not None or not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return
+        # Imported here, and below: few runs push.
+        from push_to_hub import explain
+
+        try:
+            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+        except Exception as error:
+            # The next checkpoint, or the model, is pushed anyway.
+            logger.warning("%s was not pushed: %s", checkpoint_folder, explain(error))
+
+    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
+        """Pushes what `push_to_hub.py` pushes of the output folder; gives the address of the commit."""
+        return self._push(self.args.output_dir, commit_message) if self.is_world_process_zero() else None
+
+    def _push(self, folder: str, message: str) -> str:
+        from push_to_hub import push
+
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        args = self.args
+        api = HfApi(token=args.hub_token)
+        return push(
+            Path(folder), self.hub_model_id, args.hub_private_repo, args.hub_revision, message=message, api=api
+        )
 
     @contextlib.contextmanager
     def _shared(self, target: Path) -> Iterator[Path]:

@@ -119,6 +119,10 @@ class Run:
             raise ValueError(
                 "`metric_for_best_model` must be given for `early_stopping_patience`, for example 'loss', got None."
             )
+        if training.push_to_hub and training.hub_strategy not in ("end", "every_save"):
+            raise ValueError(
+                f"`hub_strategy` must be 'end' or 'every_save', checkpoints stay here, got {training.hub_strategy.value!r}."
+            )
         checkpoint = claim_output_dir(
             self.folder,
             training.resume_from_checkpoint,
