@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -104,7 +105,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        return " ".join(["python", f"scripts/{self.script}", *without_tokens(self.arguments)])
+        return shlex.join(["python", f"scripts/{self.script}", *without_tokens(self.arguments)])
 
     def start(self) -> str | None:
         """Checks what can be checked before there are data; says which checkpoint to go on from.
@@ -178,7 +179,7 @@ class Run:
                 "config": data.dataset_config_name,
                 "revision": data.dataset_revision,
                 "train_split": data.train_split,
-                "eval_split": data.validation_split or f"{data.validation_share:.0%} held out",
+                "eval_split": evaluation_split(data),
             },
             "metrics": {name: value for name, value in figures.items() if name not in timing},
             "hyperparameters": self.hyperparameters(),
@@ -193,7 +194,7 @@ class Run:
             "commit": None if machine["commit"] == "unknown" else machine["commit"],
             "seconds": seconds,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "co2_grams": None,
+            "co2_grams": self.run.co2_grams,
             "license": self.run.license,
             "base_model": None if base is None or Path(base).exists() else base,
             "command": self.command,
@@ -214,6 +215,11 @@ def hub_dataset(data: DataArguments) -> str | None:
     """The name of the dataset on the Hub, if that is where it is from."""
     name = data.dataset_name
     return None if name in (None, DIGITS, STANDARD_LIBRARY) or Path(name).exists() else name
+
+
+def evaluation_split(data: DataArguments) -> str:
+    # Of large data a small share is enough.
+    return data.validation_split or f"{100 * data.validation_share:.4g}% held out"
 
 
 def device_name(cpu: str) -> str:

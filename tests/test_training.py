@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import traceback
 from pathlib import Path
 
@@ -242,6 +243,18 @@ def test_a_finished_run_stays_as_it_is_and_damaged_checkpoints_are_left_out(scri
         images(*arguments, "--resume_from_checkpoint", str(folder / "checkpoint-2"))
     images(*arguments)
     assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_figures_of_a_run(scripts, text, texts):
+    folder = text("--train_dir", str(texts), "--run_name", "a b; c", "--co2_grams", "1.5")
+    run = read(folder)
+    assert shlex.split(run["command"])[-4:] == ["--run_name", "a b; c", "--co2_grams", "1.5"]
+    assert run["co2_grams"] == ModelCard.load(folder / "README.md").data.co2_eq_emissions["emissions"] == 1.5
+    for share, told in ((0.1, "10%"), (0.07, "7%"), (0.0005, "0.05%")):
+        data = scripts("load_data").TextDataArguments(validation_share=share)
+        assert scripts("training").evaluation_split(data) == f"{told} held out"
+    with pytest.raises(ValueError, match=r"`co2_grams` must be a number of at least 0, got -1.0"):
+        text("--train_dir", str(texts), "--co2_grams", "-1")
 
 
 def test_a_folder_of_something_else_is_refused(images, pictures, tmp_path):
