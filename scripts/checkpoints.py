@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from saving import written_whole
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 
@@ -31,8 +31,14 @@ WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # A run that was killed before its first checkpoint is known by this file.
 RUN_ARGUMENTS = "arguments.json"
+# Where it says what a later call may not change.
+LASTING = "model_and_data"
 # What a run leaves besides checkpoints, and a later one would go on with.
 LEFT_BEHIND = "tokenizer"
+# Where the model is saved before its files get into their places.
+FINAL_MODEL = "final-model"
+WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+RUN, CARD = "run.json", "README.md"
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -112,18 +118,16 @@ class WholeCheckpointTrainer(Trainer):
             yield Path(broadcast_object_list([str(partial)])[0]) if self.args.world_size > 1 else partial
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Saves model and processor; each file that was there is replaced when the new one is complete."""
+        """Saves model and processor: first all of them to one side, then each to its place, see `finish_saving`."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(output_dir or self.args.output_dir)
-        with self._shared(folder / "final-model") as partial:
+        with self._shared(folder / FINAL_MODEL) as partial:
             super().save_model(str(partial), _internal_call=True)
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            for path in (folder / "final-model").iterdir():
-                os.replace(path, folder / path.name)
-            (folder / "final-model").rmdir()
+            finish_saving(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any):
         """The scripts write a card of their own."""
@@ -134,6 +138,50 @@ class WholeCheckpointTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
             (folder / TRAINER_ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*WEIGHTS, WEIGHTS_INDEX))
+
+
+def load_weights(model: PreTrainedModel, folder: Path):
+    """Gives a model the weights that are saved in a folder.
+
+    Raises:
+        ValueError: if some are missing; further ones as `from_pretrained` and `load_state_dict`.
+    """
+    saved, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"The weights in {folder} must be all, {', '.join(sorted(report['missing_keys']))} is missing."
+        )
+    model.load_state_dict(saved.state_dict())
+
+
+def finish_saving(folder: Path):
+    """Moves a saved model from `FINAL_MODEL` to its place, or goes on with it where a process was killed.
+
+    Old weights go first and new ones come last: nobody can load weights with the config of others.
+    """
+    final = folder / FINAL_MODEL
+    if not final.is_dir():
+        return
+    paths = sorted(final.iterdir(), key=lambda path: (bool(WEIGHTS_FILE.fullmatch(path.name)), path.name))
+    if paths and not WEIGHTS_FILE.fullmatch(paths[0].name):
+        delete_model(folder)
+    for path in paths:
+        os.replace(path, folder / path.name)
+    final.rmdir()
+
+
+def delete_model(folder: Path):
+    """Deletes weights, and what tells of them; other files stay."""
+    for path in folder.iterdir():
+        if path.is_file() and WEIGHTS_FILE.fullmatch(path.name):
+            path.unlink()
+    if (folder / RUN).is_file():
+        (folder / CARD).unlink(missing_ok=True)
+        (folder / RUN).unlink()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -178,6 +226,11 @@ def why_incomplete(checkpoint: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"{name} is damaged ({error})"
+    if not (sharded or (checkpoint / "scheduler.pt").is_file()):
+        # The Trainer would go on with a new optimizer, too.
+        return "there is no scheduler.pt"
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "there is no rng_state.pth"
     for path in checkpoint.glob("*.pt*"):
         if not zipfile.is_zipfile(path):
             return f"{path.name} is damaged"
@@ -186,19 +239,22 @@ def why_incomplete(checkpoint: Path) -> str | None:
     return None
 
 
-def claim_output_dir(folder: Path, resume: str | None, overwrite: bool, arguments: dict[str, Any]) -> Path | None:
+def claim_output_dir(
+    folder: Path, resume: str | None, overwrite: bool, arguments: dict[str, Any], lasting: dict[str, Any]
+) -> Path | None:
     """Says from which checkpoint to go on, and refuses a folder that holds something else.
 
     Args:
         folder: what a run writes to; made if it is not there.
         resume: a checkpoint that the user asks for.
-        overwrite: whether to delete the checkpoints, and the tokenizer, of an earlier run.
+        overwrite: whether to delete the checkpoints, the tokenizer and the model of an earlier run.
         arguments: what to leave behind, so that the folder is known as a run's.
+        lasting: those that a run which goes on may not change.
 
     Raises:
         FileExistsError: if `folder` is no folder, or has files and none of them is a run's.
         FileNotFoundError: if `resume` is no folder.
-        ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`.
+        ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`; or for another value in `lasting`.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`output_dir` must be a folder, got the file {folder}.")
@@ -217,12 +273,58 @@ def claim_output_dir(folder: Path, resume: str | None, overwrite: bool, argument
         raise FileExistsError(
             f"`output_dir` {folder} has files and no checkpoint: give another folder, or `--overwrite_output_dir`."
         )
+    if not overwrite:
+        refuse_changes(folder, lasting)
     if int(os.environ.get("RANK", "0")) == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
-            for path in folder.iterdir():
-                if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name == LEFT_BEHIND):
-                    shutil.rmtree(path)
-        text = json.dumps(arguments, indent=2, ensure_ascii=False, default=str)
-        (folder / RUN_ARGUMENTS).write_text(text + "\n", encoding="utf-8")
+            delete_run(folder)
+        finish_saving(folder)
+        if changes(folder, lasting):
+            # Nothing is trained yet, or it would be refused; the tokenizer may be that of other data.
+            shutil.rmtree(folder / LEFT_BEHIND, ignore_errors=True)
+        text = json.dumps({**arguments, LASTING: lasting}, indent=2, ensure_ascii=False, default=str)
+        partial = folder / f".{RUN_ARGUMENTS}"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, folder / RUN_ARGUMENTS)
     return checkpoint
+
+
+def delete_run(folder: Path):
+    for path in folder.iterdir():
+        if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name in (LEFT_BEHIND, FINAL_MODEL)):
+            shutil.rmtree(path)
+    delete_model(folder)
+
+
+def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options by name that an earlier call had other values of, each with that and the present one."""
+    try:
+        earlier = json.loads((folder / RUN_ARGUMENTS).read_text(encoding="utf-8"))[LASTING]
+    except (OSError, ValueError, KeyError):
+        return {}
+    pairs = {name: (earlier[name], value) for name, value in lasting.items() if name in earlier}
+    return {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
+
+
+def _plain(value: Any) -> Any:
+    """Makes paths that are written in several ways equal."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) else value
+
+
+def refuse_changes(folder: Path, lasting: dict[str, Any]):
+    """What is trained stays what `arguments.json`, `run.json` and the card say that it is.
+
+    Raises:
+        ValueError: if a folder has weights that were trained with other options.
+    """
+    told = [
+        f"`{name}` must be {old!r} as before, got {new!r}" for name, (old, new) in changes(folder, lasting).items()
+    ]
+    if told and (has_weights(folder) or has_weights(folder / FINAL_MODEL) or newest_checkpoint(folder)):
+        raise ValueError(
+            f"{folder} holds what was trained otherwise: {'; '.join(told)}. Give another `--output_dir`, or "
+            "`--overwrite_output_dir` to start anew."
+        )

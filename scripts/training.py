@@ -15,18 +15,25 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import ModelArguments, RunArguments, hyperparameters, without_tokens
-from checkpoints import WholeCheckpointTrainer, claim_output_dir
+from arguments import ModelArguments, RunArguments, hyperparameters, lasting, without_tokens
+from checkpoints import (
+    RUN,
+    TRAINER_STATE,
+    WholeCheckpointTrainer,
+    claim_output_dir,
+    finish_saving,
+    has_weights,
+    load_weights,
+    newest_checkpoint,
+    refuse_changes,
+)
 from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
 from measuring import hardware
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 import translution
-
-
-RUN = "run.json"
 
 
 @dataclass
@@ -57,6 +64,19 @@ class EpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         # A resumed run begins in the middle of an epoch.
         self.data.set_epoch(int(state.epoch or 0))
+
+
+class PatienceCallback(TrainerCallback):
+    """A resumed run remembers how long it has waited; how long it shall wait is said anew."""
+
+    def __init__(self, trainer: Trainer, patience: int):
+        self.trainer = trainer
+        self.patience = patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.patience
 
 
 class ImageTrainer(WholeCheckpointTrainer):
@@ -108,10 +128,11 @@ class Run:
         return shlex.join(["python", f"scripts/{self.script}", *without_tokens(self.arguments)])
 
     def start(self) -> str | None:
-        """Checks what can be checked before there are data; says which checkpoint to go on from.
+        """Checks what can be checked before there are data; says where the weights are to go on from, or to evaluate.
 
         Raises:
             ValueError: for arguments that contradict each other; further ones as `claim_output_dir`.
+            FileNotFoundError: if there is nothing to evaluate.
         """
         training = self.training
         if self.data.streaming and training.do_train and training.max_steps <= 0:
@@ -124,33 +145,76 @@ class Run:
             raise ValueError(
                 f"`hub_strategy` must be 'end' or 'every_save', checkpoints stay here, got {training.hub_strategy.value!r}."
             )
-        checkpoint = claim_output_dir(
-            self.folder,
-            training.resume_from_checkpoint,
-            self.run.overwrite_output_dir,
-            {"command": self.command, **self.hyperparameters()},
-        )
-        PartialState().wait_for_everyone()
+        if training.do_train:
+            source = claim_output_dir(
+                self.folder,
+                training.resume_from_checkpoint,
+                self.run.overwrite_output_dir,
+                {"command": self.command, **self.hyperparameters()},
+                lasting(self.model, self.data, *self.others),
+            )
+            PartialState().wait_for_everyone()
+        else:
+            source = self.find_weights()
         transformers.set_seed(training.seed)
-        return None if checkpoint is None else str(checkpoint)
+        return None if source is None else str(source)
+
+    def find_weights(self) -> Path | None:
+        """The folder of the weights to evaluate: saved ones, or else a checkpoint's. None where `model_name_or_path` is meant."""
+        training = self.training
+        for name, given in (
+            ("overwrite_output_dir", self.run.overwrite_output_dir),
+            ("push_to_hub", training.push_to_hub),
+        ):
+            if given:
+                raise ValueError(f"`{name}` must be false where nothing is trained, `do_train` false.")
+        asked = training.resume_from_checkpoint
+        if asked is not None:
+            if not has_weights(Path(asked)):
+                raise FileNotFoundError(f"`resume_from_checkpoint` must be a folder with weights, got {asked}.")
+            return Path(asked)
+        if PartialState().is_main_process:
+            finish_saving(self.folder)
+        PartialState().wait_for_everyone()
+        refuse_changes(self.folder, lasting(self.model, self.data, *self.others))
+        found = self.folder if has_weights(self.folder) else newest_checkpoint(self.folder)
+        if found is None and self.model.model_name_or_path is None:
+            raise FileNotFoundError(
+                f"`do_train` false evaluates what was trained, `output_dir` {self.folder} has neither model nor checkpoint: "
+                "give that of a run, or `--model_name_or_path`."
+            )
+        return found
 
     def hyperparameters(self) -> dict[str, Any]:
         return hyperparameters(self.training, self.model, self.data, *self.others)
 
     def finish(self, trainer: Trainer, checkpoint: str | None):
-        """Trains, evaluates, saves the model, its figures, `run.json` and its card; pushes them if asked to."""
+        """Trains, evaluates, saves the model, its figures, `run.json` and its card; pushes them if asked to.
+
+        Without training nothing is saved but the figures, in a file of their own.
+        """
         training = self.training
+        if not training.do_train:
+            if checkpoint is not None:
+                load_weights(trainer.model, Path(checkpoint))
+            if training.do_eval and trainer.eval_dataset is not None:
+                save(trainer, "evaluation", trainer.evaluate(), combined=False)
+            return
         if hasattr(trainer.train_dataset, "set_epoch"):
             trainer.add_callback(EpochCallback(trainer.train_dataset))
         if self.run.early_stopping_patience is not None:
             trainer.add_callback(EarlyStoppingCallback(self.run.early_stopping_patience))
-        start, seconds, metrics = time.perf_counter(), None, {}
-        if training.do_train:
+            trainer.add_callback(PatienceCallback(trainer, self.run.early_stopping_patience))
+        start, seconds = time.perf_counter(), None
+        if checkpoint is not None and self.is_finished(trainer, Path(checkpoint)):
+            # The Trainer would take another step.
+            self.restore(trainer, Path(checkpoint))
+        else:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             # A resumed run does not know how long the earlier ones took.
             seconds = time.perf_counter() - start if checkpoint is None else None
             save(trainer, "train", metrics)
-            trainer.save_state()
+        trainer.save_state()
         metrics = {}
         if training.do_eval and trainer.eval_dataset is not None:
             metrics = trainer.evaluate()
@@ -161,6 +225,28 @@ class Run:
         PartialState().wait_for_everyone()
         if training.push_to_hub:
             trainer.push_to_hub()
+
+    def is_finished(self, trainer: Trainer, checkpoint: Path) -> bool:
+        """Whether the training that wrote a checkpoint came to its end there, or was stopped early."""
+        training, patience = self.training, self.run.early_stopping_patience
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            # Their models are made where training begins.
+            return False
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        if patience is not None and training.restore_callback_states_from_checkpoint:
+            waited = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+            if waited.get("early_stopping_patience_counter", 0) >= patience:
+                return True
+        if training.max_steps > 0:
+            return state.global_step >= training.max_steps
+        return state.epoch is not None and state.epoch >= training.num_train_epochs
+
+    def restore(self, trainer: Trainer, checkpoint: Path):
+        """Leaves the trainer as a training does that ends at a checkpoint."""
+        trainer.state = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
+        takes_best = self.training.load_best_model_at_end and has_weights(best)
+        load_weights(trainer.model, best if takes_best else checkpoint)
 
     def write(self, metrics: dict[str, float], seconds: float | None):
         """`run.json`, and the model card that is made of it."""
@@ -206,9 +292,9 @@ class Run:
         write_model_card(self.folder)
 
 
-def save(trainer: Trainer, split: str, metrics: dict[str, float]):
+def save(trainer: Trainer, split: str, metrics: dict[str, float], combined: bool = True):
     trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    trainer.save_metrics(split, metrics, combined)
 
 
 def hub_dataset(data: DataArguments) -> str | None:

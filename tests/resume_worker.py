@@ -94,6 +94,18 @@ def kill_before_rename(step):
     Path.rename = or_die
 
 
+def kill_in_last_save():
+    """Dies when some files of the trained model have their places and others not."""
+    replace = os.replace
+
+    def or_die(source, target):
+        if Path(source).name == "model.safetensors":
+            die()
+        replace(source, target)
+
+    os.replace = or_die
+
+
 def kill_in_tokenisation(part):
     """Dies in a part of the tokenisation, counted from 0."""
     packer = importlib.import_module("text_blocks").Packer
@@ -153,6 +165,7 @@ def main(kind, folder):
         report["checkpoints"].append(sorted(path.name for path in Path(folder, "killed").glob("checkpoint-*")))
         blocks = Path(folder, "cache-2").rglob("*-of-*.arrow")
         report["blocks"].append({str(path): path.stat().st_mtime_ns for path in blocks})
+    report["last save"] = run(script, arguments, kill_in_last_save)
     report["finished"] = run(script, arguments)
     print(json.dumps(report), file=out)
 

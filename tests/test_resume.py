@@ -29,6 +29,7 @@ def worker(kind, folder):
     # The last ones are killed at random moments, and may come to their end before.
     assert set(report["killed"][-3:]) <= {KILLED, 0}
     assert KILLED in report["killed"][-3:]
+    assert report["last save"] == KILLED, done.stderr[-3000:]
     return report
 
 

@@ -1,8 +1,10 @@
 """The training scripts: recipes and options, pictures and text of many kinds, errors, and what a run leaves behind."""
 
+import contextlib
 import importlib
 import json
 import shlex
+import shutil
 import traceback
 from pathlib import Path
 
@@ -231,12 +233,16 @@ def test_a_finished_run_stays_as_it_is_and_damaged_checkpoints_are_left_out(scri
     for name, reason in (
         ("model.safetensors", "damaged"),
         ("optimizer.pt", "damaged"),
+        ("scheduler.pt", "damaged"),
+        ("rng_state.pth", "damaged"),
         ("trainer_state.json", "damaged"),
     ):
         whole = (folder / "checkpoint-2" / name).read_bytes()
         (folder / "checkpoint-2" / name).write_bytes(whole[: len(whole) // 2])
         assert reason in checkpoints.why_incomplete(folder / "checkpoint-2")
         assert checkpoints.newest_checkpoint(folder).name == "checkpoint-1"
+        (folder / "checkpoint-2" / name).unlink()
+        assert checkpoints.why_incomplete(folder / "checkpoint-2").startswith("there is no ")
         (folder / "checkpoint-2" / name).write_bytes(whole)
     (folder / "checkpoint-2" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"`resume_from_checkpoint` .* cannot be continued: there is no model"):
@@ -245,9 +251,193 @@ def test_a_finished_run_stays_as_it_is_and_damaged_checkpoints_are_left_out(scri
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
+class StoppedError(BaseException):
+    """Ends a run where a signal would: nothing handles it."""
+
+
+@contextlib.contextmanager
+def stopped_at(owner, name):
+    """Where a function is called, the run ends instead."""
+
+    def stop(*_, **__):
+        raise StoppedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(StoppedError):
+            yield
+
+
+def states(folder):
+    """The weights and the steps that a run left."""
+    return (folder / "model.safetensors").read_bytes(), read(folder, "trainer_state.json")["global_step"]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_takes_no_further_step(scripts, images, pictures):
+    # At the end of other schedules the rate is 0, and a further step would change nothing.
+    arguments = ["--train_dir", str(pictures), "--lr_scheduler_type", "constant", "--save_strategy", "steps"]
+    arguments += ["--save_steps", "1", "--max_train_samples", "12"]
+    whole = images(*arguments, name="whole")
+    before, metrics = states(whole), read(whole)["metrics"]
+    with stopped_at(scripts("checkpoints").WholeCheckpointTrainer, "save_state"):
+        images(*arguments, name="stopped")
+    for name in ("whole", "stopped"):
+        folder = images(*arguments, name=name)
+        assert (states(folder), read(folder)["metrics"]) == (before, metrics)
+    # Training longer is no change of what is trained.
+    assert states(images(*arguments, "--max_steps", "3", name="stopped"))[1] == 3
+    assert states(images(*arguments, "--max_steps", "-1", "--num_train_epochs", "2", name="whole"))[1] == 6
+    before = states(whole)
+    assert states(images(*arguments, "--max_steps", "-1", "--num_train_epochs", "2", name="whole")) == before
+
+
+@pytest.mark.parametrize("best", ["true", "false"])
+def test_a_run_that_was_stopped_early_is_finished(scripts, images, pictures, best):
+    # The loss falls, and is said to get worse thereby: the first evaluation stays the best one.
+    arguments = ["--train_dir", str(pictures), "--max_steps", "20", "--learning_rate", "0.001"]
+    arguments += ["--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    arguments += ["--save_total_limit", "2"]
+    arguments += ["--metric_for_best_model", "loss", "--greater_is_better", "true", "--load_best_model_at_end", best]
+    patient = [*arguments, "--early_stopping_patience", "2"]
+    whole = states(images(*patient, name="whole"))
+    assert whole[1] == 6
+    with stopped_at(scripts("checkpoints").WholeCheckpointTrainer, "save_state"):
+        images(*patient)
+    for name in ("whole", "run", "run"):
+        assert states(images(*patient, name=name)) == whole
+    # Who is more patient now gets more steps.
+    assert states(images(*arguments, "--early_stopping_patience", "4"))[1] == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max_steps", "3"],
+        ["--overwrite_output_dir", "true", "--config_overrides", f"{MODEL},hidden_act=relu"],
+    ],
+    ids=["longer", "another model"],
+)
+def test_a_run_killed_in_its_last_save_leaves_no_mixture(scripts, images, pictures, options):
+    checkpoints = scripts("checkpoints")
+    arguments = ["--train_dir", str(pictures), "--learning_rate", "0.01"]
+    images(*arguments)
+    whole = images(*arguments, *options, name="whole")
+    move = checkpoints.os.replace
+
+    @contextlib.contextmanager
+    def killed_after(count):
+        left = [count]
+
+        def limited(source, target):
+            left[0] -= Path(source).parent.name == checkpoints.FINAL_MODEL
+            if left[0] < 0:
+                raise StoppedError
+            move(source, target)
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(StoppedError):
+            patch.setattr(checkpoints.os, "replace", limited)
+            yield
+
+    with killed_after(0):
+        images(*arguments, *options)
+    saved = whole.parent / "run"
+    names = [path.name for path in (saved / checkpoints.FINAL_MODEL).iterdir()]
+    assert {"model.safetensors", "config.json", "preprocessor_config.json"} < set(names)
+    for count in range(len(names)):
+        folder = whole.parent / f"killed-{count}"
+        shutil.copytree(saved, folder)
+        with killed_after(count):
+            checkpoints.finish_saving(folder)
+        # There are no weights to load, and no card, until the new ones are there.
+        assert not {"model.safetensors", "run.json", "README.md"} & {path.name for path in folder.iterdir()}
+        checkpoints.finish_saving(folder)
+        for name in names:
+            # The folder's name is among the arguments.
+            expected = saved / checkpoints.FINAL_MODEL if name == "training_args.json" else whole
+            assert (folder / name).read_bytes() == (expected / name).read_bytes()
+        assert not (folder / checkpoints.FINAL_MODEL).exists()
+    images(*arguments, *options[-2:])
+    assert states(saved) == states(whole)
+    assert read(saved)["metrics"] == read(whole)["metrics"]
+
+
+def test_evaluation_alone_changes_nothing(images, pictures):
+    arguments = [
+        "--train_dir",
+        str(pictures),
+        "--learning_rate",
+        "0.01",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
+    folder = images(*arguments)
+    before, found = contents(folder), folder / "evaluation_results.json"
+    images(*arguments, "--do_train", "false")
+    assert read(folder, found.name)["eval_loss"] == read(folder)["metrics"]["loss"]
+    found.unlink()
+    assert contents(folder) == before
+    # Without a model it is the newest checkpoint.
+    (folder / "model.safetensors").unlink()
+    images(*arguments, "--do_train", "false")
+    assert read(folder, found.name)["eval_loss"] == read(folder)["metrics"]["loss"]
+    images(*arguments, "--do_train", "false", "--resume_from_checkpoint", str(folder / "checkpoint-1"))
+    assert read(folder, found.name)["eval_loss"] != read(folder)["metrics"]["loss"]
+    assert not (folder / "model.safetensors").exists()
+    with pytest.raises(
+        FileNotFoundError, match=r"`do_train` false .* neither model nor checkpoint: give .*model_name"
+    ):
+        images(*arguments, "--do_train", "false", name="nothing")
+    for option in ("overwrite_output_dir", "push_to_hub"):
+        with pytest.raises(ValueError, match=f"`{option}` must be false where nothing is trained"):
+            images(*arguments, "--do_train", "false", f"--{option}", "true", "--hub_token", "none")
+
+
+def test_what_is_trained_stays_what_it_is_said_to_be(images, pictures, monkeypatch):
+    digits = ["--dataset_name", "digits", "--max_train_samples", "16", "--max_eval_samples", "8"]
+    folder = images(*digits)
+    before = contents(folder)
+    for option, old, new in (
+        ("dataset_config_name", "None", "'dynamic'"),
+        ("max_train_samples", "16", "12"),
+        ("patch_size", "4", "2"),
+        ("flip_probability", "0.0", "0.5"),
+    ):
+        message = rf"`{option}` must be {old} as before, got {new}\. Give another `--output_dir`, or `--overwrite"
+        for more in ([], ["--do_train", "false"]):
+            with pytest.raises(ValueError, match=message):
+                images(*digits, f"--{option}", new.strip("'"), *more)
+    assert contents(folder) == before
+    images(*digits, "--max_eval_samples", "4", "--logging_steps", "1", "--num_proc", "1", "--learning_rate", "0.1")
+    images(*digits, "--dataset_config_name", "dynamic", "--overwrite_output_dir", "true")
+    assert read(folder)["dataset"]["config"] == "dynamic"
+    # Where nothing is trained yet, one may correct oneself; and a folder may be written in two ways.
+    with pytest.raises(StrictDataclassError, match="must be a multiple"):
+        images("--train_dir", str(pictures), "--patch_size", "3", name="second")
+    images("--train_dir", str(pictures), name="second")
+    monkeypatch.chdir(pictures.parent)
+    images("--train_dir", pictures.name, name="second")
+
+
+def test_a_tokenizer_of_other_text_is_not_kept(scripts, text, texts):
+    with stopped_at(scripts("run_clm"), "load_model"):
+        text("--train_dir", str(texts))
+    before = (texts.parent / "run" / "tokenizer" / "tokenizer.json").read_bytes()
+    (texts.parent / "other.txt").write_text("something else\n" * 99)
+    other = ["--train_file", str(texts.parent / "other.txt"), "--sample_by", "line"]
+    assert (text(*other) / "tokenizer" / "tokenizer.json").read_bytes() != before
+
+
 def test_figures_of_a_run(scripts, text, texts):
     folder = text("--train_dir", str(texts), "--run_name", "a b; c", "--co2_grams", "1.5")
     run = read(folder)
+    text("--train_dir", str(texts), "--do_train", "false")
+    assert read(folder, "evaluation_results.json")["eval_perplexity"] == run["metrics"]["perplexity"]
     assert shlex.split(run["command"])[-4:] == ["--run_name", "a b; c", "--co2_grams", "1.5"]
     assert run["co2_grams"] == ModelCard.load(folder / "README.md").data.co2_eq_emissions["emissions"] == 1.5
     for share, told in ((0.1, "10%"), (0.07, "7%"), (0.0005, "0.05%")):
