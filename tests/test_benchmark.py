@@ -91,6 +91,7 @@ def test_a_wrong_gradient_is_not_timed(factor, monkeypatch):
 def test_gradients_too_large_for_the_reference_are_its_slopes(factor, monkeypatch):
     monkeypatch.setattr(benchmark_operator, "CASES", CASES)
     monkeypatch.setattr(benchmark_operator, "REFERENCE_ELEMENTS", 0)
+    benchmark_operator.check_slopes.cache_clear()
     right = benchmark_operator.IMPLEMENTATIONS["grouped"]
     wrong = lambda *args: WrongGradient.apply(right(*args), factor)  # noqa: E731
     monkeypatch.setitem(benchmark_operator.IMPLEMENTATIONS, "grouped", wrong)
