@@ -264,7 +264,7 @@ def _pictures(folder: str, split: str) -> list[str]:
                     f"`{option}` must have one folder for each class, and its pictures right in it, got {Path(folder) / path}."
                 )
     # The pattern keeps `datasets` from reading splits out of the classes' names.
-    return [f"{glob.escape(folder)}/**"]
+    return [f"{glob.escape(str(Path(folder)))}/**"]
 
 
 def _has_metadata(folders: Iterable[str | None]) -> bool:

@@ -56,6 +56,11 @@ def test_a_damaged_picture_is_named(scripts, pictures, damage, streaming):
         samples(scripts, pictures, streaming)
 
 
+@pytest.mark.parametrize("end", ["/", "//", "/."])
+def test_a_folder_may_end_in_a_slash(scripts, pictures, end):
+    assert len(samples(scripts, f"{pictures}{end}", streaming=False)) == 8
+
+
 @pytest.mark.parametrize("place", ["stray.png", "cat/young/one.png", "more/cat/one.png"])
 def test_a_picture_outside_its_class_is_refused(scripts, pictures, place):
     (pictures / place).parent.mkdir(parents=True, exist_ok=True)
