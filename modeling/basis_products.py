@@ -19,8 +19,8 @@ from torch import Tensor
 from .pair_autograd import accumulation_dtype, is_registered
 
 
-# Products kept at a time.
-CHUNK_ELEMENTS = 1 << 18
+# Products kept at a time: few enough for a processor's cache, and enough that each reads many keys once.
+CHUNK_ELEMENTS = 1 << 20
 
 
 def _chunks(keys: Tensor, receivers: int) -> Iterator[tuple[slice, int, slice]]:
@@ -120,6 +120,8 @@ def _backward(
                 for out, weighted in zip(outs, several, strict=True):
                     if whole:
                         torch.mm(weighted.t(), one, out=out)
+                    elif out.dtype == one.dtype:
+                        out.addmm_(weighted.t(), one)
                     else:
                         out += weighted.t() @ one
     return query_gradient, keys_gradient.to(keys.dtype), weights_gradient.to(weights.dtype)
