@@ -16,6 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .online_softmax import OnlineSoftmax, merge
 from .pair_layout import ColumnShift, OffsetRun, PairLayout
 from .pair_runs import SharedMatrix, Side, grid, shared_matrices
 
@@ -43,10 +44,8 @@ def near_shifts(layout: PairLayout, device: torch.device) -> tuple[ColumnShift, 
     return tuple(shift for shift in layout.column_shifts() if abs(shift.offset) < layout.bank_width - 1)
 
 
-def _far(layout: PairLayout, device: torch.device) -> Iterator[tuple[SharedMatrix, list[OffsetRun], bool]]:
+def _far(layout: PairLayout) -> Iterator[tuple[SharedMatrix, list[OffsetRun], bool]]:
     """Each matrix of far columns, the row offsets it serves, and whether columns are to be taken in reverse."""
-    if not has_far_columns(layout, device):
-        return
     shared = shared_matrices(layout)
     for shift in layout.column_shifts():
         if abs(shift.offset) == layout.bank_width - 1:
@@ -72,17 +71,10 @@ def _rows(run: OffsetRun, shared: SharedMatrix) -> tuple[slice, slice]:
     return slice(receiver, receiver + run.num_rows), slice(giver, giver + run.num_rows)
 
 
-def add_far_columns(
-    sides: tuple[Side, Side, Side],
-    greatest: Tensor,
-    total: Tensor,
-    output: Tensor,
-    scale: float,
-    layout: PairLayout,
-) -> None:
-    """Adds the far pairs to the softmax of each receiver: greatest score and sum, `[L, B, A]`, and output, `[L, B, A·e]`."""
-    num_heads = total.shape[-1]
-    for shared, runs, reverse in _far(layout, output.device):
+def add_far_columns(sides: tuple[Side, Side, Side], softmax: OnlineSoftmax, scale: float, layout: PairLayout) -> None:
+    """Adds the far pairs, which there must be, to the softmax of each receiver."""
+    num_heads = softmax.total.shape[-1]
+    for shared, runs, reverse in _far(layout):
         query, key, value = (_arranged(side.project_shared(shared), num_heads, reverse) for side in sides)
         for run in runs:
             receivers, givers = _rows(run, shared)
@@ -91,15 +83,8 @@ def add_far_columns(
             found = _back(found.unflatten(0, (run.num_rows, -1)), reverse)
             logsumexp = _back(logsumexp.unflatten(0, (run.num_rows, -1)).unsqueeze(-1), reverse)
             rows = slice(run.receiver_start, run.receiver_start + run.num_rows)
-            old, old_total, old_output = (
-                grid(part, layout)[rows, shared.receivers[1]] for part in (greatest, total, output)
-            )
-            new = torch.maximum(old, logsumexp)
-            decay, weight = (old - new).exp_(), (logsumexp - new).exp_()
-            old_total.mul_(decay).add_(weight)
-            given = found.unflatten(-1, (num_heads, -1)) * weight.unsqueeze(-1)
-            old_output.unflatten(-1, (num_heads, -1)).mul_(decay.unsqueeze(-1)).add_(given)
-            old.copy_(new)
+            parts = (softmax.greatest, softmax.total, softmax.output)
+            merge(tuple(grid(part, layout)[rows, shared.receivers[1]] for part in parts), logsumexp, found)
 
 
 def accumulate_far_columns(
@@ -111,7 +96,7 @@ def accumulate_far_columns(
     scale: float,
     layout: PairLayout,
 ) -> None:
-    """Adds the gradients of the far pairs to those of each side.
+    """Adds the gradients of the far pairs, which there must be, to those of each side.
 
     Args:
         received: gradient of the output, `[L, B, A·e]`.
@@ -119,7 +104,7 @@ def accumulate_far_columns(
         logsumexp: of all pairs, `[L, B, A]`.
     """
     num_heads = logsumexp.shape[-1]
-    for shared, runs, reverse in _far(layout, output.device):
+    for shared, runs, reverse in _far(layout):
         tensors = [_arranged(side.project_shared(shared), num_heads, reverse) for side in sides]
         given, whole = (
             _arranged(grid(part, layout)[shared.receivers], num_heads, reverse) for part in (received, output)

@@ -34,6 +34,7 @@ from .far_columns import (
     has_flash,
     near_shifts,
 )
+from .online_softmax import OnlineSoftmax, by_head
 from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
 from .pair_layout import PairLayout
 from .pair_runs import (
@@ -80,50 +81,6 @@ def has_far_pairs(layout: PairLayout) -> bool:
     return layout.causal and layout.clamp and layout.num_tokens > layout.bank_height - 1
 
 
-class _Softmax:
-    """Per receiver: the greatest score so far, the sum of exponentials, the weighted sum of values; tokens first."""
-
-    def __init__(self, query: Tensor, num_heads: int, features: int):
-        wide = accumulation_dtype(query.dtype)
-        shape = (query.shape[1], query.shape[0], num_heads)
-        self.greatest = query.new_full(shape, torch.finfo(wide).min, dtype=wide)
-        self.total = query.new_zeros(shape, dtype=wide)
-        self.output = query.new_zeros(*shape[:2], features, dtype=wide)
-
-    def start_far(self, output: Tensor, logsumexp: Tensor, distance: int) -> None:
-        """Takes over a finished attention, `[B, A, L - D, e]`, of the tokens from `distance` on."""
-        self.output[distance:] = output.permute(2, 0, 1, 3).flatten(2)
-        self.greatest[distance:] = logsumexp.permute(2, 0, 1)
-        self.total[distance:] = 1
-
-    def add(self, receivers: slice, scores: Tensor, values: Tensor) -> None:
-        """Adds pairs of one receiver and many givers, or of many receivers with one giver each.
-
-        Args:
-            scores: `[pairs, B, A]`.
-            values: `[pairs or 1, B, A·e]`.
-        """
-        old, total, output = (part[receivers] for part in (self.greatest, self.total, self.output))
-        together = old.shape[0] < scores.shape[0]
-        greatest = torch.maximum(old, scores.amax(0, keepdim=True) if together else scores)
-        decay, weight = (old - greatest).exp(), (scores - greatest).exp()
-        given = (values.unflatten(-1, (weight.shape[-1], -1)) * weight.unsqueeze(-1)).flatten(-2)
-        if together:
-            weight, given = weight.sum(0, keepdim=True), given.sum(0, keepdim=True)
-        total.mul_(decay).add_(weight)
-        _heads(output, decay).mul_(decay.unsqueeze(-1)).add_(_heads(given, decay))
-        old.copy_(greatest)
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """The output, `[L, B, A·e]`, and the logarithm of the sum of exponentials, `[L, B, A]`."""
-        _heads(self.output, self.total).div_(self.total.unsqueeze(-1))
-        return self.output, self.total.log_().add_(self.greatest)
-
-
-def _heads(tokens: Tensor, like: Tensor) -> Tensor:
-    return tokens.unflatten(-1, (like.shape[-1], -1))
-
-
 def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
     group, elements = [], 0
     for block in made:
@@ -160,7 +117,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     query, key, value = _sides(tensors, banks, layout)
     features = value.features
-    softmax = _Softmax(tensors[0], num_heads, features)
+    softmax = OnlineSoftmax(tensors[0], num_heads, features)
     heads = Heads(num_heads, query.features, tensors[0])
     value_heads = Heads(num_heads, features, tensors[2])
     widest = max(query.features, features)
@@ -170,7 +127,8 @@ def _forward(
         product = query.project_tokens(receivers, reverse) * key.project_tokens(givers, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.total.dtype) * scale
         softmax.add(receivers, scores, value.project_tokens(givers, row).to(scores.dtype))
-    add_far_columns((query, key, value), softmax.greatest, softmax.total, softmax.output, scale, layout)
+    if has_far_columns(layout, tensors[0].device):
+        add_far_columns((query, key, value), softmax, scale, layout)
     space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
     for shift in near_shifts(layout, tensors[0].device):
         query.start_shift(shift)
@@ -197,7 +155,7 @@ def _forward(
             decay = old.sub_(greatest).exp_()
             scores.sub_(torch.cat(greatest_rows)).exp_()
             add_each(at(total.mul_(decay), places), scores.split(sizes))
-            _heads(output, decay).mul_(decay.unsqueeze(-1))
+            by_head(output, decay).mul_(decay.unsqueeze(-1))
             for block, weights in zip(group, scores.split([block.num_rows for block in group]), strict=True):
                 projected = _room(space, block, features)
                 pieces = value.project(block, projected.split(block.sizes))
@@ -233,7 +191,7 @@ def _backward(
     received = Side(tokens_first(gradient), None, layout, receives=True, reverse=True)
     wide = logsumexp.dtype
     # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
-    mean = (_heads(gradient, logsumexp).to(wide) * _heads(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
+    mean = (by_head(gradient, logsumexp).to(wide) * by_head(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
     heads = Heads(num_heads, query.features, tensors[0])
     value_heads = Heads(num_heads, value.features, tensors[2])
     wanted = [side for side, need in zip(sides, needed, strict=True) if need]
@@ -283,8 +241,8 @@ def _backward(
             side.end_shift(side in wanted)
     for receivers, givers, row, reverse in class_blocks(layout):
         _class_gradients(query, key, value, received, needed, receivers, givers, row, reverse, logsumexp, mean, scale)
-    whole = tokens_first(output)
-    accumulate_far_columns(sides, needed, received.tokens, whole, logsumexp, scale, layout)
+    if has_far_columns(layout, gradient.device):
+        accumulate_far_columns(sides, needed, received.tokens, tokens_first(output), logsumexp, scale, layout)
     far_gradients = [gradient.new_empty(0) for _ in range(3)]
     if far is not None:
         far_gradients = _far_gradients(gradient, output, logsumexp, far, scale, layout.band)
@@ -318,7 +276,7 @@ def _class_gradients(
     )
     gradient = received.tokens[receivers]
     wide = logsumexp.dtype
-    q, k, v, gradient = (_heads(part, logsumexp) for part in (q, k, v, gradient))
+    q, k, v, gradient = (by_head(part, logsumexp) for part in (q, k, v, gradient))
     weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[receivers]).exp()
     score_gradient = ((gradient * v).sum(-1, dtype=wide) - mean[receivers]) * weights * scale
     score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
@@ -347,7 +305,7 @@ def _far_gradients(
     distance: int,
 ) -> list[Tensor]:
     # With the output and the normaliser of all pairs, PyTorch's backward pass gives the share of the far ones.
-    received, whole = (_heads(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
+    received, whole = (by_head(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
     normaliser = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
     pieces = FLASH_BACKWARD(
         received.contiguous(), *_shifted(far, distance), whole.contiguous(), normaliser, 0.0, True, scale=scale

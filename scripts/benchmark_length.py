@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_models import make_mixer, mix
+from benchmark_models import make_mixer, mix, path_error
 from benchmark_operator import products_of
-from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
-from torch import Tensor, nn
+from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn
+from torch import nn
 
 from translution import TranslutionConfig
 from translution.modeling.pair_layout import PairLayout
@@ -54,16 +54,7 @@ def make(name: str, length: int) -> tuple[nn.Module, PairLayout]:
 def verify(name: str, length: int) -> float:
     """Error of output and gradients against the readable path, both in float64."""
     mixer, layout = make(name, length)
-    mixer.double()
-    tokens = torch.randn(1, length, HIDDEN, dtype=torch.float64, requires_grad=True)
-
-    def results(implementation: str) -> list[Tensor]:
-        mixer.config._attn_implementation = implementation
-        output = mixer(tokens, layout)[0]
-        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-        return [output, *torch.autograd.grad((output * weight).sum(), [tokens, *mixer.parameters()])]
-
-    return worst_error(results("grouped"), results("eager"))
+    return path_error(mixer, 1, layout)
 
 
 def floors(mixer: nn.Module, length: int, backward: bool) -> dict[str, object]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import torch
-from benchmark_operator import bare_products
+from benchmark_operator import bare_products, weighted_sum
 from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor, nn
 
@@ -70,18 +70,25 @@ def verify_mixer(fields: dict) -> float:
 
     In two widths: images with narrow matrices take a way of their own.
     """
-    layout, found, expected = PairLayout.for_image(5, 4, 5, 4), [], []
+    layout, errors = PairLayout.for_image(5, 4, 5, 4), []
     for head_dim in (8, 16):
         sizes = {"hidden_size": 3 * head_dim, "num_attention_heads": 3, "head_dim": head_dim}
         config = TranslutionConfig(**sizes, num_hidden_layers=1, image_size=[5, 4], patch_size=1, **fields)
-        mixer = make_mixer(config).double()
-        tokens = torch.randn(3, layout.num_tokens, 3 * head_dim, dtype=torch.float64, requires_grad=True)
-        for results, implementation in ((found, "grouped"), (expected, "eager")):
-            mixer.config._attn_implementation = implementation
-            output = mix(mixer, tokens, layout)
-            weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-            results += [output, *torch.autograd.grad((output * weight).sum(), [tokens, *mixer.parameters()])]
-    return worst_error(found, expected)
+        errors.append(path_error(make_mixer(config), 3, layout))
+    return torch.tensor(errors).max().item()  # NaN where one is
+
+
+def path_error(mixer: nn.Module, batch: int, layout: PairLayout) -> float:
+    """Error of a mixer's output and gradients against its readable path, both in float64."""
+    mixer.double()
+    tokens = torch.randn(batch, layout.num_tokens, mixer.config.hidden_size, dtype=torch.float64, requires_grad=True)
+
+    def results(implementation: str) -> list[Tensor]:
+        mixer.config._attn_implementation = implementation
+        output = mix(mixer, tokens, layout)
+        return [output, *torch.autograd.grad(weighted_sum(output), [tokens, *mixer.parameters()])]
+
+    return worst_error(results("grouped"), results("eager"))
 
 
 def layer_suite(options: argparse.Namespace) -> Iterator[dict]:

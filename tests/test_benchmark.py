@@ -203,9 +203,11 @@ def test_columns_of_one_and_of_several_times():
     assert (several["median_ms"], several["repeats"]) == (3.0, 5)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="peak memory is read from /proc, which Linux alone has"
+)
 def test_peak_memory_is_what_a_run_takes():
     peak = peak_memory(lambda: torch.ones(2**25))
     if peak is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("this Linux lets no process reset its peak memory: /proc/self/clear_refs cannot be written")
     assert 120 < peak < 200  # 128 MiB
