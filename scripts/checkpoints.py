@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
-from safetensors import SafetensorError, safe_open
+from saved_files import CARD, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
 from saving import written_whole
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE, TRAINER_ARGUMENTS, PICKLED_ARGUMENTS = "trainer_state.json", "training_args.json", "training_args.bin"
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
-WEIGHTS_INDEX = "model.safetensors.index.json"
 # A run that was killed before its first checkpoint is known by this file.
 RUN_ARGUMENTS = "arguments.json"
 # Where it says what a later call may not change.
@@ -38,7 +36,6 @@ LEFT_BEHIND = "tokenizer"
 # Where the model is saved before its files get into their places.
 FINAL_MODEL = "final-model"
 WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-RUN, CARD = "run.json", "README.md"
 
 
 class WholeCheckpointTrainer(Trainer):
@@ -207,25 +204,19 @@ def why_incomplete(checkpoint: Path) -> str | None:
         return f"{TRAINER_STATE} is damaged"
     if checkpoint.name != f"checkpoint-{step}":
         return f"{TRAINER_STATE} is of step {step}"
-    index = checkpoint / WEIGHTS_INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            return f"{WEIGHTS_INDEX} is damaged"
-    else:
-        names = [name for name in WEIGHTS if (checkpoint / name).is_file()]
     # The sharded formats of FSDP and DeepSpeed have no safetensors and check themselves.
     sharded = any(path.is_dir() for path in checkpoint.iterdir())
-    if not names and not sharded:
-        return f"there is no {WEIGHTS[0]}"
-    for name in names:
-        try:
-            # Opening compares the file's length with its header.
-            with safe_open(checkpoint / name, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            return f"{name} is damaged ({error})"
+    try:
+        if (checkpoint / WEIGHTS_INDEX).is_file():
+            names = shards(checkpoint)
+        else:
+            names = [name for name in WEIGHTS if (checkpoint / name).is_file()]
+        if not names and not sharded:
+            return f"there is no {WEIGHTS[0]}"
+        for name in names:
+            check_readable(checkpoint / name)
+    except ValueError as error:
+        return str(error)
     if not (sharded or (checkpoint / "scheduler.pt").is_file()):
         # The Trainer would go on with a new optimizer, too.
         return "there is no scheduler.pt"

@@ -43,7 +43,8 @@ from data import (
     token_blocks,
     train_tokenizer,
 )
-from model_card import RUN, write_model_card
+from model_card import write_model_card
+from saved_files import RUN
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (

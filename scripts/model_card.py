@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from saved_files import CARD, RUN
 
 from translution import TranslutionConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
-RUN, CARD = "run.json", "README.md"
 TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
 # What the Hub calls the kinds of metric it knows; names of other metrics are their kinds.
 METRIC_TYPES = {"top_5_accuracy": "accuracy"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -18,8 +17,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from model_card import RUN, model_card
-from safetensors import SafetensorError, safe_open
+from model_card import model_card
+from saved_files import CARD, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
 
 
 try:
@@ -34,20 +33,18 @@ SHARED = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.txt", "*.png", "*.py"
 PRIVATE = ("*/*", ".*", "trainer_state.json", "training_args.json", "arguments.json")
 # Weights that run code when they are read.
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "*.ckpt", "*.pkl")
-WEIGHTS, INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
 # Names that `from_pretrained` looks for. Old ones beside a push would be loaded in its place, wholly or in part.
 LOADED = (
     "model.safetensors",
     "model-*-of-*.safetensors",
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
-    "model.safetensors.index.json",
+    WEIGHTS_INDEX,
     "pytorch_model.bin.index.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
     "adapter_config.json",
 )
-CARD = "README.md"
 FULL = "there is no space left for it: free some, or choose another place, then push again"
 ADVICE = {
     401: "the Hub does not accept the token, or shows the repository to others only: `hf auth login`, or set HF_TOKEN",
@@ -72,23 +69,14 @@ def check_weights(directory: Path) -> None:
         raise ValueError(
             f"{directory} has {', '.join(pickled)}: pickled weights run code when they are read; save them as safetensors"
         )
-    if (directory / INDEX).is_file():
-        try:
-            shards = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{directory / INDEX} is damaged") from error
-        missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+    if (directory / WEIGHTS_INDEX).is_file():
+        missing = [shard for shard in shards(directory) if not (directory / shard).is_file()]
         if missing:
-            raise FileNotFoundError(f"{directory} has no {', '.join(missing)}, which {INDEX} names")
+            raise FileNotFoundError(f"{directory} has no {', '.join(missing)}, which {WEIGHTS_INDEX} names")
     elif not any((directory / name).is_file() for name in WEIGHTS):
         raise FileNotFoundError(f"{directory} has no {WEIGHTS[0]}: it is no saved run")
     for path in sorted(directory.glob("*.safetensors")):
-        try:
-            # Reads the head alone, and compares it with the file's length.
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        check_readable(path)
 
 
 def additions(directory: Path, repo_id: str) -> Iterator[CommitOperationAdd]:

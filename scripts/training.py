@@ -17,7 +17,6 @@ import transformers
 from accelerate import PartialState
 from arguments import ModelArguments, RunArguments, hyperparameters, lasting, without_tokens
 from checkpoints import (
-    RUN,
     TRAINER_STATE,
     WholeCheckpointTrainer,
     claim_output_dir,
@@ -29,6 +28,7 @@ from checkpoints import (
 )
 from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
 from measuring import hardware
+from saved_files import RUN
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
