@@ -1,7 +1,7 @@
 """Checks the CUDA kernels on the GPU that is there, then times them, then trains on digits: one table, one CSV, within 8 minutes.
 
     python scripts/gpu_check.py                   # writes scripts/results/gpu.csv
-    TRITON_INTERPRET=1 python scripts/gpu_check.py --dry_run --output /tmp/dry.csv   # tiny, on a CPU: does the script run?
+    TRITON_INTERPRET=1 python scripts/gpu_check.py --dry_run --output dry.csv   # tiny, on a CPU: does the script run?
 
 Nothing is timed before it is right: errors are those of outputs and of all gradients against float64, on fresh random inputs, with
 uninitialised memory holding NaN, and at most twice those of plain PyTorch in the same type.
