@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from .attention_mixer import RelativeBiasAttentionMixer
 from .cache import remember_recent
-from .convolution_mixer import convolve_pairs, convolve_text, convolve_window, to_grid, visible
+from .convolution_mixer import convolve_pairs, convolve_text, convolve_window, to_grid, visible_tokens
+from .masks import ALL_VISIBLE, AttentionMask
 from .pair_layout import NUM_CLASS_ROWS, PairLayout, StepLayout
 
 
@@ -50,9 +51,7 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         self,
         hidden_states: Tensor,
         layout: PairLayout | StepLayout,
-        attention_mask: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        pairs_masked: bool = False,
+        mask: AttentionMask = ALL_VISIBLE,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
         **kwargs,
@@ -60,15 +59,14 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         query, key, value = self.project(hidden_states)
         maps = self._maps(torch.cat((query, key, value), dim=1))
         key, value = self.remember(key, value, layout, past_key_values)
-        attended, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
-        if layout.causal and (pairs_masked or past_key_values is not None):
+        attended, weights = self.attend(query, key, value, layout, mask, output_attentions)
+        if layout.causal and (mask.hides_pairs or past_key_values is not None):
             (recent,) = remember_recent(past_key_values, self.layer_idx, [maps], self.kernel_size - 1)
-            mask = self.pair_mask(attention_mask, layout, maps)
             convolved = convolve_window(recent, self._shift_bank(layout), layout, mask)
-        elif pairs_masked:
-            convolved = convolve_pairs(maps, self._shift_bank(layout), layout, attention_mask, self.kernel_size)
+        elif mask.hides_pairs:
+            convolved = convolve_pairs(maps, self._shift_bank(layout), layout, mask, self.kernel_size)
         else:
-            convolved = self._convolve(visible(maps, token_mask), layout)
+            convolved = self._convolve(visible_tokens(maps, mask), layout)
         return self.attention_rate * self.o_proj(attended) + self.convolution_rate * convolved, weights
 
     def _maps(self, heads: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .pair_layout import PairLayout, StepLayout, bank_layout, distances
+from .masks import ALL_VISIBLE, AttentionMask, causal_mask
+from .pair_layout import PairLayout, StepLayout, bank_layout
 from .resampling import resample_offsets
 from .rotary import rotate
 
@@ -69,12 +70,11 @@ class Mixer(nn.Module):
         """`[B, A, L, e]` to `[B, L, A·e]`."""
         return heads.transpose(1, 2).flatten(2)
 
-    def pair_mask(self, attention_mask: Tensor | None, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
-        """The additive mask, or the causal one, `[1, 1, receivers, L]`, where a text has none: then all pairs of the layout count."""
-        if attention_mask is not None or not layout.causal:
-            return attention_mask
-        ahead = (distances(layout, like.device) < 0)[None, None]
-        return torch.zeros_like(ahead, dtype=like.dtype).masked_fill_(ahead, torch.finfo(like.dtype).min)
+    def additive_mask(self, mask: AttentionMask, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
+        """What to add to scores, `[B or 1, A or 1, queries, L]`; `None` where all pairs of an image count."""
+        if mask.additive is None and layout.causal:
+            return causal_mask(layout, like).additive
+        return mask.additive
 
     def probabilities(self, scores: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Softmax of `[B, A, L, L]` scores with an additive mask, in float32 at least, with dropout when training."""
@@ -88,8 +88,7 @@ class Mixer(nn.Module):
 class AttentionMixer(Mixer):
     """Multi-head self-attention (Vaswani et al. 2017), the baseline; its queries and keys are rotated if `rotary`.
 
-    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive;
-    without one all pairs of the layout count, in a text those that do not look ahead.
+    Shapes: `hidden_states` and the output `[B, L, C]`.
     """
 
     def __init__(self, config, layer_idx: int, rotary: bool = False):
@@ -103,7 +102,7 @@ class AttentionMixer(Mixer):
         self,
         hidden_states: Tensor,
         layout: PairLayout | StepLayout,
-        attention_mask: Tensor | None = None,
+        mask: AttentionMask = ALL_VISIBLE,
         rotation: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
@@ -113,7 +112,7 @@ class AttentionMixer(Mixer):
         if self.rotary:
             query, key = rotate(query, rotation).to(value.dtype), rotate(key, rotation).to(value.dtype)
         key, value = self.remember(key, value, layout, past_key_values)
-        output, weights = self.attend(query, key, value, layout, attention_mask, output_attentions)
+        output, weights = self.attend(query, key, value, layout, mask, output_attentions)
         return self.o_proj(output), weights
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +134,7 @@ class AttentionMixer(Mixer):
         key: Tensor,
         value: Tensor,
         layout: PairLayout | StepLayout,
-        attention_mask: Tensor | None,
+        mask: AttentionMask,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
@@ -143,16 +142,18 @@ class AttentionMixer(Mixer):
         eager = self.implementation(output_attentions) == "eager"
         # PyTorch's own causal mask begins with the first key, wherever the queries begin.
         is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
+        added = mask.additive
         if eager or bias is not None or not is_causal:
-            attention_mask = self.pair_mask(attention_mask, layout, query)
-        mask = bias if attention_mask is None else attention_mask if bias is None else attention_mask + bias
+            added = self.additive_mask(mask, layout, query)
+        if bias is not None:
+            added = bias if added is None else added + bias
         if eager:
-            weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, mask)
+            weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, added)
             return self.merge_heads(weights.to(value.dtype) @ value), weights
-        mask = None if mask is None else mask.to(query.dtype)
+        added = None if added is None else added.to(query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None and is_causal, scale=self.scaling
+            query, key, value, added, dropout, is_causal=added is None and is_causal, scale=self.scaling
         )
         return self.merge_heads(output), None
 
@@ -195,14 +196,14 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         key: Tensor,
         value: Tensor,
         layout: PairLayout | StepLayout,
-        attention_mask: Tensor | None,
+        mask: AttentionMask,
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         rows = layout.rows(query.device)
         relative_key = self.fit(self.relative_key, layout)[rows].to(query.dtype)
         relative_value = self.fit(self.relative_value, layout)[rows].to(value.dtype)
         scores = query @ key.transpose(-1, -2) + torch.einsum("baid,ijd->baij", query, relative_key)
-        weights = self.probabilities(scores * self.scaling, self.pair_mask(attention_mask, layout, scores))
+        weights = self.probabilities(scores * self.scaling, self.additive_mask(mask, layout, scores))
         given = weights.to(value.dtype)
         output = given @ value + torch.einsum("baij,ijd->baid", given, relative_value)
         return self.merge_heads(output), weights if self.implementation(output_attentions) == "eager" else None

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from . import translution_grouped
 from .attention_mixer import Mixer
 from .cache import remember, remember_recent
+from .masks import ALL_VISIBLE, AttentionMask, causal_mask
 from .pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout, StepLayout
 
 
@@ -40,29 +41,26 @@ class ConvolutionMixer(Mixer):
         self,
         hidden_states: Tensor,
         layout: PairLayout | StepLayout,
-        attention_mask: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        pairs_masked: bool = False,
+        mask: AttentionMask = ALL_VISIBLE,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         if layout.causal:
-            if pairs_masked or past_key_values is not None:
+            if mask.hides_pairs or past_key_values is not None:
                 remember(past_key_values, self.layer_idx, [hidden_states[:, None, :, :0]], [None])
                 (recent,) = remember_recent(past_key_values, self.layer_idx, [hidden_states], self.kernel_size - 1)
-                mask = self.pair_mask(attention_mask, layout, hidden_states)
                 return self.o_proj(convolve_window(recent, self.window_weight, layout, mask)), None
-            tokens = visible(hidden_states, token_mask).transpose(1, 2)
+            tokens = visible_tokens(hidden_states, mask).transpose(1, 2)
             return self.o_proj(convolve_text(tokens, self.kernel()).transpose(1, 2)), None
-        if pairs_masked:
+        if mask.hides_pairs:
             # PyTorch's convolution cannot tell pairs apart.
             bank = self.window_weight
             if layout.class_token:
                 class_rows = bank.new_zeros(NUM_CLASS_ROWS, *bank.shape[1:])
                 class_rows[CLASS_TO_CLASS] = self.class_proj.weight.T
                 bank = torch.cat((bank, class_rows))
-            return self.o_proj(convolve_pairs(hidden_states, bank, layout, attention_mask, self.kernel_size)), None
-        tokens = visible(hidden_states, token_mask)
+            return self.o_proj(convolve_pairs(hidden_states, bank, layout, mask, self.kernel_size)), None
+        tokens = visible_tokens(hidden_states, mask)
         grid = to_grid(tokens[:, 1:], layout)
         mixed = nn.functional.conv2d(grid, self.kernel(), padding=self.kernel_size // 2).flatten(2).transpose(1, 2)
         return self.o_proj(torch.cat((self.class_proj(tokens[:, :1]).to(mixed.dtype), mixed), dim=1)), None
@@ -70,56 +68,51 @@ class ConvolutionMixer(Mixer):
     def kernel(self) -> Tensor:
         """The bank as a convolution kernel, `[C', C, k, k]` or `[C', C, k]`: PyTorch's taps run against the offsets."""
         if self.config.modality == "text":
-            return self.window_weight.flip(0).permute(2, 1, 0)
-        size = self.kernel_size
-        return self.window_weight.unflatten(0, (size, size)).flip(0, 1).permute(3, 2, 0, 1)
+            kernel = self.window_weight.flip(0).permute(2, 1, 0)
+        else:
+            sides = (self.kernel_size, self.kernel_size)
+            kernel = self.window_weight.unflatten(0, sides).flip(0, 1).permute(3, 2, 0, 1)
+        # One of PyTorch's backward passes refuses a kernel that is not contiguous.
+        return kernel.contiguous()
 
 
-def shows(attention_mask: Tensor) -> Tensor:
-    """Whether an additive mask shows a pair. A convolution has no softmax: what is far below the others is hidden, whole."""
-    return attention_mask > -1e3
+def visible_tokens(tokens: Tensor, mask: AttentionMask) -> Tensor:
+    """`[B, L, C]` with zeros for the tokens that are hidden."""
+    return tokens if mask.tokens is None else tokens.masked_fill(~mask.tokens.unsqueeze(-1), 0)
 
 
-def visible(tokens: Tensor, token_mask: Tensor | None) -> Tensor:
-    """`[B, L, C]` with the tokens set to zero that `token_mask` `[B, L]` hides."""
-    return tokens if token_mask is None else tokens * token_mask.unsqueeze(-1).to(tokens.dtype)
-
-
-def convolve_window(recent: Tensor, bank: Tensor, layout: PairLayout | StepLayout, attention_mask: Tensor) -> Tensor:
+def convolve_window(recent: Tensor, bank: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask) -> Tensor:
     """Causal convolution whose mask is about pairs, or whose tokens come from a cache: `[B, receivers, C']`.
 
     Args:
         recent: `[B, before + receivers, in]`, the receivers after tokens before them, as many as are known; zeros stand for
             tokens before the first.
         bank: `[k, in, C']`, the matrix of each distance.
-        attention_mask: additive, broadcastable to `[B, A, receivers, L]`.
+        mask: the pairs that count.
     """
     size, receivers = bank.shape[0], layout.num_receivers
     before = recent.shape[1] - receivers
     recent = nn.functional.pad(recent, (0, 0, max(size - 1 - before, 0), 0))[:, -(size - 1 + receivers) :]
     windows = recent.unfold(1, size, 1).flip(-1)  # [B, receivers, in, k], the token itself first
     slots = layout.positions(recent.device)[:, None] - torch.arange(size, device=recent.device)
-    mask = attention_mask.expand(recent.shape[0], -1, receivers, layout.num_tokens)
-    seen = mask.gather(-1, slots.clamp(min=0).expand(*mask.shape[:2], -1, -1))
-    allowed = shows(seen) & (slots >= 0)
+    visible = causal_mask(layout, recent).visible if mask.visible is None else mask.visible
+    visible = visible.expand(recent.shape[0], -1, receivers, layout.num_tokens)
+    allowed = visible.gather(-1, slots.clamp(min=0).expand(*visible.shape[:2], -1, -1)) & (slots >= 0)
     bank = bank.to(recent.dtype).unflatten(-1, (allowed.shape[1], -1))
     return torch.einsum("bilo,baio,olad->biad", windows, allowed.to(recent.dtype), bank).flatten(2)
 
 
-def convolve_pairs(
-    tokens: Tensor, bank: Tensor, layout: PairLayout, attention_mask: Tensor, kernel_size: int
-) -> Tensor:
-    """Convolution of images as the Translution that it is: weight 1 for the pairs in the window that the additive mask allows.
+def convolve_pairs(tokens: Tensor, bank: Tensor, layout: PairLayout, mask: AttentionMask, kernel_size: int) -> Tensor:
+    """Convolution of images as the Translution that it is: weight 1 for the visible pairs in the window.
 
     Args:
         tokens: `[B, L, in]`.
         bank: one matrix per offset of the window in the order of the offset index, then those of a class token.
-        attention_mask: additive, broadcastable to `[B, A, L, L]`.
+        mask: which hides pairs.
     """
     reach = kernel_size // 2 + 1
     inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True)
-    # A mask row that hides all shows the token itself, see the model; here as there that is padding nobody reads.
-    allowed = shows(attention_mask) & _window(layout, kernel_size).to(tokens.device)
+    allowed = mask.visible & _window(layout, kernel_size).to(tokens.device)
     allowed = allowed.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
     return translution_grouped.pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
 
@@ -145,4 +138,4 @@ def convolve_text(tokens: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
     return nn.functional.conv1d(nn.functional.pad(tokens, (kernel.shape[-1] - 1, 0)), kernel, groups=groups)
 
 
-__all__ = ["ConvolutionMixer", "convolve_pairs", "convolve_text", "convolve_window", "to_grid", "visible"]
+__all__ = ["ConvolutionMixer", "convolve_pairs", "convolve_text", "convolve_window", "to_grid", "visible_tokens"]

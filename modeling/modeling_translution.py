@@ -16,11 +16,11 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -35,14 +35,22 @@ from .attention_mixer import (
     RelativeVectorAttentionMixer,
 )
 from .convolution_mixer import ConvolutionMixer
+from .masks import PackedTexts, check_mask, find_packed_texts, make_mask
 from .pair_layout import PairLayout, StepLayout, bank_layout
 from .resampling import resample_offsets, resample_positions
 from .rotary import image_rotation, text_rotation
 from .translution_mixer import TranslutionMixer
 
 
+logger = logging.get_logger(__name__)
+
 # Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.
 EMBEDDING_STD = 0.02
+
+# Positions with this label do not count in a loss.
+IGNORED_LABEL = -100
+# Names that Transformers has for attention. Harnesses pass them to every model.
+OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 MIXERS = {
     "relative_bias_attention": RelativeBiasAttentionMixer,
@@ -184,8 +192,7 @@ class TranslutionPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: TranslutionConfig, *args: Any, **kwargs: Any):
         # `from_pretrained` sets overrides one by one on a config that was checked before.
-        if isinstance(config.mixer_types, str):
-            config.mixer_types = [config.mixer_types] * config.num_hidden_layers
+        config.name_each_mixer()
         config.validate()
         super().__init__(config, *args, **kwargs)
 
@@ -210,11 +217,15 @@ class TranslutionPreTrainedModel(PreTrainedModel):
         # Without a request Transformers would fall back to "eager", which here is the readable reference.
         if requested_attention is None:
             return GROUPED
-        if requested_attention not in (GROUPED, TRITON, "eager"):
-            raise ValueError(
-                f"`attn_implementation` must be {GROUPED!r}, {TRITON!r} or 'eager', got {requested_attention!r}: Translution's attention is "
-                "its own."
+        if requested_attention in OF_TRANSFORMERS:
+            logger.warning_once(
+                f"`attn_implementation={requested_attention!r}` is served by {GROUPED!r}: layers of attention run PyTorch's "
+                "`scaled_dot_product_attention`, with its flash kernels where the device has them, and all others their own operators."
             )
+            return GROUPED
+        if requested_attention not in (GROUPED, TRITON, "eager"):
+            choices = ", ".join(repr(name) for name in (GROUPED, TRITON, "eager", *OF_TRANSFORMERS))
+            raise ValueError(f"`attn_implementation` must be one of {choices}, got {requested_attention!r}.")
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
@@ -363,51 +374,75 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 past_key_values=past_key_values,
             )
-            if pixel_values is None:
-                raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
-            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-            height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
-            layout = PairLayout.for_image(height, width, height, width, self.config.max_relative_distance)
-            rotation = self._rotation(hidden_states, layout)
-            _check_mask(attention_mask, hidden_states.shape[0], layout.num_receivers, (layout.num_tokens,))
-            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-            mask = None if mask is None else _additive(mask, hidden_states.dtype)
-            position_ids = past_key_values = None
-            packed = False
+            hidden_states, shared = self._image_inputs(pixel_values, attention_mask, interpolate_pos_encoding)
         else:
             _refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
-            # A training step would remember everything for a next token that never comes.
-            if use_cache and past_key_values is None and not self.training:
-                past_key_values = DynamicCache(config=self.config)
-            _check_cache(past_key_values)
-            # Without a mask Transformers reads several packed texts from positions that start again.
-            packed = position_ids is not None and attention_mask is None
-            inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
-            layout = self._text_layout(inputs_embeds, past_key_values, self._wants_weights(kwargs))
-            batch, receivers = inputs_embeds.shape[:2]
-            slots = layout.num_tokens if past_key_values is None else past_key_values.get_mask_sizes(receivers, 0)[0]
-            _check_mask(attention_mask, batch, receivers, (layout.num_tokens, slots, *_known_length(layout)))
-            hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
-            mask = None
-            if packed or not _sees_all(attention_mask, layout):
-                mask = _text_mask(self.config, hidden_states, attention_mask, past_key_values, position_ids, layout)
-            rotation = self._rotation(hidden_states, layout, position_ids)
-        hidden_states = self.dropout(hidden_states)
-        # Convolutions need to know which tokens to leave out, or that a mask is about pairs.
-        pairs_masked = packed or (attention_mask is not None and attention_mask.ndim == 4)
-        token_mask = None if pairs_masked else attention_mask
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while it assists itself
-            hidden_states = layer(
-                hidden_states,
-                layout,
-                attention_mask=mask,
-                token_mask=token_mask,
-                pairs_masked=pairs_masked,
-                rotation=rotation,
-                past_key_values=past_key_values,
-                output_attentions=self._wants_weights(kwargs),
+            hidden_states, shared = self._text_inputs(
+                self._embed_tokens(input_ids, inputs_embeds),
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                self._wants_weights(kwargs),
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while it assists itself
+            hidden_states = layer(hidden_states, **shared, output_attentions=self._wants_weights(kwargs))
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=shared["past_key_values"]
+        )
+
+    def _image_inputs(
+        self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens of images, `[B, L, C]`, and what every layer needs beside them."""
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
+        config = self.config
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
+        layout = PairLayout.for_image(height, width, height, width, config.max_relative_distance)
+        check_mask(attention_mask, len(hidden_states), config.num_attention_heads, layout, layout.num_tokens)
+        mask = make_mask(attention_mask, layout, hidden_states)
+        rotation = self._rotation(hidden_states, layout)
+        return hidden_states, {"layout": layout, "mask": mask, "rotation": rotation, "past_key_values": None}
+
+    def _text_inputs(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        wants_weights: bool,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens of texts, `[B, L, C]`, and what every layer needs beside them."""
+        batch, new = inputs_embeds.shape[:2]
+        _check_cache(past_key_values)
+        _check_position_ids(position_ids, batch, new)
+        packed = None
+        if new > 1 and position_ids is not None and attention_mask is None and not _holds_tokens(past_key_values):
+            packed = find_packed_texts(position_ids)
+        if packed is not None and past_key_values is not None:
+            raise ValueError(
+                "`position_ids` that start again pack several texts into a row, which no cache can continue: "
+                "`past_key_values` must be None."
+            )
+        # A training step would remember everything for a next token that never comes, and so would packed texts.
+        if use_cache and past_key_values is None and packed is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        layout = self._text_layout(inputs_embeds, past_key_values, wants_weights, packed)
+        slots = layout.num_tokens if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
+        check_mask(attention_mask, batch, self.config.num_attention_heads, layout, slots)
+        mask = make_mask(attention_mask, layout, inputs_embeds, packed)
+        hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
+        rotation = self._rotation(hidden_states, layout, position_ids)
+        return hidden_states, {
+            "layout": layout,
+            "mask": mask,
+            "rotation": rotation,
+            "past_key_values": past_key_values,
+        }
 
     def _wants_weights(self, kwargs: dict[str, Any]) -> bool:
         wanted = kwargs.get("output_attentions")
@@ -428,23 +463,27 @@ class TranslutionModel(TranslutionPreTrainedModel):
             inputs_embeds.ndim != 3
             or inputs_embeds.shape[-1] != self.config.hidden_size
             or inputs_embeds.shape[1] == 0
+            or not inputs_embeds.is_floating_point()
         ):
             raise ValueError(
-                f"`inputs_embeds` must be [batch, length, `hidden_size` {self.config.hidden_size}] with a length of at least 1, "
-                f"got shape {list(inputs_embeds.shape)}."
+                f"`inputs_embeds` must be floats [batch, length, `hidden_size` {self.config.hidden_size}] with a length of at least "
+                f"1, got shape {list(inputs_embeds.shape)} and {inputs_embeds.dtype}."
             )
         return inputs_embeds
 
-    def _text_layout(self, inputs_embeds: Tensor, cache: Cache | None, wants_weights: bool) -> PairLayout | StepLayout:
+    def _text_layout(
+        self, inputs_embeds: Tensor, cache: Cache | None, wants_weights: bool, packed: PackedTexts | None
+    ) -> PairLayout | StepLayout:
         config, new = self.config, inputs_embeds.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
         bounded = config.max_relative_distance is None or config.use_absolute_position_embeddings
         # A static cache counts in a tensor. Looking at it would break a compiled step, which `generate` bounds by itself.
-        if bounded and not torch.compiler.is_compiling() and int(past) + new > config.max_position_embeddings:
-            raise ValueError(
-                f"A text must have at most `max_position_embeddings` {config.max_position_embeddings} tokens, got "
-                f"{int(past) + new}."
-            )
+        if bounded and not torch.compiler.is_compiling():
+            length = int(past) + new if packed is None else packed.longest
+            if length > config.max_position_embeddings:
+                raise ValueError(
+                    f"A text must have at most `max_position_embeddings` {config.max_position_embeddings} tokens, got {length}."
+                )
         grouped = config._attn_implementation != "eager" and not wants_weights
         if new == 1 and cache is not None and grouped:
             # The static cache counts on in place.
@@ -452,8 +491,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
             slots = cache.get_mask_sizes(1, 0)[0]
             bank = bank_layout(config)
             return StepLayout(position, slots, bank.bank_height, bank.clamp)
-        past = int(past)
-        return PairLayout.for_text(past + new, config.max_position_embeddings, config.max_relative_distance, past)
+        past, length, distance = int(past), config.max_position_embeddings, config.max_relative_distance
+        # A row of packed texts may be longer than the bank: pairs that far apart are of different texts.
+        band = length if packed is not None and distance is None and new > length else None
+        return PairLayout.for_text(past + new, length, distance, past, band)
 
     def _embed_positions(
         self,
@@ -462,13 +503,9 @@ class TranslutionModel(TranslutionPreTrainedModel):
         position_ids: Tensor | None,
         layout: PairLayout | StepLayout,
     ) -> tuple[Tensor, Tensor]:
-        if position_ids is not None and position_ids.shape[-1] != inputs_embeds.shape[1]:
-            raise ValueError(
-                f"`position_ids` must be [batch, length] {list(inputs_embeds.shape[:2])}, got shape {list(position_ids.shape)}."
-            )
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+                position_ids = (attention_mask.bool().long().cumsum(-1) - 1).clamp(min=0)
                 position_ids = position_ids.index_select(-1, layout.positions(position_ids.device))
             else:
                 position_ids = layout.positions(inputs_embeds.device).expand(inputs_embeds.shape[0], -1)
@@ -537,6 +574,7 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
             **kwargs,
         )
         tokens = outputs.last_hidden_state
+        self._check_labels(labels, tokens)
         pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
         logits = self.classifier(pooled)
         loss = None
@@ -545,6 +583,24 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _check_labels(self, labels: Tensor | None, tokens: Tensor):
+        config = self.config
+        if labels is None:
+            return
+        batch, indices = len(tokens), not labels.is_floating_point()
+        if config.problem_type == "single_label_classification" or (
+            config.problem_type is None and config.num_labels > 1 and indices
+        ):
+            if list(labels.shape) not in ([batch], [batch, 1]) or not indices:
+                raise ValueError(
+                    f"`labels` must be class indices [batch] {[batch]}, got shape {list(labels.shape)} and {labels.dtype}."
+                )
+            _check_range("labels", labels, config.num_labels, "`num_labels`", IGNORED_LABEL)
+        elif labels.numel() != batch * config.num_labels:
+            raise ValueError(
+                f"`labels` must be [batch, `num_labels`] {[batch, config.num_labels]}, got shape {list(labels.shape)}."
+            )
 
 
 class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
@@ -626,6 +682,8 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        self._check_labels(labels, outputs.last_hidden_state)
+        _check_logits_to_keep(logits_to_keep, outputs.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.head_norm(outputs.last_hidden_state[:, kept]))
         loss = None
@@ -638,6 +696,16 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_labels(self, labels: Tensor | None, tokens: Tensor):
+        if labels is None:
+            return
+        if labels.shape != tokens.shape[:2] or labels.is_floating_point():
+            raise ValueError(
+                f"`labels` must be token ids [batch, length] {list(tokens.shape[:2])}, got shape {list(labels.shape)} and "
+                f"{labels.dtype}."
+            )
+        _check_range("labels", labels, self.config.vocab_size, "`vocab_size`", IGNORED_LABEL)
 
 
 def _linear_bounds(in_features: int) -> tuple[float, float]:
@@ -656,31 +724,6 @@ def _refuse(modality: str, allowed: str, **unwanted: Any):
             raise ValueError(f"`{name}` does not go with `modality` {modality!r}, got {got}; allowed is {allowed}.")
 
 
-def _check_mask(mask: Tensor | None, batch: int, receivers: int, lengths: tuple[int, ...]):
-    """Whether a mask fits `receivers` tokens that receive from as many as one of `lengths` tells."""
-    if mask is None:
-        return
-    if mask.ndim == 2:
-        fits = mask.shape[0] == batch and mask.shape[1] in lengths
-    else:
-        fits = (
-            mask.ndim == 4
-            and mask.shape[0] in (1, batch)
-            and mask.shape[2] in (1, receivers)
-            and mask.shape[3] in (1, *lengths)
-        )
-    if not fits:
-        raise ValueError(
-            f"`attention_mask` must be [batch, tokens] {[batch, lengths[0]]} or broadcastable to [batch, heads, tokens, tokens] "
-            f"[{batch}, heads, {receivers}, {lengths[0]}], got shape {list(mask.shape)}."
-        )
-    if mask.ndim == 4 and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            "`attention_mask` of four dimensions must be bool, True for pairs to attend to, or floating point, to be added to "
-            f"the scores; got {mask.dtype}."
-        )
-
-
 def _check_cache(cache: Cache | None):
     if cache is None:
         return
@@ -693,66 +736,44 @@ def _check_cache(cache: Cache | None):
         )
 
 
-def _check_range(name: str, ids: Tensor, limit: int, field: str):
-    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+def _holds_tokens(cache: Cache | None) -> bool:
+    # A compiled step cannot look at what a static cache has counted.
+    return cache is not None and (torch.compiler.is_compiling() or bool(cache.get_seq_length()))
+
+
+def _check_position_ids(position_ids: Tensor | None, batch: int, new: int):
+    if position_ids is None:
         return
-    least, most = ids.min().item(), ids.max().item()
-    if least < 0 or most >= limit:
-        wrong = least if least < 0 else most
-        raise ValueError(f"`{name}` must be at least 0 and less than {field} {limit}, got {wrong}.")
+    shape = list(position_ids.shape)
+    if position_ids.ndim != 2 or shape[0] not in (1, batch) or shape[1] != new or position_ids.is_floating_point():
+        raise ValueError(
+            f"`position_ids` must be integers [batch, length] {[batch, new]}, got shape {shape} and {position_ids.dtype}."
+        )
 
 
-def _sees_all(attention_mask: Tensor | None, layout: PairLayout | StepLayout) -> bool:
-    """Whether a text's mask hides nothing that its layout does not: then mixers need none, which would be a square."""
-    if isinstance(layout, StepLayout) or layout.past > 0:
-        return False
-    if attention_mask is None:
-        return True
-    # As for the range of tokens, only a CPU can afford to look.
-    looks = attention_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    return looks and attention_mask.ndim == 2 and bool(attention_mask.all())
+def _check_range(name: str, ids: Tensor, limit: int, field: str, ignored: int | None = None):
+    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (ids < 0) | (ids >= limit)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if wrong.any():
+        beside = "" if ignored is None else f", or {ignored} to be ignored"
+        raise ValueError(
+            f"`{name}` must be at least 0 and less than {field} {limit}{beside}, got {ids[wrong][0].item()}."
+        )
 
 
-def _text_mask(
-    config: TranslutionConfig,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    cache: Cache | None,
-    position_ids: Tensor,
-    layout: PairLayout | StepLayout,
-) -> Tensor:
-    """Additive causal mask, `[B, 1 or A, receivers, L]`."""
-    mask = create_causal_mask(config, hidden_states, attention_mask, cache, position_ids)
-    if attention_mask is not None:
-        mask = _causal(_additive(mask, hidden_states.dtype), layout)
-    return mask[..., : layout.num_tokens]
-
-
-def _known_length(layout: PairLayout | StepLayout) -> tuple[int, ...]:
-    # Slots of a static cache that are not filled need no entry in a mask of tokens.
-    if isinstance(layout, StepLayout) and not torch.compiler.is_compiling():
-        return (int(layout.position) + 1,)
-    return ()
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        # A row of -inf alone would have no softmax.
-        return mask.clamp(min=torch.finfo(mask.dtype).min)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _causal(mask: Tensor, layout: PairLayout | StepLayout) -> Tensor:
-    """An additive mask that never looks ahead; a token that may see nothing, padding, sees itself.
-
-    Without the second, softmax over a row of equal lowest values would spread over the future too.
-    """
-    least = torch.finfo(mask.dtype).min
-    between = layout.positions(mask.device)[:, None] - torch.arange(mask.shape[-1], device=mask.device)
-    mask = mask.masked_fill(between < 0, least)
-    blind = (mask <= least / 2).all(dim=-1, keepdim=True)
-    return mask.masked_fill(blind & (between == 0), 0)
+def _check_logits_to_keep(kept: int | Tensor, tokens: Tensor):
+    length = tokens.shape[1]
+    if isinstance(kept, Tensor):
+        if kept.dtype != torch.bool:
+            _check_range("logits_to_keep", kept + length * (kept < 0), length, "the text's length")
+    elif not 0 <= kept <= length:
+        raise ValueError(
+            f"`logits_to_keep` must be 0, for all, to {length}, the text's length, or indices; got {kept}."
+        )
 
 
 __all__ = [

@@ -101,12 +101,17 @@ class PairLayout:
 
     @classmethod
     def for_text(
-        cls, length: int, bank_length: int, max_relative_distance: int | None = None, past: int = 0
+        cls,
+        length: int,
+        bank_length: int,
+        max_relative_distance: int | None = None,
+        past: int = 0,
+        band: int | None = None,
     ) -> PairLayout:
         """Layout of `length` tokens, causal, with banks of `bank_length` distances; the first `past` tokens only give."""
         if max_relative_distance is not None:
             bank_length = max_relative_distance + 1
-        return cls(length, 1, False, True, bank_length, 1, max_relative_distance is not None, past)
+        return cls(length, 1, False, True, bank_length, 1, max_relative_distance is not None, past, band)
 
     def near(self, past: int) -> PairLayout:
         """The pairs of a clamped text that have a matrix of their own: the receivers, and `past` tokens before them."""

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from . import translution_basis, translution_grouped, translution_reference, translution_step
 from .attention_mixer import GROUPED, Mixer
 from .kernel_choice import kernels, use_kernels
+from .masks import ALL_VISIBLE, AttentionMask
 from .pair_layout import PairLayout, StepLayout
 from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
 from .rotary import rotate
@@ -44,8 +45,7 @@ class TranslutionMixer(Mixer):
     `[num_offsets, n]`, and `{q,k,v}_factors`, `[n, C, C']` (LoR `[n, R, R]`); `{q,k,v}_proj`, plain or dense projections;
     LoR's `{q,k,v}_down` (Uq, Uk, Uv) and `v_up` (Uo); `o_proj`.
 
-    Shapes: `hidden_states` and the output `[B, L, C]`, `attention_mask` broadcastable to `[B, A, L, L]` and additive. A mask
-    has to exclude the pairs that a causal layout does not have; without one all pairs of the layout count.
+    Shapes: `hidden_states` and the output `[B, L, C]`.
     """
 
     def __init__(self, config, layer_idx: int, rotary: bool = False):
@@ -87,7 +87,7 @@ class TranslutionMixer(Mixer):
         self,
         hidden_states: Tensor,
         layout: PairLayout | StepLayout,
-        attention_mask: Tensor | None = None,
+        mask: AttentionMask = ALL_VISIBLE,
         rotation: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
@@ -107,9 +107,9 @@ class TranslutionMixer(Mixer):
         pairs = pairs_class(operators, layout, self.num_heads, query, key, value)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
         if fused:
-            output = self._basis_attention(pairs, dense_query, dense_key, dense_value, attention_mask)
+            output = self._basis_attention(pairs, dense_query, dense_key, dense_value, mask.additive)
             return self.o_proj(output), None
-        if self._streams(operators, hidden_states, layout, attention_mask):
+        if self._streams(operators, hidden_states, layout, mask):
             dense = (dense_query, dense_key, dense_value)
             sides = [
                 PairInputs(self.merge_heads(heads), None) if side is None else side
@@ -119,7 +119,6 @@ class TranslutionMixer(Mixer):
             far = [heads if side is None else side for side, heads in zip(pairs.far(), dense, strict=True)]
             output = streamed_attention(*tokens, *banks, self.num_heads, self.scaling, layout, far)
             return self.o_proj(output), None
-        attention_mask = self.pair_mask(attention_mask, layout, hidden_states)
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
         scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2
@@ -129,7 +128,7 @@ class TranslutionMixer(Mixer):
         if self.scores_are_relative:
             relative_scores = pairs.scores()
             scores = relative_scores * scale if scores is None else torch.add(scores, relative_scores, alpha=scale)
-        weights = self.probabilities(scores, attention_mask)
+        weights = self.probabilities(scores, self.additive_mask(mask, layout, hidden_states))
 
         output = None
         if dense_value is not None:
@@ -157,13 +156,13 @@ class TranslutionMixer(Mixer):
         return translution_grouped
 
     def _streams(
-        self, operators: ModuleType, tokens: Tensor, layout: PairLayout | StepLayout, attention_mask: Tensor | None
+        self, operators: ModuleType, tokens: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask
     ) -> bool:
         """Whether one pass does the whole attention, see `streamed_attention.py`.
 
         Low-rank scores are mostly dense, and one product makes their square.
         """
-        if operators is not translution_grouped or self.low_rank or attention_mask is not None:
+        if operators is not translution_grouped or self.low_rank or mask.additive is not None:
             return False
         drops = self.training and self.attention_dropout > 0
         return not drops and can_stream(tokens, self.num_heads, layout)

@@ -16,6 +16,7 @@ from translution.modeling import basis_products, translution_grouped, translutio
 from translution.modeling.acmix_mixer import ACmixMixer
 from translution.modeling.attention_mixer import RelativeBiasAttentionMixer, RelativeVectorAttentionMixer
 from translution.modeling.convolution_mixer import ConvolutionMixer
+from translution.modeling.masks import ALL_VISIBLE, AttentionMask, make_mask
 from translution.modeling.modeling_translution import build_mixer
 from translution.modeling.pair_layout import PairLayout, StepLayout
 from translution.modeling.resampling import resample_offsets, resample_positions
@@ -57,8 +58,12 @@ def randomise(module):
     return module.double()
 
 
-def causal_mask(length, dtype=torch.float64):
-    return torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
+def mask_of(layout, dtype=torch.float64):
+    """The causal mask where there is one."""
+    if not layout.causal:
+        return ALL_VISIBLE
+    ahead = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool).triu(1)[None, None]
+    return AttentionMask(torch.zeros(ahead.shape, dtype=dtype).masked_fill(ahead, torch.finfo(dtype).min))
 
 
 def tokens_of(layout):
@@ -137,7 +142,7 @@ def test_equal_matrices_are_self_attention(modality):
         for name in "qkv":
             getattr(mixer, f"{name}_bank").copy_(getattr(attention, f"{name}_proj").weight.T)
         attention.o_proj.load_state_dict(mixer.o_proj.state_dict())
-    tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
+    tokens, mask = tokens_of(layout), mask_of(layout)
     expected, _ = attention(tokens, layout, mask)
     torch.testing.assert_close(mixer(tokens, layout, mask)[0], expected, rtol=1e-11, atol=1e-12)
 
@@ -166,7 +171,7 @@ def test_basis_equals_the_built_bank(modality, subset, rank, clamp):
             coefficients, factors = getattr(mixed, f"{name}_coefficients"), getattr(mixed, f"{name}_factors")
             bank = sum(coefficients[:, m, None, None] * factors[m] for m in range(3))
             getattr(full, f"{name}_bank").copy_(bank)
-    tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
+    tokens, mask = tokens_of(layout), mask_of(layout)
     expected = full(tokens, layout, mask)[0]
     torch.testing.assert_close(mixed(tokens, layout, mask)[0], expected, rtol=1e-10, atol=1e-11)
     # The eager path builds the bank: gradients of both by every parameter agree as well.
@@ -187,7 +192,7 @@ def test_basis_in_parts(modality, elements, monkeypatch):
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     config = make_config(modality, relative_projections="qkv", offset_basis=3)
     layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
-    tokens, mask = tokens_of(layout).requires_grad_(), causal_mask(layout.num_tokens) if layout.causal else None
+    tokens, mask = tokens_of(layout).requires_grad_(), mask_of(layout)
     found = []
     for implementation in ("grouped", "eager"):
         mixer.config._attn_implementation = implementation
@@ -216,12 +221,12 @@ def test_basis_in_half_precision_is_as_good_as_the_reference(modality, dtype):
     size = {"grid": (10, 9), "length": 90}
     config = make_config(modality, relative_projections="kv", offset_basis=3, max_relative_distance=1, **size)
     layout, mixer = layout_of(config, 90), randomise(TranslutionMixer(config, 0))
-    tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
+    tokens = tokens_of(layout)
 
     def gradients(implementation, dtype):
         mixer.config._attn_implementation = implementation
         mixer.to(dtype)
-        output = mixer(tokens.to(dtype), layout, None if mask is None else mask.to(dtype).clamp(min=-1e4))[0]
+        output = mixer(tokens.to(dtype), layout, mask_of(layout, dtype))[0]
         return torch.autograd.grad(
             (output.double() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum(), list(mixer.parameters())
         )
@@ -243,7 +248,7 @@ def test_basis_of_all_offsets_is_full(modality):
         for name in "qkv":
             getattr(mixed, f"{name}_coefficients").copy_(torch.eye(num_offsets))
             getattr(mixed, f"{name}_factors").copy_(getattr(full, f"{name}_bank"))
-    tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
+    tokens, mask = tokens_of(layout), mask_of(layout)
     torch.testing.assert_close(mixed(tokens, layout, mask)[0], full(tokens, layout, mask)[0], rtol=1e-10, atol=1e-11)
 
 
@@ -266,7 +271,7 @@ def test_relative_attention_pair_by_pair(modality, mixer_class, implementation):
     layout, mixer = layout_of(config), randomise(mixer_class(config, 0))
     config._attn_implementation = implementation
     tokens, rows = tokens_of(layout), layout.offsets()[0].tolist()
-    mask = causal_mask(layout.num_tokens) if layout.causal else None
+    mask = mask_of(layout)
     output, _ = mixer(tokens, layout, mask)
     vectors = mixer_class is RelativeVectorAttentionMixer
     query, key, value = (p(tokens[0]).unflatten(-1, (HEADS, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
@@ -358,7 +363,7 @@ def test_acmix_without_convolution_is_relative_bias_attention(modality):
     with torch.no_grad():
         mixer.attention_rate.fill_(1)
         mixer.convolution_rate.fill_(0)
-    tokens, mask = tokens_of(layout), causal_mask(layout.num_tokens) if layout.causal else None
+    tokens, mask = tokens_of(layout), mask_of(layout)
     expected, _ = attention(tokens, layout, mask)
     torch.testing.assert_close(mixer(tokens, layout, mask)[0], expected, rtol=1e-12, atol=1e-12)
 
@@ -393,7 +398,7 @@ def test_gradcheck(modality, name):
     model = TranslutionModel(config)
     position_ids = torch.arange(3)[None] if layout.causal else None
     rotation = model._rotation(torch.empty(1, 1, 4, dtype=torch.float64), layout, position_ids)
-    mask = causal_mask(3) if layout.causal else None
+    mask = mask_of(layout)
     names = [parameter for parameter, _ in mixer.named_parameters()]
     tokens = torch.randn(1, layout.num_tokens, 4, dtype=torch.float64, requires_grad=True)
 
@@ -566,8 +571,8 @@ def test_shifted_content_moves_the_outputs(name):
         inside = torch.zeros(7, 7, dtype=torch.long)
         inside[x : x + 3, y : y + 3] = 1
         token_mask = torch.cat((torch.zeros(1, dtype=torch.long), inside.flatten()))[None]
-        mask = torch.zeros(1, 1, 1, 50, dtype=torch.float64).masked_fill(token_mask[:, None, None] == 0, -1e30)
-        output, _ = mixer(tokens + position_embeddings, layout, mask, token_mask=token_mask, rotation=rotation)
+        mask = make_mask(token_mask, layout, tokens)
+        output, _ = mixer(tokens + position_embeddings, layout, mask, rotation=rotation)
         return output[0, 1:].unflatten(0, (7, 7))[x : x + 3, y : y + 3]
 
     here, there = patches(1, 1), patches(3, 2)
@@ -599,9 +604,18 @@ def test_attention_without_a_mask_looks_back_from_where_it_is(mixer_type, layout
         torch.nn.init.normal_(parameter)
     query, key, value = mixer.project(torch.randn(2, 9, 12, dtype=torch.float64))
     config._attn_implementation = "grouped"
-    whole, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), None, False)
-    part, _ = mixer.attend(query[:, :, -receivers:], key, value, layout, None, False)
+    whole, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), ALL_VISIBLE, False)
+    part, _ = mixer.attend(query[:, :, -receivers:], key, value, layout, ALL_VISIBLE, False)
     torch.testing.assert_close(part, whole[:, -receivers:])
     mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e300)
-    masked, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), mask[None, None], False)
+    masked, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), AttentionMask(mask[None, None]), False)
     torch.testing.assert_close(whole, masked)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_convolution_to_one_channel_has_gradients(modality):
+    config = make_config(modality, mixer_types="convolution", num_attention_heads=1, head_dim=1)
+    layout, mixer = layout_of(config), randomise(build_mixer(config, 0))
+    tokens = tokens_of(layout).requires_grad_()
+    parameters = [tokens, *mixer.parameters()]
+    assert torch.autograd.gradcheck(lambda *_: mixer(tokens, layout)[0], parameters, fast_mode=True)

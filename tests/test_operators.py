@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig
 from translution.modeling import narrow_pairs, pair_runs, translution_grouped, translution_reference
+from translution.modeling.masks import AttentionMask
 from translution.modeling.pair_autograd import register_pair_operators
 from translution.modeling.pair_layout import PairLayout
 from translution.modeling.translution_mixer import TranslutionMixer
@@ -66,7 +67,7 @@ def run(mixer, implementation, hidden_states, layout, mask, weight):
     mixer.config._attn_implementation = implementation
     hidden_states = hidden_states.detach().requires_grad_()
     mixer.zero_grad()
-    output, _ = mixer(hidden_states, layout, None if mask is None else mask.to(hidden_states.dtype))
+    output, _ = mixer(hidden_states, layout, AttentionMask(None if mask is None else mask.to(hidden_states.dtype)))
     (output * weight.to(output.dtype)).sum().backward()
     return {"output": output.detach(), "input": hidden_states.grad} | {
         name: parameter.grad for name, parameter in mixer.named_parameters()
@@ -184,7 +185,7 @@ def test_both_equal_the_formulas(layout, subset, rank):
     for implementation in ("eager", "grouped"):
         mixer.config._attn_implementation = implementation
         with torch.no_grad():
-            output, _ = mixer(hidden_states, layout, mask)
+            output, _ = mixer(hidden_states, layout, AttentionMask(mask))
             assert relative_error(output[1], by_the_formulas(mixer, hidden_states[1], layout)) < 1e-12
 
 
@@ -252,7 +253,7 @@ def test_equal_matrices_are_self_attention(layout):
         heads = [(hidden_states @ m).unflatten(-1, (HEADS, -1)).transpose(1, 2) for m in (query, key, value)]
         expected = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask)
         expected = mixer.o_proj(expected.transpose(1, 2).flatten(2))
-        output, _ = mixer(hidden_states, layout, mask)
+        output, _ = mixer(hidden_states, layout, AttentionMask(mask))
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -6,6 +6,7 @@ from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, re
 from test_pair_layout import every_layout
 
 from translution.modeling import far_columns, pair_autograd, pair_layout, pair_runs, streamed_attention
+from translution.modeling.masks import AttentionMask
 from translution.modeling.pair_layout import PairLayout
 
 
@@ -179,7 +180,7 @@ def test_a_mask_dropout_and_low_rank_take_the_square(streamed):
     hidden_states = torch.randn(BATCH, 5, HIDDEN, dtype=torch.float64)
     mask = torch.zeros(1, 1, 5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e300)
     mixer = make_mixer(layout, "kv")
-    mixer(hidden_states, layout, mask)
+    mixer(hidden_states, layout, AttentionMask(mask))
     assert not streamed
     mixer.attention_dropout = 0.5
     mixer.train()(hidden_states, layout)
