@@ -39,6 +39,8 @@ ADDED_BY_TRANSFORMERS = {
     "quantization_config",
 }
 
+# More layers are a mistake, and would be built for minutes before anything else says so.
+MAX_LAYERS = 10_000
 # Hidden size, layers, heads and MLP size of the paper's models; the head size is always 64.
 SIZES = {
     "tiny": (192, 6, 3, 768),
@@ -162,11 +164,15 @@ class TranslutionConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any):
-        if self.mixer_types is None:
-            self.mixer_types = "translution"
-        if isinstance(self.mixer_types, str):
-            self.mixer_types = [self.mixer_types] * self.num_hidden_layers
+        self.name_each_mixer()
         super().__post_init__(**kwargs)
+
+    def name_each_mixer(self):
+        """Writes one mixer per layer where `mixer_types` is a single name, or None; fields may be set after construction too."""
+        _check_between("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)
+        names = "translution" if self.mixer_types is None else self.mixer_types
+        if isinstance(names, str):
+            self.mixer_types = [names] * self.num_hidden_layers
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -254,9 +260,9 @@ class TranslutionConfig(PreTrainedConfig):
         _check_choice("modality", self.modality, MODALITIES)
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("relative_projections", self.relative_projections, RELATIVE_PROJECTIONS)
+        _check_between("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)
         for field in (
             "hidden_size",
-            "num_hidden_layers",
             "num_attention_heads",
             "head_dim",
             "intermediate_size",
@@ -350,6 +356,11 @@ def _check_choice(field: str, value: Any, allowed: tuple[str, ...]):
 def _check_at_least(field: str, value: int, least: int):
     if isinstance(value, bool) or value < least:
         raise ValueError(f"`{field}` must be an integer of at least {least}, got {value!r}.")
+
+
+def _check_between(field: str, value: int, least: int, most: int):
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"`{field}` must be an integer of at least {least} and at most {most}, got {value!r}.")
 
 
 __all__ = ["TranslutionConfig"]

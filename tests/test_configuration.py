@@ -271,6 +271,14 @@ BAD_VALUES = {
             "max_position_embeddings",
         )
     },
+    "num_hidden_layers-ten-million": (
+        {"num_hidden_layers": 10**7},
+        ("`num_hidden_layers`", "at most 10000", "10000000"),
+    ),
+    "num_hidden_layers-astronomical": (
+        {"num_hidden_layers": 10**30},
+        ("`num_hidden_layers`", "at most 10000", "got 1000"),
+    ),
     "acmix-sizes": (
         {"mixer_types": "acmix", "head_dim": 32},
         ("`mixer_types`", "'acmix'", "`num_attention_heads` × `head_dim`", "`hidden_size`", "3 × 32 and 192"),

@@ -26,10 +26,11 @@ from transformers import (
     ViTImageProcessor,
     pipeline,
 )
+from transformers.utils import logging
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification, TranslutionModel
 from translution.configuration import configuration_translution
-from translution.modeling import pair_layout, translution_mixer
+from translution.modeling import modeling_translution, pair_layout, translution_mixer
 from translution.modeling.pair_autograd import pack
 
 
@@ -387,7 +388,25 @@ def test_grouped_attention_is_the_fused_one(monkeypatch, modality):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention", "paged|eager", "fastest"])
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("variant", ["attention", "rope", "full-kv"])
+def test_implementations_of_transformers(tmp_path, caplog, name, variant):
+    """Harnesses pass them to every model; what runs is the default, and a warning says so once."""
+    logging.enable_propagation()
+    modeling_translution.logger.warning_once.cache_clear()
+    model = make_model("text", variant)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name, dtype=torch.float64)
+    assert loaded.config._attn_implementation == "grouped"
+    assert name in caplog.text
+    assert "scaled_dot_product_attention" in caplog.text
+    inputs = make_inputs(model.config)
+    assert_same(loaded(**inputs).logits, model(**inputs).logits)
+    model.set_attn_implementation(name)
+    assert model.config._attn_implementation == "grouped"
+
+
+@pytest.mark.parametrize("name", ["paged|eager", "fastest"])
 @pytest.mark.parametrize("when", ["made", "set", "loaded"])
 def test_unknown_implementation(tmp_path, name, when):
     words = (name, "'grouped'", "'eager'")
@@ -1249,6 +1268,55 @@ def test_bad_cache_for_images():
     assert_rejected(words, model, **make_inputs(model.config), past_key_values=DynamicCache())
 
 
+LABELS = {
+    "image": [
+        (torch.tensor([0, 3]), ("`labels`", "`num_labels` 3", "got 3")),
+        (torch.tensor([-1, 0]), ("`labels`", "`num_labels` 3", "-100", "got -1")),
+        (torch.tensor([0, 1, 2]), ("`labels`", "[batch] [2]", "got shape [3]")),
+        (torch.zeros(2, 2), ("`labels`", "[2, 3]", "got shape [2, 2]")),
+    ],
+    "text": [
+        (torch.full((2, 7), 19), ("`labels`", "`vocab_size` 19", "got 19")),
+        (torch.full((2, 7), -1), ("`labels`", "`vocab_size` 19", "-100", "got -1")),
+        (torch.zeros(2, 6, dtype=torch.long), ("`labels`", "[2, 7]", "got shape [2, 6]")),
+        (torch.zeros(2, 7), ("`labels`", "[2, 7]", "torch.float32")),
+    ],
+}
+
+
+@pytest.mark.parametrize(("modality", "case"), [(modality, case) for modality in LABELS for case in range(4)])
+def test_bad_labels(modality, case):
+    labels, words = LABELS[modality][case]
+    model = make_model(modality)
+    assert_rejected(words, model, **make_inputs(model.config), labels=labels)
+
+
+def test_ignored_labels_are_allowed():
+    for modality, shape in (("image", (2,)), ("text", (2, 7))):
+        model = make_model(modality)
+        labels = torch.zeros(shape, dtype=torch.long)
+        labels[0] = -100
+        assert model(**make_inputs(model.config), labels=labels).loss.isfinite()
+
+
+@pytest.mark.parametrize("kept", [-1, 8, torch.tensor([7]), torch.tensor([-8])])
+def test_bad_logits_to_keep(kept):
+    model = make_model("text")
+    assert_rejected(("`logits_to_keep`", "7", "got"), model, **make_inputs(model.config), logits_to_keep=kept)
+
+
+@pytest.mark.parametrize("position_ids", [torch.arange(7), torch.zeros(1, 1, 7).long(), torch.zeros(2, 7)])
+def test_bad_position_ids_rank(position_ids):
+    model = make_model("text", "rope")
+    words = ("`position_ids`", "[2, 7]", f"got shape {list(position_ids.shape)}")
+    assert_rejected(words, model, **make_inputs(model.config), position_ids=position_ids)
+
+
+def test_bad_inputs_embeds_type():
+    words = ("`inputs_embeds`", "floats", "torch.int64")
+    assert_rejected(words, make_model("text"), inputs_embeds=torch.zeros(2, 7, 12, dtype=torch.long))
+
+
 # What is set on a config after it was checked
 
 
@@ -1268,6 +1336,13 @@ def test_overrides_of_from_pretrained_are_checked(override, words, tmp_path):
     with pytest.raises(StrictDataclassError) as caught:
         TranslutionForImageClassification.from_pretrained(tmp_path, **override)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_no_mixer_name_is_the_default():
+    config = make_config(mixer_types="attention")
+    config.mixer_types = None
+    model = TranslutionForImageClassification(config)
+    assert model.config.mixer_types == ["translution"] * 2
 
 
 def test_one_mixer_name_overrides_all(tmp_path):
