@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
 from translution.modeling.attention_mixer import TRITON
-from translution.modeling.modeling_translution import _causal
+from translution.modeling.masks import ALL_VISIBLE, AttentionMask, causal_mask
 from translution.modeling.pair_layout import PairLayout
 from translution.modeling.translution_mixer import TranslutionMixer
 
@@ -113,11 +113,9 @@ def mixer_of(layout: PairLayout, hidden: int, heads: int, head_dim: int, **field
     return mixer
 
 
-def causal_mask(layout: PairLayout, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask of a text, `[1, 1, L, L]`."""
-    if not layout.causal:
-        return None
-    return _causal(torch.zeros(1, 1, layout.num_receivers, layout.num_tokens, device=device, dtype=dtype), layout)
+def mask_of(layout: PairLayout, like: Tensor) -> AttentionMask:
+    """The causal mask of a text."""
+    return causal_mask(layout, like) if layout.causal else ALL_VISIBLE
 
 
 def results(
@@ -127,7 +125,7 @@ def results(
     mixer.config._attn_implementation = name
     mixer.zero_grad()
     tokens = tokens.detach().requires_grad_()
-    output, _ = mixer(tokens, layout, causal_mask(layout, tokens.device, tokens.dtype))
+    output, _ = mixer(tokens, layout, mask_of(layout, tokens))
     (output * weight).sum().backward()
     gradients = {key: parameter.grad for key, parameter in mixer.named_parameters()}
     return {"output": output.detach(), "tokens": tokens.grad, **gradients}
@@ -199,7 +197,7 @@ def time_mixer(
     mixer = mixer_of(layout, *sizes, **fields).to(bench.device, bench.half)
     mixer.config._attn_implementation = TRITON
     tokens = torch.randn(batch, layout.num_tokens, sizes[0], device=bench.device, dtype=bench.half)
-    mask = causal_mask(layout, bench.device, bench.half)
+    mask = mask_of(layout, tokens)
     pairs = layout.num_tokens**2 / (2 if layout.causal else 1)
     per_pair = 2 * sizes[0] * sizes[1] * sizes[2] * len(fields["relative_projections"])
 
