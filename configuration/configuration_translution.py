@@ -12,7 +12,7 @@ from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from .self_contained import auto_map, copy_code, own_auto_map
+from .remote_code import auto_map, copy_code, own_auto_map
 
 
 logger = logging.get_logger(__name__)

@@ -22,7 +22,7 @@ from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, t
 from torch import nn
 
 from translution import TranslutionConfig
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 VERIFIED_LENGTH = 96

@@ -16,9 +16,9 @@ from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, t
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
-from translution.modeling.modeling_translution import build_mixer
-from translution.modeling.pair_layout import PairLayout
-from translution.modeling.rotary import image_rotation
+from translution.modeling.models.modeling_translution import build_mixer
+from translution.modeling.operators.pair_layout import PairLayout
+from translution.modeling.operators.rotary import image_rotation
 
 
 VARIANTS = {

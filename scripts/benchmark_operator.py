@@ -22,9 +22,9 @@ import torch
 from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor
 
-from translution.modeling import translution_grouped, translution_reference
-from translution.modeling.pair_layout import PairLayout
-from translution.modeling.streamed_attention import streamed_attention
+from translution.modeling.operators import grouped, reference
+from translution.modeling.operators.pair_layout import PairLayout
+from translution.modeling.operators.streamed import streamed_attention
 
 
 HEADS = 3
@@ -109,9 +109,9 @@ def with_gather(broadcast: bool) -> Callable[..., Tensor]:
 
 
 IMPLEMENTATIONS = {
-    "grouped": with_operators(translution_grouped),
+    "grouped": with_operators(grouped),
     "streamed": streamed,
-    "reference": with_operators(translution_reference),
+    "reference": with_operators(reference),
     "gather": with_gather(broadcast=False),
     "gather-matmul": with_gather(broadcast=True),
 }

@@ -29,10 +29,10 @@ from measuring import hardware
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
-from translution.modeling.attention_mixer import TRITON
-from translution.modeling.masks import ALL_VISIBLE, AttentionMask, causal_mask
-from translution.modeling.pair_layout import PairLayout
-from translution.modeling.translution_mixer import TranslutionMixer
+from translution.modeling.mixers.attention import TRITON
+from translution.modeling.mixers.masks import ALL_VISIBLE, AttentionMask, causal_mask
+from translution.modeling.mixers.translution import TranslutionMixer
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 FIELDS = [

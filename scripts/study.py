@@ -60,8 +60,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-from translution.modeling import registration
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.operators import registration
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 # A backend that needs no screen.

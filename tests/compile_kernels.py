@@ -15,9 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from translution.modeling import basis_triton, registration, translution_triton
-from translution.modeling.pair_autograd import pack
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.operators import registration, triton_basis, triton_pairs
+from translution.modeling.operators.pair_autograd import pack
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -32,14 +32,14 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
         chosen = options[max(option, -len(options)) if option < 0 else min(option, len(options) - 1)]
         noted.append((kernel, arguments | derived(chosen) | chosen))
 
-    translution_triton.launch = basis_triton.launch = note
+    triton_pairs.launch = triton_basis.launch = note
     layout = PairLayout.for_image(2, 2, 2, 2)
     x = torch.zeros(2, layout.num_tokens, FEATURES, dtype=dtype)
     bank = torch.zeros(layout.num_offsets, FEATURES, FEATURES, dtype=dtype)
     pairs = torch.zeros(2, HEADS, layout.num_tokens, layout.num_tokens)
-    translution_triton._scores(x, x, bank, bank, HEADS, layout)
-    translution_triton._values(pairs, x, bank, layout)
-    translution_triton._scores_backward(pairs, x, x, bank, bank, layout, True, False)
+    triton_pairs._scores(x, x, bank, bank, HEADS, layout)
+    triton_pairs._values(pairs, x, bank, layout)
+    triton_pairs._scores_backward(pairs, x, x, bank, bank, layout, True, False)
 
     heads = torch.zeros(2, HEADS, 4, layout.num_tokens, FEATURES, dtype=dtype)
     one, sums = heads[:, :, :1].contiguous(), torch.zeros(2, HEADS, layout.num_tokens)

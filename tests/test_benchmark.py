@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 pytest.importorskip("matplotlib")

@@ -18,7 +18,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from translution import TranslutionConfig, TranslutionForCausalLM
 from translution.configuration.configuration_translution import MIXER_TYPES
-from translution.modeling.cache import TranslutionDynamicLayer
+from translution.modeling.mixers.cache import TranslutionDynamicLayer
 
 
 SUBSETS = ["qkv", "qk", "qv", "kv", "q", "k", "v"]

@@ -19,8 +19,8 @@ from test_modeling import (
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from translution.modeling import pair_layout
-from translution.modeling.masks import check_mask, find_packed_texts, make_mask
+from translution.modeling.mixers.masks import check_mask, find_packed_texts, make_mask
+from translution.modeling.operators import pair_layout
 
 
 def masks_by_hand(mask, batch, heads, tokens, causal):

@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from translution import TranslutionConfig, TranslutionForImageClassification, TranslutionModel
 from translution.configuration.configuration_translution import MIXER_TYPES
-from translution.modeling import basis_products, translution_grouped, translution_reference
-from translution.modeling.acmix_mixer import ACmixMixer
-from translution.modeling.attention_mixer import RelativeBiasAttentionMixer, RelativeVectorAttentionMixer
-from translution.modeling.convolution_mixer import ConvolutionMixer
-from translution.modeling.masks import ALL_VISIBLE, AttentionMask, make_mask
-from translution.modeling.modeling_translution import build_mixer
-from translution.modeling.pair_layout import PairLayout, StepLayout
-from translution.modeling.resampling import resample_offsets, resample_positions
-from translution.modeling.translution_mixer import TranslutionMixer
+from translution.modeling.mixers.acmix import ACmixMixer
+from translution.modeling.mixers.attention import RelativeBiasAttentionMixer, RelativeVectorAttentionMixer
+from translution.modeling.mixers.convolution import ConvolutionMixer
+from translution.modeling.mixers.masks import ALL_VISIBLE, AttentionMask, make_mask
+from translution.modeling.mixers.translution import TranslutionMixer
+from translution.modeling.models.modeling_translution import build_mixer
+from translution.modeling.operators import basis_products, grouped, reference
+from translution.modeling.operators.pair_layout import PairLayout, StepLayout
+from translution.modeling.operators.resampling import resample_offsets, resample_positions
 
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -73,7 +73,7 @@ def tokens_of(layout):
 # Translution is convolution, and is self-attention
 
 
-@pytest.mark.parametrize("operators", [translution_grouped, translution_reference], ids=["grouped", "reference"])
+@pytest.mark.parametrize("operators", [grouped, reference], ids=["grouped", "reference"])
 @pytest.mark.parametrize("grid", [(3, 4), (5, 2), (1, 6)], ids=str)
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_uniform_window_is_conv2d(operators, grid, kernel_size):
@@ -94,7 +94,7 @@ def test_uniform_window_is_conv2d(operators, grid, kernel_size):
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("operators", [translution_grouped, translution_reference], ids=["grouped", "reference"])
+@pytest.mark.parametrize("operators", [grouped, reference], ids=["grouped", "reference"])
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 def test_uniform_window_is_causal_conv1d(operators, kernel_size):
     length = 7
@@ -129,7 +129,7 @@ def test_convolution_mixer_is_translution_with_uniform_weights(modality, kernel_
         bank[layout.num_grid_offsets], weight[layout.num_grid_offsets] = mixer.class_proj.weight.T, 1
     rows, _ = layout.offsets()
     pairs = (weight[rows.clamp(min=0)] * (rows >= 0)).expand(BATCH, 1, -1, -1)
-    expected = mixer.o_proj(translution_reference.pair_values(pairs, tokens, bank, layout))
+    expected = mixer.o_proj(reference.pair_values(pairs, tokens, bank, layout))
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -255,7 +255,7 @@ def test_basis_of_all_offsets_is_full(modality):
 def test_basis_never_builds_the_bank(monkeypatch):
     config = make_config(grid=(6, 7), relative_projections="qkv", offset_basis=2)
     layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
-    monkeypatch.setattr("translution.modeling.translution_basis.OffsetBasis.bank", None)
+    monkeypatch.setattr("translution.modeling.operators.basis.OffsetBasis.bank", None)
     mixer(tokens_of(layout), layout)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in mixer.parameters())
 

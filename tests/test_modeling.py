@@ -30,8 +30,10 @@ from transformers.utils import logging
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification, TranslutionModel
 from translution.configuration import configuration_translution
-from translution.modeling import modeling_translution, pair_layout, registration, translution_mixer
-from translution.modeling.pair_autograd import pack
+from translution.modeling.mixers import translution
+from translution.modeling.models import modeling_translution
+from translution.modeling.operators import pair_layout, registration
+from translution.modeling.operators.pair_autograd import pack
 
 
 MIXER_TYPES = configuration_translution.MIXER_TYPES
@@ -342,18 +344,18 @@ class Spy:
 @pytest.fixture
 def spies(monkeypatch):
     spies = {}
-    for name, module in (("grouped", "translution_grouped"), ("eager", "translution_reference")):
-        spies[name] = Spy(getattr(translution_mixer, module))
-        monkeypatch.setattr(translution_mixer, module, spies[name])
-    whole = translution_mixer.streamed_attention
+    for name, module in (("grouped", "grouped"), ("eager", "reference")):
+        spies[name] = Spy(getattr(translution, module))
+        monkeypatch.setattr(translution, module, spies[name])
+    whole = translution.streamed_attention
 
     def streamed(*args):
         # One call of the pass stands for scores and values.
         spies["streamed"].calls += 2
         return whole(*args)
 
-    spies["streamed"] = Spy(translution_mixer)
-    monkeypatch.setattr(translution_mixer, "streamed_attention", streamed)
+    spies["streamed"] = Spy(translution)
+    monkeypatch.setattr(translution, "streamed_attention", streamed)
     return spies
 
 

@@ -9,11 +9,11 @@ from test_pair_layout import LAYOUTS, every_layout, expected_rows, layout_id
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig
-from translution.modeling import narrow_pairs, pair_runs, registration, translution_grouped, translution_reference
-from translution.modeling.masks import AttentionMask
-from translution.modeling.pair_autograd import register_pair_operators
-from translution.modeling.pair_layout import PairLayout
-from translution.modeling.translution_mixer import TranslutionMixer
+from translution.modeling.mixers.masks import AttentionMask
+from translution.modeling.mixers.translution import TranslutionMixer
+from translution.modeling.operators import grouped, narrow_pairs, reference, registration, runs
+from translution.modeling.operators.pair_autograd import register_pair_operators
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 SUBSETS = ["qkv", "qk", "qv", "kv", "q", "k", "v"]
@@ -206,7 +206,7 @@ def test_gradcheck_scores(layout, banks):
 
     query_bank, key_bank = (tensor(layout.num_offsets, 3, 4) if bank else None for bank in banks)
     query, key = (tensor(2, layout.num_tokens, 3 if bank else 4) for bank in banks)
-    for operators in (translution_grouped, translution_reference):
+    for operators in (grouped, reference):
         assert torch.autograd.gradcheck(
             lambda *inputs, o=operators: o.pair_scores(*inputs, 2, layout), (query, key, query_bank, key_bank)
         )
@@ -218,7 +218,7 @@ def test_gradcheck_values(layout):
     probabilities = torch.rand(2, 2, tokens, tokens, dtype=torch.float64, requires_grad=True)
     value = torch.randn(2, tokens, 3, dtype=torch.float64, requires_grad=True)
     bank = torch.randn(layout.num_offsets, 3, 4, dtype=torch.float64, requires_grad=True)
-    for operators in (translution_grouped, translution_reference):
+    for operators in (grouped, reference):
         assert torch.autograd.gradcheck(
             lambda *inputs, o=operators: o.pair_values(*inputs, layout), (probabilities, value, bank)
         )
@@ -289,7 +289,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_per_pair(monkeypatch):
-    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", 1 << 10)
     batch, heads, features = 4, 2, 16
     layout = PairLayout.for_image(9, 8, 9, 8)
     tokens = layout.num_tokens
@@ -300,9 +300,9 @@ def test_no_tensor_per_pair(monkeypatch):
     assert bound < per_pair / 4
     gradient = torch.randn(batch, heads, tokens, tokens)
     with LargestTensor() as largest:
-        translution_grouped._scores(query, key, query_bank, key_bank, heads, layout)
-        translution_grouped._scores_backward(gradient, query, key, query_bank, key_bank, layout, True, True)
-        translution_grouped._values(gradient, key, key_bank, layout)
+        grouped._scores(query, key, query_bank, key_bank, heads, layout)
+        grouped._scores_backward(gradient, query, key, query_bank, key_bank, layout, True, True)
+        grouped._values(gradient, key, key_bank, layout)
     assert largest.numel <= bound
 
 
@@ -338,7 +338,7 @@ def test_workspace_size_changes_nothing(elements, monkeypatch):
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, None, weight)
-    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", elements)
     actual = run(mixer, "grouped", hidden_states, layout, None, weight)
     for name in expected:
         assert relative_error(actual[name], expected[name]) < 1e-10, name
@@ -369,7 +369,7 @@ def test_gradient_of_one_input_alone(need):
     }
     inputs[need].requires_grad_()
     gradients = []
-    for operators in (translution_reference, translution_grouped):
+    for operators in (reference, grouped):
         scores = operators.pair_scores(**inputs, num_heads=2, layout=layout)
         gradients.append(torch.autograd.grad(scores.square().sum(), inputs[need])[0])
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
@@ -380,7 +380,7 @@ def test_a_second_copy_of_the_code_leaves_the_operators_of_the_first():
     layout = PairLayout.for_text(3, 3)
     query, key = torch.randn(2, 1, 3, 4, dtype=torch.float64)
     bank = torch.randn(3, 4, 4, dtype=torch.float64)
-    first = translution_grouped.pair_scores
+    first = grouped.pair_scores
     held = registration.operator("pair_scores").default
     expected = first(query, key, None, bank, 2, layout)
     second, _ = register_pair_operators("", None, None, None)

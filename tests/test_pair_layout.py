@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 LAYOUTS = [

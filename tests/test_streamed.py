@@ -5,9 +5,9 @@ import torch
 from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
 from test_pair_layout import every_layout
 
-from translution.modeling import far_columns, pair_autograd, pair_layout, pair_runs, registration, streamed_attention
-from translution.modeling.masks import AttentionMask
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.mixers.masks import AttentionMask
+from translution.modeling.operators import far_columns, pair_autograd, pair_layout, registration, runs, streamed
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def poisoned_memory():
 
 
 @pytest.fixture
-def streamed(monkeypatch):
+def calls(monkeypatch):
     """Counts the calls, so that a test knows that the path ran."""
     calls = []
 
@@ -27,9 +27,9 @@ def streamed(monkeypatch):
         calls.append(args)
         return forward(*args)
 
-    forward = streamed_attention._forward
-    monkeypatch.setattr(streamed_attention, "SQUARE_ELEMENTS", 0)
-    monkeypatch.setattr(streamed_attention, "_forward", count)
+    forward = streamed._forward
+    monkeypatch.setattr(streamed, "SQUARE_ELEMENTS", 0)
+    monkeypatch.setattr(streamed, "_forward", count)
     return calls
 
 
@@ -47,18 +47,18 @@ def compare(mixer, layout, tolerance=1e-10):
 
 @pytest.mark.parametrize("subset", SUBSETS)
 @every_layout
-def test_equals_reference(layout, subset, streamed):
+def test_equals_reference(layout, subset, calls):
     compare(make_mixer(layout, subset), layout)
-    assert bool(streamed) == (layout.past == 0)
+    assert bool(calls) == (layout.past == 0)
 
 
 @pytest.mark.parametrize("subset", ["qkv", "kv", "v"])
 @pytest.mark.parametrize("distance", [0, 1, 2, 5])
 @pytest.mark.parametrize("length", [1, 2, 3, 6, 7, 23])
-def test_text_with_a_distance(length, distance, subset, streamed):
+def test_text_with_a_distance(length, distance, subset, calls):
     layout = PairLayout.for_text(length, 64, distance)
     compare(make_mixer(layout, subset), layout)
-    assert streamed
+    assert calls
 
 
 @pytest.mark.parametrize(
@@ -67,20 +67,20 @@ def test_text_with_a_distance(length, distance, subset, streamed):
     ids=["image", "image-distance", "text"],
 )
 @pytest.mark.parametrize("elements", [1, 40, 1 << 20])
-def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypatch, streamed):
-    monkeypatch.setattr(streamed_attention, "GROUP_ELEMENTS", elements)
-    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", elements)
+def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypatch, calls):
+    monkeypatch.setattr(streamed, "GROUP_ELEMENTS", elements)
+    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", elements)
     compare(make_mixer(layout, "qkv"), layout)
-    assert streamed
+    assert calls
 
 
 @pytest.mark.parametrize("path", ["far columns", "runs", "square"])
 @pytest.mark.parametrize("size", [(6, 5), (2, 7), (7, 2), (1, 6), (4, 4)])
 @pytest.mark.parametrize("distance", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("subset", ["qkv", "qk", "v"])
-def test_image_with_a_distance(subset, distance, size, path, streamed, monkeypatch):
+def test_image_with_a_distance(subset, distance, size, path, calls, monkeypatch):
     served = []
-    monkeypatch.setattr(streamed_attention, "ENABLED", path != "square")
+    monkeypatch.setattr(streamed, "ENABLED", path != "square")
     if path == "runs":
         monkeypatch.setattr(far_columns, "FLASH", None)
     else:
@@ -88,26 +88,26 @@ def test_image_with_a_distance(subset, distance, size, path, streamed, monkeypat
         monkeypatch.setattr(far_columns, "FLASH", lambda *args, **kwargs: served.append(1) or flash(*args, **kwargs))
     layout = PairLayout.for_image(*size, *size, distance)
     compare(make_mixer(layout, subset), layout)
-    assert bool(streamed) == (path != "square")
+    assert bool(calls) == (path != "square")
     assert bool(served) == (path == "far columns" and 0 < distance < size[1] - 1)
 
 
 @pytest.mark.parametrize("path", ["far columns", "runs", "square"])
-def test_a_geometry_forgotten_in_between_changes_nothing(path, streamed, monkeypatch):
+def test_a_geometry_forgotten_in_between_changes_nothing(path, calls, monkeypatch):
     """What is known of a geometry is kept in several places, and none of them may rely on another."""
-    monkeypatch.setattr(streamed_attention, "ENABLED", path != "square")
+    monkeypatch.setattr(streamed, "ENABLED", path != "square")
     if path == "runs":
         monkeypatch.setattr(far_columns, "FLASH", None)
     layout = PairLayout.for_image(5, 6, 5, 6, 2)
     mixer = make_mixer(layout, "qkv")
     compare(mixer, layout)
-    for forget in (pair_layout._column_shifts, pair_runs.shared_matrices, pair_runs._blocks):
+    for forget in (pair_layout._column_shifts, runs.shared_matrices, runs._blocks):
         forget.cache_clear()
         compare(mixer, layout)
 
 
 @pytest.mark.parametrize("need", ["hidden_states", "bank"])
-def test_image_with_a_distance_and_gradients_of_one_input(need, streamed):
+def test_image_with_a_distance_and_gradients_of_one_input(need, calls):
     layout = PairLayout.for_image(5, 6, 5, 6, 2)
     mixer = make_mixer(layout, "qkv")
     hidden_states = torch.randn(BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
@@ -119,14 +119,14 @@ def test_image_with_a_distance_and_gradients_of_one_input(need, streamed):
         mixer.k_bank.requires_grad_(need == "bank")
         output = mixer(inputs, layout)[0].pow(2).sum()
         gradients[implementation] = torch.autograd.grad(output, mixer.k_bank if need == "bank" else inputs)[0]
-    assert streamed
+    assert calls
     assert relative_error(gradients["grouped"], gradients["eager"]) < 1e-10
 
 
 @pytest.mark.parametrize("path", ["streamed", "square"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, path, monkeypatch, streamed):
-    monkeypatch.setattr(streamed_attention, "ENABLED", path == "streamed")
+def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, path, monkeypatch, calls):
+    monkeypatch.setattr(streamed, "ENABLED", path == "streamed")
     product, rows = torch.mm, []
 
     def count(left, right, **kwargs):
@@ -152,51 +152,51 @@ def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, 
 def test_a_small_image_streams_where_most_columns_are_far():
     tokens = torch.empty(1, 0, 0)
     image = PairLayout.for_image
-    assert streamed_attention.can_stream(tokens, 3, image(7, 8, 7, 8, 2))
-    assert not streamed_attention.can_stream(tokens, 3, image(7, 8, 7, 8, 4))
-    assert not streamed_attention.can_stream(tokens, 3, image(7, 8, 7, 8))
-    assert not streamed_attention.can_stream(tokens.to("meta"), 3, image(7, 8, 7, 8, 2))
+    assert streamed.can_stream(tokens, 3, image(7, 8, 7, 8, 2))
+    assert not streamed.can_stream(tokens, 3, image(7, 8, 7, 8, 4))
+    assert not streamed.can_stream(tokens, 3, image(7, 8, 7, 8))
+    assert not streamed.can_stream(tokens.to("meta"), 3, image(7, 8, 7, 8, 2))
 
 
-def test_switched_off_the_square_runs(monkeypatch, streamed):
-    monkeypatch.setattr(streamed_attention, "ENABLED", False)
+def test_switched_off_the_square_runs(monkeypatch, calls):
+    monkeypatch.setattr(streamed, "ENABLED", False)
     compare(make_mixer(PairLayout.for_text(9, 9), "qkv"), PairLayout.for_text(9, 9))
     compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
     compare(make_mixer(PairLayout.for_image(3, 4, 3, 4), "kv"), PairLayout.for_image(3, 4, 3, 4))
-    assert not streamed
+    assert not calls
 
 
-def test_without_pytorchs_attention_for_far_pairs_the_square_runs(monkeypatch, streamed):
+def test_without_pytorchs_attention_for_far_pairs_the_square_runs(monkeypatch, calls):
     monkeypatch.setattr(far_columns, "FLASH", None)
     compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
-    assert not streamed
+    assert not calls
     # No pair of so short a text is far.
     compare(make_mixer(PairLayout.for_text(3, 9, 3), "kv"), PairLayout.for_text(3, 9, 3))
-    assert streamed
+    assert calls
 
 
-def test_a_mask_dropout_and_low_rank_take_the_square(streamed):
+def test_a_mask_dropout_and_low_rank_take_the_square(calls):
     layout = PairLayout.for_text(5, 5)
     hidden_states = torch.randn(BATCH, 5, HIDDEN, dtype=torch.float64)
     mask = torch.zeros(1, 1, 5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e300)
     mixer = make_mixer(layout, "kv")
     mixer(hidden_states, layout, AttentionMask(mask))
-    assert not streamed
+    assert not calls
     mixer.attention_dropout = 0.5
     mixer.train()(hidden_states, layout)
-    assert not streamed
+    assert not calls
     mixer.eval()(hidden_states, layout)
-    assert streamed
-    streamed.clear()
+    assert calls
+    calls.clear()
     make_mixer(layout, "kv", rank=2)(hidden_states, layout)
-    assert not streamed
+    assert not calls
 
 
 @pytest.mark.parametrize("subset", ["qkv", "kv", "qv"])
 @pytest.mark.parametrize(
     "layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(5, 5, 2)], ids=["image", "text"]
 )
-def test_gradcheck(layout, subset, streamed):
+def test_gradcheck(layout, subset, calls):
     mixer = make_mixer(layout, subset)
     names = [f"{letter}_bank" for letter in subset]
     plain = {name: parameter for name, parameter in mixer.named_parameters() if name not in names}
@@ -208,7 +208,7 @@ def test_gradcheck(layout, subset, streamed):
     tokens = torch.randn(2, layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
     banks = [getattr(mixer, name).detach().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(run_with, (tokens, *banks), fast_mode=True)
-    assert streamed
+    assert calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -217,14 +217,14 @@ def test_gradcheck(layout, subset, streamed):
     [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_image(4, 6, 4, 6, 2), PairLayout.for_text(19, 19, 5)],
     ids=["image", "image-distance", "text"],
 )
-def test_lower_precision_is_as_good_as_the_reference(layout, dtype, streamed):
+def test_lower_precision_is_as_good_as_the_reference(layout, dtype, calls):
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     truth = run(mixer, "eager", hidden_states, layout, None, weight)
     mixer.to(dtype)
     expected = run(mixer, "eager", hidden_states.to(dtype), layout, None, weight)
     actual = run(mixer, "grouped", hidden_states.to(dtype), layout, None, weight)
-    assert streamed
+    assert calls
     for name in truth:
         assert actual[name].dtype == expected[name].dtype
         error = relative_error(actual[name], truth[name])
@@ -232,7 +232,7 @@ def test_lower_precision_is_as_good_as_the_reference(layout, dtype, streamed):
 
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4])
-def test_scores_far_from_zero(extreme, streamed):
+def test_scores_far_from_zero(extreme, calls):
     """The greatest score may come in any group; what came before must be rescaled, and never overflow."""
     layout = PairLayout.for_text(12, 12)
     mixer = make_mixer(layout, "kv")
@@ -241,27 +241,27 @@ def test_scores_far_from_zero(extreme, streamed):
     hidden_states = torch.randn(BATCH, 12, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, None, torch.ones(()))["output"]
     for elements in (1, 1 << 20):
-        streamed_attention.GROUP_ELEMENTS, before = elements, streamed_attention.GROUP_ELEMENTS
+        streamed.GROUP_ELEMENTS, before = elements, streamed.GROUP_ELEMENTS
         actual = run(mixer, "grouped", hidden_states, layout, None, torch.ones(()))["output"]
-        streamed_attention.GROUP_ELEMENTS = before
+        streamed.GROUP_ELEMENTS = before
         assert relative_error(actual, expected) < 1e-10
-    assert streamed
+    assert calls
 
 
 @pytest.mark.parametrize(
     "layout", [PairLayout.for_text(400, 400, 4), PairLayout.for_image(20, 20, 20, 20, 2)], ids=["text", "image"]
 )
-def test_nothing_as_large_as_the_square(layout, monkeypatch, streamed):
-    monkeypatch.setattr(pair_runs, "WORKSPACE_ELEMENTS", 1 << 9)
-    monkeypatch.setattr(streamed_attention, "GROUP_ELEMENTS", 1 << 9)
+def test_nothing_as_large_as_the_square(layout, monkeypatch, calls):
+    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(streamed, "GROUP_ELEMENTS", 1 << 9)
     length = layout.num_tokens
     mixer = make_mixer(layout, "kv").float()
     hidden_states = torch.randn(1, length, HIDDEN, requires_grad=True)
     largest = LargestTensor()
     for name in ("_forward", "_backward"):
-        monkeypatch.setattr(streamed_attention, name, largest.inside(getattr(streamed_attention, name)))
+        monkeypatch.setattr(streamed, name, largest.inside(getattr(streamed, name)))
     mixer(hidden_states, layout)[0].sum().backward()
-    assert streamed
+    assert calls
     # Twenty elements a token: keys of three features more than the widest of its tensors.
     assert 2 * length < largest.numel <= 20 * length < length**2 / 10
 

@@ -22,10 +22,10 @@ from test_operators import (
 from test_pair_layout import layout_id
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-from translution.modeling import kernel_choice, registration
-from translution.modeling.attention_mixer import GROUPED, TRITON
-from translution.modeling.pair_autograd import pack
-from translution.modeling.pair_layout import PairLayout
+from translution.modeling.mixers.attention import GROUPED, TRITON
+from translution.modeling.operators import dispatch, registration
+from translution.modeling.operators.pair_autograd import pack
+from translution.modeling.operators.pair_layout import PairLayout
 
 
 pytest.importorskip("triton")
@@ -34,7 +34,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.errors import OutOfResources
 
-from translution.modeling import basis_triton, translution_reference, translution_triton, triton_launch
+from translution.modeling.kernels import launch
+from translution.modeling.operators import reference, triton_basis, triton_pairs
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,7 +78,7 @@ def bfloat16_in_the_interpreter(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that every loop and every edge of a kernel is reached."""
-    monkeypatch.setattr(translution_triton, "_TILES", SMALL_TILES)
+    monkeypatch.setattr(triton_pairs, "_TILES", SMALL_TILES)
 
 
 def on_device(mixer, hidden_states, mask, weight, dtype):
@@ -110,7 +111,7 @@ def test_kernels_equal_reference(layout, subset, rank):
 def test_every_edge_of_a_tile(layout, small_tiles):
     """Inner sizes, heads, batches and pairs that fill several tiles, and the last of each in part."""
     batch, heads, size, features = 17, 3, 5, 17
-    operators = [translution_triton, translution_reference]
+    operators = [triton_pairs, reference]
 
     def tensor(*shape):
         return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
@@ -142,11 +143,11 @@ def test_text_with_a_past_and_a_band(past, band):
 
     inputs = (tensor(2, receivers, 4), tensor(2, tokens, 4), *(tensor(layout.num_offsets, 4, 6) for _ in range(2)))
     pairs = tensor(2, 2, receivers, tokens).detach()
-    results = [m.pair_scores(*inputs, 2, layout) for m in (translution_triton, translution_reference)]
+    results = [m.pair_scores(*inputs, 2, layout) for m in (triton_pairs, reference)]
     gradients = [torch.autograd.grad((result * pairs).sum(), inputs) for result in results]
     for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
         assert relative_error(actual, expected) < TOLERANCE
-    values = [m.pair_values(pairs, inputs[1], inputs[3], layout) for m in (translution_triton, translution_reference)]
+    values = [m.pair_values(pairs, inputs[1], inputs[3], layout) for m in (triton_pairs, reference)]
     assert relative_error(*values) < TOLERANCE
 
 
@@ -332,7 +333,7 @@ def test_kernels_compile_without_a_gpu(dtype, option, backend, architecture, sha
     command = [sys.executable, str(program), dtype, str(option), backend, architecture]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
     compiled = dict(line.split() for line in output.splitlines())
-    modules = (translution_triton, basis_triton)
+    modules = (triton_pairs, triton_basis)
     assert set(compiled) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert max(map(int, compiled.values())) <= shared << 10
 
@@ -347,17 +348,17 @@ CUDA = torch.device("cuda")
 def gpu(monkeypatch):
     """A machine that seems to have a GPU, of the capability that a test may set."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     return monkeypatch
 
 
 def test_a_gpu_takes_the_kernels_by_itself(gpu):
-    verdict = kernel_choice.can_serve(CUDA, torch.bfloat16, 64)
+    verdict = dispatch.can_serve(CUDA, torch.bfloat16, 64)
     assert verdict == (True, "")
-    assert kernel_choice.choose(GROUPED, CUDA, verdict)
-    assert kernel_choice.use_kernels(GROUPED, CUDA, torch.bfloat16, 64)
+    assert dispatch.choose(GROUPED, CUDA, verdict)
+    assert dispatch.use_kernels(GROUPED, CUDA, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize(
@@ -374,53 +375,53 @@ def test_a_gpu_takes_the_kernels_by_itself(gpu):
 )
 def test_every_reason_falls_back_with_one_warning_and_refuses_a_wish(gpu, reason, arguments, change):
     if change is not None and isinstance(change[0], str):
-        gpu.setattr(kernel_choice, *change)
+        gpu.setattr(dispatch, *change)
     elif change is not None:
         gpu.setattr(torch.cuda, "get_device_capability", lambda device: change)
     warnings = []
-    gpu.setattr(kernel_choice.logger, "warning_once", warnings.append)
-    verdict = kernel_choice.can_serve(*arguments)
+    gpu.setattr(dispatch.logger, "warning_once", warnings.append)
+    verdict = dispatch.can_serve(*arguments)
     assert not verdict.ok
     assert reason in verdict.reason
-    assert not kernel_choice.use_kernels(GROUPED, *arguments)
+    assert not dispatch.use_kernels(GROUPED, *arguments)
     assert len(warnings) == (arguments[0] == CUDA)
     assert all(reason in warning for warning in warnings)
     with pytest.raises(ValueError, match=r"attn_implementation='triton'.*cannot be met: ") as error:
-        kernel_choice.use_kernels(TRITON, *arguments)
+        dispatch.use_kernels(TRITON, *arguments)
     assert reason in str(error.value)
-    gpu.setenv(kernel_choice.VARIABLE, "1")
+    gpu.setenv(dispatch.VARIABLE, "1")
     with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1"):
-        kernel_choice.use_kernels(GROUPED, *arguments)
+        dispatch.use_kernels(GROUPED, *arguments)
 
 
 def test_an_obstacle_of_the_caller_warns_once(gpu):
     warnings = []
-    gpu.setattr(kernel_choice.logger, "warning_once", warnings.append)
-    assert not kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64, "attention weights are asked for")
+    gpu.setattr(dispatch.logger, "warning_once", warnings.append)
+    assert not dispatch.use_kernels(GROUPED, CUDA, torch.float32, 64, "attention weights are asked for")
     assert warnings == ["Translution runs without its CUDA kernels: attention weights are asked for."]
 
 
 @pytest.mark.parametrize(("value", "chosen"), [("0", False), ("off", False), ("1", True), ("ON", True), ("auto", True), ("", True)])  # fmt: skip
 def test_the_variable(gpu, value, chosen):
-    gpu.setenv(kernel_choice.VARIABLE, value)
-    assert kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64) is chosen
-    assert kernel_choice.use_kernels(TRITON, CUDA, torch.float32, 64)
+    gpu.setenv(dispatch.VARIABLE, value)
+    assert dispatch.use_kernels(GROUPED, CUDA, torch.float32, 64) is chosen
+    assert dispatch.use_kernels(TRITON, CUDA, torch.float32, 64)
 
 
 def test_an_unknown_value_of_the_variable(gpu):
-    gpu.setenv(kernel_choice.VARIABLE, "maybe")
+    gpu.setenv(dispatch.VARIABLE, "maybe")
     with pytest.raises(ValueError, match=r"`TRANSLUTION_TRITON` must be 0, 1 or auto, got 'maybe'"):
-        kernel_choice.use_kernels(GROUPED, CUDA, torch.float32, 64)
+        dispatch.use_kernels(GROUPED, CUDA, torch.float32, 64)
 
 
 def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish(monkeypatch):
     model = image_model()
     pixels = torch.randn(1, 1, 8, 8, device=DEVICE)
     assert model(pixel_values=pixels, output_attentions=True).attentions[0].shape == (1, 2, 5, 5)
-    monkeypatch.setenv(kernel_choice.VARIABLE, "1")
+    monkeypatch.setenv(dispatch.VARIABLE, "1")
     with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1` cannot be met: attention weights are asked for"):
         model(pixel_values=pixels, output_attentions=True)
-    monkeypatch.delenv(kernel_choice.VARIABLE)
+    monkeypatch.delenv(dispatch.VARIABLE)
     model.set_attn_implementation(TRITON)
     with pytest.raises(ValueError, match="output_attentions"):
         model(pixel_values=pixels, output_attentions=True)
@@ -433,7 +434,7 @@ sys.modules["triton"] = None  # as where it is not installed
 from translution import TranslutionConfig, TranslutionForImageClassification
 model = TranslutionForImageClassification(TranslutionConfig(image_size=32, num_hidden_layers=1))
 model(pixel_values=torch.randn(1, 3, 32, 32)).logits.sum().backward()
-assert not any(name.endswith(("translution_triton", "triton_launch")) for name in sys.modules)
+assert not any(name.startswith("translution.modeling.kernels.") for name in sys.modules)
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -457,22 +458,20 @@ class TightDevice:
 
 
 def test_a_device_with_little_shared_memory_gets_smaller_tiles(monkeypatch):
-    monkeypatch.setattr(triton_launch, "_fitting", {})
+    monkeypatch.setattr(launch, "_fitting", {})
     options = [{"ROWS": rows} for rows in (128, 64, 32)]
     kernel = TightDevice(64)
     for _ in range(2):
-        triton_launch.launch(kernel, lambda option: (1,), options, lambda option: {}, tokens=torch.zeros(1))
+        launch.launch(kernel, lambda option: (1,), options, lambda option: {}, tokens=torch.zeros(1))
     assert kernel.tried == [128, 64, 64]
     with pytest.raises(RuntimeError, match=r"tight does not fit .* `TRANSLUTION_TRITON=0`"):
-        triton_launch.launch(
-            TightDevice(8), lambda option: (1,), options[1:], lambda option: {}, tokens=torch.zeros(1)
-        )
+        launch.launch(TightDevice(8), lambda option: (1,), options[1:], lambda option: {}, tokens=torch.zeros(1))
 
 
 def test_tile_sizes_suit_the_problem():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for heads, width, features in ((3, 64, 192), (1, 1, 3), (12, 64, 768), (3, 8, 24), (2, 256, 512)):
-            for option in translution_triton._tiles(torch.empty(0, dtype=dtype), features, heads, width):
+            for option in triton_pairs._tiles(torch.empty(0, dtype=dtype), features, heads, width):
                 columns = option["HEADS"] * width
                 assert columns >= 16
                 assert columns <= max(128, width)

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from .configuration.configuration_translution import TranslutionConfig
-from .modeling.modeling_translution import (
+from .modeling.models.modeling_translution import (
     TranslutionForCausalLM,
     TranslutionForImageClassification,
     TranslutionModel,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..operators.basis import OffsetBasis
+from ..operators.pair_layout import PairLayout, StepLayout, distances
 from .cache import remember, remember_recent
-from .pair_layout import PairLayout, StepLayout, distances
-from .translution_basis import OffsetBasis
 
 
 class PairInputs(NamedTuple):

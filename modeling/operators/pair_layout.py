@@ -208,7 +208,7 @@ class PairLayout:
 class StepLayout:
     """The pairs of new tokens with the slots of a cache, some of which may not be filled yet.
 
-    One new token is what `translution_step.py` serves. There are several where a graph has to serve every position.
+    One new token is what `decode.py` serves. There are several where a graph has to serve every position.
 
     Args:
         position: the first new token's slot, an integer or a tensor of no dimensions, so that a compiled step serves every slot.

@@ -1,6 +1,6 @@
 """Translution of one new token with a cache: a bank is read as one slice, and no matrix is copied.
 
-The signatures are those of `translution_reference.py`, with one query and a `StepLayout`. Tokens are put in the order of
+The signatures are those of `reference.py`, with one query and a `StepLayout`. Tokens are put in the order of
 their distance, so that token `n` back meets row `n` of the bank: the small thing is gathered, not the large one. A basis
 needs no projection of the remembered tokens: with `z = q_i U[m]ᵀ`, `<q_i, x_j U[m]> = <z, x_j>`, and values are summed first
 and projected then.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .basis import OffsetBasis
 from .pair_layout import StepLayout
-from .translution_basis import OffsetBasis
 
 
 def pair_scores(

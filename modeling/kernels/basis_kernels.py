@@ -1,4 +1,4 @@
-"""The Triton kernels of Basis Translution; `basis_triton.py` launches them and has the formulas.
+"""The Triton kernels of Basis Translution; `triton_basis.py` launches them and has the formulas.
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 

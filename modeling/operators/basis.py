@@ -6,7 +6,7 @@ A bank of `n` factors is `W[o] = Σ_m b[o, m] U[m]`. The projections `x_j U[m]` 
 
 are `n` ordinary attention products mixed by the offset: `n·2·B·L²·C'` operations instead of `2·B·L²·C·C'`. Where queries and
 keys both have a basis there are `n²` products. They are made a part at a time, see `basis_products.py`. The signatures are those
-of `translution_reference.py`, with an `OffsetBasis` for each bank.
+of `reference.py`, with an `OffsetBasis` for each bank.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `n` factors.
 """
@@ -45,7 +45,7 @@ def pair_scores(
     num_heads: int,
     layout: PairLayout | StepLayout,
 ) -> Tensor:
-    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `translution_reference.pair_scores`."""
+    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     query_heads, query_coefficients = project_factors(query, query_bank, num_heads)
     key_heads, key_coefficients = project_factors(key, key_bank, num_heads)
@@ -67,7 +67,7 @@ def pair_scores(
 def pair_values(
     probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout | StepLayout
 ) -> Tensor:
-    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `translution_reference.pair_values`."""
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `reference.pair_values`."""
     rows, _ = layout.offsets(value.device)
     heads, coefficients = project_factors(value, value_bank, probabilities.shape[1])
     probabilities = probabilities.to(value.dtype)

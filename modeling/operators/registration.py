@@ -8,7 +8,8 @@ therefore says which code it belongs to: identical copies share their operators,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,35 @@ from typing import Any
 import torch
 
 
-# A checkpoint's copy has the configuration's files beside those of the models. No operator depends on them.
-NOT_OF_MODELS = ("__init__.py", "configuration_translution.py", "self_contained.py")
+# A checkpoint's copy lies in one folder, beside the configuration's files. No operator depends on those.
+FLAT_NAME = "operators_registration"
+NOT_OF_MODELS = ("__init__", "configuration_translution", "configuration_remote_code")
+# Imports within the package have another form in such a copy.
+OWN_IMPORTS = re.compile(r"^[ \t]*from \.[\w.]* import (\([^)]*\)|[^\n]*)$|^if False:$", flags=re.MULTILINE)
 
 
 @lru_cache(maxsize=1)
 def namespace() -> str:
     """Namespace of the operators of this copy of the code, `translution_` and a hash of its source."""
-    return f"translution_{_digest(Path(__file__).parent, __name__)}"
+    file = Path(__file__)
+    sources = file.parent.glob("*.py") if file.stem == FLAT_NAME else file.parents[1].rglob("*.py")
+    return f"translution_{_digest(sources, __name__)}"
 
 
-def _digest(folder: Path, module: str) -> str:
-    digest = hashlib.sha256()
-    sources = sorted(path for path in folder.glob("*.py") if path.name not in NOT_OF_MODELS)
-    for source in sources:
-        digest.update(f"{source.name}\n{_own_text(source)}\n".encode())
-    if not sources:
-        # An archive, or compiled files alone: a process has one copy of each module.
-        digest.update(module.encode())
-    return digest.hexdigest()[:16]
+def _digest(sources: Iterable[Path], module: str) -> str:
+    digests = sorted(
+        hashlib.sha256(_own_text(source).encode()).hexdigest()
+        for source in sources
+        if source.stem not in NOT_OF_MODELS
+    )
+    # In an archive, or of compiled files, there is no source; but a process has one copy of each module.
+    return hashlib.sha256("".join(digests or [module]).encode()).hexdigest()[:16]
 
 
 def _own_text(source: Path) -> str:
-    """The text of a file without imports from beside it, which a checkpoint's copy has in another form, and empty lines."""
-    lines = (line.rstrip() for line in source.read_text(encoding="utf-8").splitlines())
-    return "\n".join(line for line in lines if line and not line.lstrip().startswith(("from .", "if False:")))
+    """The text of a file without imports from the package and empty lines."""
+    lines = (line.rstrip() for line in OWN_IMPORTS.sub("", source.read_text(encoding="utf-8")).splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def operator(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The pairs of a class token: three matrices, two tokens of the `L²` pairs wide, as ordinary products.
 
 Each block of pairs has one receiver or one giver, so that a projection per pair is one per token. Banks may be `None`, as in
-`translution_reference.py`.
+`reference.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head.
 """

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from . import translution_grouped
-from .attention_mixer import Mixer
+from ..operators import grouped
+from ..operators.pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout, StepLayout
+from .attention import Mixer
 from .cache import remember, remember_recent
 from .masks import ALL_VISIBLE, AttentionMask, causal_mask
-from .pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout, StepLayout
 
 
 class ConvolutionMixer(Mixer):
@@ -114,7 +114,7 @@ def convolve_pairs(tokens: Tensor, bank: Tensor, layout: PairLayout, mask: Atten
     inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True)
     allowed = mask.visible & _window(layout, kernel_size).to(tokens.device)
     allowed = allowed.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
-    return translution_grouped.pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
+    return grouped.pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
 
 
 def _window(layout: PairLayout, kernel_size: int) -> Tensor:

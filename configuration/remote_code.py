@@ -40,50 +40,63 @@ def copy_code(folder: Path) -> list[Path]:
 
     Raises:
         OSError: if a file cannot be written.
-        ValueError: if two modules have the same name.
+        ValueError: if two modules would have the same name there.
     """
     copies = {}
-    for source in _imported_files(Path(__file__).parents[1] / "modeling" / f"{MODELING}.py"):
-        copy = folder / source.name
+    for source in _imported_files(Path(__file__).parents[1] / "modeling" / "models" / f"{MODELING}.py"):
+        copy = folder / f"{_flat_name(source)}.py"
         if copy in copies:
-            raise ValueError(f"two modules are named {source.name}; side by side only one has room.")
+            raise ValueError(f"two modules would be named {copy.name}; side by side only one has room.")
         copies[copy] = _side_by_side(source)
     for copy, text in copies.items():
         copy.write_text(text, encoding="utf-8")
     return list(copies)
 
 
-def _relative_imports(tree: ast.Module) -> Iterator[tuple[ast.ImportFrom, list[str]]]:
-    """Each import within the package, anywhere in a file, and the dotted modules that it names."""
-    for node in ast.walk(tree):
+def _flat_name(source: Path) -> str:
+    """Name of a module where all lie in one folder: after its own, except for those that users name."""
+    return source.stem if source.stem in (CONFIGURATION, MODELING) else f"{source.parent.name}_{source.stem}"
+
+
+def _relative_imports(source: Path, text: str) -> Iterator[tuple[ast.ImportFrom, Path, dict[str, Path]]]:
+    """Each import within the package, anywhere in a file: the module or folder it names, and modules it takes from a folder."""
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level:
-            yield node, [node.module] if node.module else [alias.name for alias in node.names]
+            target = source.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            module = target.with_suffix(".py")
+            if module.is_file():
+                yield node, module, {}
+            else:
+                yield node, target, {alias.name: target / f"{alias.name}.py" for alias in node.names}
 
 
 def _imported_files(first: Path) -> list[Path]:
     """A file, and all those of the package that it imports, directly or not."""
     found = [first]
-    for path in found:
-        for node, modules in _relative_imports(ast.parse(path.read_text(encoding="utf-8"))):
-            for module in modules:
-                file = path.parents[node.level - 1].joinpath(*module.split(".")).with_suffix(".py")
-                if file not in found:
-                    found.append(file)
+    for source in found:
+        for _, target, modules in _relative_imports(source, source.read_text(encoding="utf-8")):
+            found += [file for file in modules.values() or [target] if file not in found]
     return found
 
 
 def _side_by_side(source: Path) -> str:
     """The text of a module for a folder that has all others beside it."""
     text = source.read_text(encoding="utf-8")
-    lines, unnamed = text.splitlines(), set()
-    for node, modules in _relative_imports(ast.parse(text)):
-        if node.module:
-            name = modules[0].rpartition(".")[2]
-            lines[node.lineno - 1] = re.sub(r"from\s+\.+[\w.]+", f"from .{name}", lines[node.lineno - 1], count=1)
-        else:
-            unnamed.update(modules)
-    if unnamed:
+    lines, whole = text.splitlines(), set()
+    for node, target, modules in _relative_imports(source, text):
+        line = lines[node.lineno - 1]
+        if not modules:
+            lines[node.lineno - 1] = re.sub(r"from\s+\.+[\w.]+", f"from .{_flat_name(target)}", line, count=1)
+            continue
+        names = {name: _flat_name(file) for name, file in modules.items()}
+        whole.update(names.values())
+        indent = " " * node.col_offset
+        imports = ", ".join(f"{flat} as {name}" for name, flat in names.items())
+        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}from . import {imports}"] + [""] * (
+            node.end_lineno - node.lineno
+        )
+    if whole:
         # Transformers looks for what it has to download with a regular expression, which sees no modules that are
         # imported as a whole.
-        lines += ["", "", "if False:"] + [f"    from .{name} import *  # noqa: F403" for name in sorted(unnamed)]
+        lines += ["", "", "if False:"] + [f"    from .{name} import *  # noqa: F403" for name in sorted(whole)]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """Translution in a few plain operations, for graphs that others run or whose sizes are not known yet: exported models.
 
-The signatures are those of `translution_reference.py`. Every token is projected by every matrix, and each pair gathers the
+The signatures are those of `reference.py`. Every token is projected by every matrix, and each pair gathers the
 projection it needs: no loop depends on the number of tokens, and every operation is one that ONNX has. That takes `O·L`
-projections, and memory for one per pair; where PyTorch runs the model itself, `translution_grouped.py` needs neither.
+projections, and memory for one per pair; where PyTorch runs the model itself, `grouped.py` needs neither.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `O` offsets.
 """
@@ -24,7 +24,7 @@ def pair_scores(
     num_heads: int,
     layout: PairLayout | StepLayout,
 ) -> Tensor:
-    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `translution_reference.pair_scores`."""
+    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     products = _of_pairs(query, query_bank, reverse_rows, layout, True) * _of_pairs(key, key_bank, rows, layout, False)
     scores = products.unflatten(-1, (num_heads, -1)).sum(-1, dtype=accumulation_dtype(query.dtype))
@@ -32,7 +32,7 @@ def pair_scores(
 
 
 def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout | StepLayout) -> Tensor:
-    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `translution_reference.pair_values`."""
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `reference.pair_values`."""
     rows, _ = layout.offsets(value.device)
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
     projected = _of_pairs(value, value_bank, rows, layout, False).unflatten(-1, (probabilities.shape[1], -1))

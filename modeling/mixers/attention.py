@@ -11,15 +11,15 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
+from ..operators.resampling import resample_offsets
+from ..operators.rotary import rotate
 from .masks import ALL_VISIBLE, AttentionMask, causal_mask
-from .pair_layout import PairLayout, StepLayout, bank_layout
-from .resampling import resample_offsets
-from .rotary import rotate
 
 
 # The default `attn_implementation`: offset-grouped Translution, and PyTorch's fused attention.
 GROUPED = "grouped"
-# Insists on the CUDA kernels, which the default takes where it can; see `kernel_choice.py`.
+# Insists on the CUDA kernels, which the default takes where it can; see `dispatch.py`.
 TRITON = "triton"
 
 

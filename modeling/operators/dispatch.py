@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .attention_mixer import TRITON
+from ..mixers.attention import TRITON
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Operators over pairs, with the signatures of `translution_reference.py`, and the whole attention with a basis."""
+    """Operators over pairs, with the signatures of `reference.py`, and the whole attention with a basis."""
 
     pair_scores: Callable[..., Tensor]
     pair_values: Callable[..., Tensor]
@@ -120,8 +120,8 @@ def kernels() -> Kernels:
 def _load() -> None:
     # Triton is imported here, when it is needed, and not before.
     if not _loaded:
-        from .basis_triton import basis_attention
-        from .translution_triton import pair_scores, pair_values
+        from .triton_basis import basis_attention
+        from .triton_pairs import pair_scores, pair_values
 
         _loaded.append(Kernels(pair_scores, pair_values, basis_attention))
 

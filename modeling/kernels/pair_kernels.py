@@ -1,7 +1,7 @@
-"""The four Triton kernels over pairs; `translution_triton.py` launches them and says what each is for.
+"""The four Triton kernels over pairs; `triton_pairs.py` launches them and says what each is for.
 
 Text is a grid of one row here: the distance is a column offset. `d = receiver - giver` is the offset of a pair, `dx` of grid rows
-and `dy` of columns. What the numbers of a geometry mean: `Geometry` in `translution_triton.py`.
+and `dy` of columns. What the numbers of a geometry mean: `Geometry` in `triton_pairs.py`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .pair_layout import PairLayout, StepLayout, distances
+from ..operators.pair_layout import PairLayout, StepLayout, distances
 
 
 # An additive mask hides a pair from this value on: softmax leaves such a pair no weight in any floating-point type. Besides

@@ -3,7 +3,7 @@ text, and for images whose square of scores would be large.
 
     out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
 
-Pairs come in runs that share an offset, see `pair_runs.py`. Of each receiver the greatest score so far, the sum of
+Pairs come in runs that share an offset, see `runs.py`. Of each receiver the greatest score so far, the sum of
 exponentials and the weighted sum of values are kept, and rescaled where a greater score comes (Milakov and Gimelshein 2018; Dao
 et al. 2022). The backward pass computes scores again from the logarithm of that sum. So nothing of size `[B, A, L, L]` exists
 at any time, and nothing that belongs to pairs outlives its run.
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .class_pairs import class_blocks
+from .class_token import class_blocks
 from .far_columns import (
     FLASH,
     FLASH_BACKWARD,
@@ -37,7 +37,8 @@ from .far_columns import (
 from .online_softmax import OnlineSoftmax, by_head
 from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import PairLayout
-from .pair_runs import (
+from .registration import define, register_once
+from .runs import (
     Block,
     Heads,
     Side,
@@ -51,12 +52,11 @@ from .pair_runs import (
     tokens_first,
     workspace,
 )
-from .registration import define, register_once
 
 
 # Smaller squares of an image's scores are cheaper to keep for the backward pass than to compute again.
 SQUARE_ELEMENTS = 1 << 20
-# Off, every layer runs over the two operators of `translution_grouped.py`: a switch for tests and benchmarks.
+# Off, every layer runs over the two operators of `grouped.py`: a switch for tests and benchmarks.
 ENABLED = True
 # Scores between two updates of the softmax: many, since each update touches the output once.
 GROUP_ELEMENTS = 1 << 17

@@ -11,7 +11,7 @@ Each of the three projections is the plain input where its bank is `None`.
 Memory: projections live in a workspace of bounded size and are computed again in the backward pass. Nothing of size
 `[B, L, L, C']` and no matrix per pair exists. Scores and probabilities, `[B, A, L, L]`, do.
 
-Inside this file tokens come first, `[L, B, C]`, see `pair_runs.py`. The readable definition is in `translution_reference.py`.
+Inside this file tokens come first, `[L, B, C]`, see `runs.py`. The readable definition is in `reference.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `P` pairs.
 """
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from . import narrow_pairs
-from .class_pairs import class_blocks
+from .class_token import class_blocks
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
-from .pair_runs import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
+from .runs import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
 
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .attention_mixer import RelativeBiasAttentionMixer
+from ..operators.pair_layout import NUM_CLASS_ROWS, PairLayout, StepLayout
+from .attention import RelativeBiasAttentionMixer
 from .cache import remember_recent
-from .convolution_mixer import convolve_pairs, convolve_text, convolve_window, to_grid, visible_tokens
+from .convolution import convolve_pairs, convolve_text, convolve_window, to_grid, visible_tokens
 from .masks import ALL_VISIBLE, AttentionMask
-from .pair_layout import NUM_CLASS_ROWS, PairLayout, StepLayout
 
 
 class ACmixMixer(RelativeBiasAttentionMixer):

@@ -40,7 +40,7 @@ def register_pair_operators(
         values: `(probabilities, value, value_bank, layout)` to `[B, receivers, A·e]` of the tokens' type.
 
     Returns:
-        `pair_scores` and `pair_values`, with the signatures of `translution_reference.py`.
+        `pair_scores` and `pair_values`, with the signatures of `reference.py`.
     """
     names = tuple(f"{prefix}{name}" for name in ("pair_scores", "pair_scores_backward", "pair_values"))
     scores_operator, _, values_operator = register_once(

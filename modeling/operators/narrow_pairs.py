@@ -3,7 +3,7 @@
 A product of few pairs with a matrix of 24 × 24 is done sooner than it is started, and a second thread cannot help. So here every
 token of a column is projected by the matrices of all row offsets at once, twice as many as it has pairs, and the pairs are a
 strided view of the result: the projection for receiving row `x` and giving row `x'` lies at `x - x'`. Batch comes first here.
-The functions have the signatures of `translution_grouped.py`, where the choice is made.
+The functions have the signatures of `grouped.py`, where the choice is made.
 
 Legend: `B` batch, `H` rows of the grid, `w` columns of a shift, `K = 2H - 1` row offsets, `A` heads, `F = A·e` features, `L` tokens.
 """
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .class_pairs import add_class_gradients, add_class_values, write_class_scores
+from .class_token import add_class_gradients, add_class_values, write_class_scores
 from .pair_autograd import accumulation_dtype
 from .pair_layout import ColumnShift, PairLayout
-from .pair_runs import Heads
+from .runs import Heads
 
 
 # Wider matrices, or larger batches, keep the threads busy with the products of the pairs alone, half as many. One thread does
@@ -152,7 +152,7 @@ def _parts(layout: PairLayout) -> list[tuple[ColumnShift, slice]]:
 def scores(
     query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
 ) -> Tensor:
-    """`[B, A, L, L]`, see `translution_reference.pair_scores`."""
+    """`[B, A, L, L]`, see `reference.pair_scores`."""
     batch, tokens = query.shape[0], layout.num_tokens
     features = query.shape[-1] if query_bank is None else query_bank.shape[-1]
     heads = Heads(num_heads, features, query)
@@ -180,7 +180,7 @@ def scores(
 
 
 def values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-    """`[B, L, F]`, see `translution_reference.pair_values`."""
+    """`[B, L, F]`, see `reference.pair_values`."""
     batch, num_heads = probabilities.shape[:2]
     features = value_bank.shape[-1]
     heads = Heads(num_heads, features, value)

@@ -1,6 +1,6 @@
 """Translution as the formulas say it: slow, readable, and the definition that every faster path is tested against.
 
-The signatures are those of `translution_grouped.py`. One receiving token at a time, the matrices of all its pairs are
+The signatures are those of `grouped.py`. One receiving token at a time, the matrices of all its pairs are
 gathered from the bank, `[L, in, A·e]`, and applied.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head. Token `i` receives, `j` gives.

@@ -2,7 +2,7 @@
 
 With a distance `D`, a receiver at column `y` and a giver at `y' ≤ y - D` use the same matrix, whatever `y - y'`. So their
 projections belong to tokens, and for one row offset the pairs are causal attention of the columns from `D` on to those that many
-before; and likewise to the other side, with columns in reverse. What `streamed_attention.py` keeps of the softmax is where the
+before; and likewise to the other side, with columns in reverse. What `streamed.py` keeps of the softmax is where the
 results are merged.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` size per head, `w` columns of the grid less `D`.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .online_softmax import OnlineSoftmax, merge
 from .pair_layout import ColumnShift, OffsetRun, PairLayout
-from .pair_runs import SharedMatrix, Side, grid, shared_matrices
+from .runs import SharedMatrix, Side, grid, shared_matrices
 
 
 # PyTorch's fused attention in the form that returns the logarithm of each softmax's sum, which merging needs.

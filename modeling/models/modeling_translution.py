@@ -26,9 +26,9 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..configuration.configuration_translution import TranslutionConfig
-from .acmix_mixer import ACmixMixer
-from .attention_mixer import (
+from ...configuration.configuration_translution import TranslutionConfig
+from ..mixers.acmix import ACmixMixer
+from ..mixers.attention import (
     GROUPED,
     TRITON,
     AttentionMixer,
@@ -36,12 +36,12 @@ from .attention_mixer import (
     RelativeBiasAttentionMixer,
     RelativeVectorAttentionMixer,
 )
-from .convolution_mixer import ConvolutionMixer
-from .masks import PackedTexts, check_mask, find_packed_texts, make_mask
-from .pair_layout import PairLayout, StepLayout, bank_layout
-from .resampling import resample_offsets, resample_positions
-from .rotary import image_rotation, text_rotation
-from .translution_mixer import TranslutionMixer
+from ..mixers.convolution import ConvolutionMixer
+from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask
+from ..mixers.translution import TranslutionMixer
+from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
+from ..operators.resampling import resample_offsets, resample_positions
+from ..operators.rotary import image_rotation, text_rotation
 
 
 logger = logging.get_logger(__name__)

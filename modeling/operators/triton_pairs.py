@@ -1,6 +1,6 @@
 """Translution over pairs as Triton kernels: the path for GPUs.
 
-The signatures are those of `translution_reference.py`; the derivatives are those of `pair_autograd.py`. Four kernels serve every
+The signatures are those of `reference.py`; the derivatives are those of `pair_autograd.py`. Four kernels serve every
 variant. Each program writes what no other writes, so there are no atomics, and results do not change between runs:
 
 - `scores_kernel` owns some pairs of one offset: one or two matrix products, multiplied and summed by head;
@@ -9,9 +9,9 @@ variant. Each program writes what no other writes, so there are no atomics, and 
 - `bank_gradient_kernel` owns a tile of one offset's matrix: the sum over that offset's pairs.
 
 Projections live in registers. No tensor holds an element per pair and feature, and there is no matrix per pair. A class token has
-`2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_pairs.py`).
+`2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
 
-The kernels are in `pair_kernels_triton.py`.
+The kernels are in `pair_kernels.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `C` bank input size, `e` bank output size per head.
 """
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .class_pairs import add_class_gradients, add_class_values, write_class_scores
+from ..kernels.launch import dot_precision, launch, next_power_of_2
+from ..kernels.pair_kernels import bank_gradient_kernel, scores_kernel, sum_kernel, token_gradient_kernel
+from .class_token import add_class_gradients, add_class_values, write_class_scores
 from .pair_autograd import accumulation_dtype, register_pair_operators
-from .pair_kernels_triton import bank_gradient_kernel, scores_kernel, sum_kernel, token_gradient_kernel
 from .pair_layout import PairLayout
-from .triton_launch import dot_precision, launch, next_power_of_2
 
 
 try:

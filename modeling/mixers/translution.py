@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from . import translution_basis, translution_gathered, translution_grouped, translution_reference, translution_step
-from .attention_mixer import GROUPED, Mixer
-from .exporting import is_exporting, say_what_serves
-from .kernel_choice import kernels, use_kernels
+from ..operators import basis, decode, gathered, grouped, reference
+from ..operators.basis import OffsetBasis, project_factors
+from ..operators.dispatch import kernels, use_kernels
+from ..operators.exporting import is_exporting, say_what_serves
+from ..operators.pair_layout import PairLayout, StepLayout
+from ..operators.rotary import rotate
+from ..operators.streamed import can_stream, streamed_attention
+from .attention import GROUPED, Mixer
 from .masks import ALL_VISIBLE, AttentionMask
-from .pair_layout import PairLayout, StepLayout
-from .relative_pairs import AllPairs, NearAndFarPairs, PairInputs
-from .rotary import rotate
-from .streamed_attention import can_stream, streamed_attention
-from .translution_basis import OffsetBasis, project_factors
+from .near_far import AllPairs, NearAndFarPairs, PairInputs
 
 
 class TranslutionMixer(Mixer):
@@ -40,7 +40,7 @@ class TranslutionMixer(Mixer):
     keys: the dense ones of LoR, or those of full Translution with `relative_projections` "v".
 
     Basis Translution (`offset_basis` n) mixes every bank from `n` shared matrices, `W[o] = Σ_m b[o, m] U[m]`, and never
-    builds it, see `translution_basis.py`.
+    builds it, see `basis.py`.
 
     Parameters: `{q,k,v}_bank`, `[num_offsets, C, C']` (LoR `[num_offsets, R, R]`), or `{q,k,v}_coefficients`,
     `[num_offsets, n]`, and `{q,k,v}_factors`, `[n, C, C']` (LoR `[n, R, R]`); `{q,k,v}_proj`, plain or dense projections;
@@ -140,36 +140,36 @@ class TranslutionMixer(Mixer):
         return self.o_proj(output), weights if implementation == "eager" else None
 
     def _operators(self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor) -> ModuleType:
-        """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `kernel_choice.py`.
+        """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `dispatch.py`.
 
         An exported model has to run where this package is not, so that plain operations serve it, whatever the implementation.
         """
         step = isinstance(layout, StepLayout)
         if step and layout.num_receivers == 1:
-            return translution_step
+            return decode
         if step or (is_exporting() and say_what_serves()):
-            return translution_gathered if self.offset_basis is None else translution_basis
+            return gathered if self.offset_basis is None else basis
         head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
         if implementation == "eager":
             chosen = self.config._attn_implementation or GROUPED
             if chosen != "eager":
                 weights = "attention weights are asked for, which the readable reference returns"
                 use_kernels(chosen, tokens.device, tokens.dtype, head_size, weights)
-            return translution_reference
+            return reference
         if self.offset_basis is not None:
-            return translution_basis
+            return basis
         if use_kernels(implementation, tokens.device, tokens.dtype, head_size):
             return kernels()
-        return translution_grouped
+        return grouped
 
     def _streams(
         self, operators: ModuleType, tokens: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask
     ) -> bool:
-        """Whether one pass does the whole attention, see `streamed_attention.py`.
+        """Whether one pass does the whole attention, see `streamed.py`.
 
         Low-rank scores are mostly dense, and one product makes their square.
         """
-        if operators is not translution_grouped or self.low_rank or mask.additive is not None:
+        if operators is not grouped or self.low_rank or mask.additive is not None:
             return False
         drops = self.training and self.attention_dropout > 0
         return not drops and can_stream(tokens, self.num_heads, layout)
@@ -177,7 +177,7 @@ class TranslutionMixer(Mixer):
     def _fused(
         self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor, cache: Cache | None
     ) -> bool:
-        """Whether one kernel shall do the whole attention: with a basis, wherever it can, see `kernel_choice.py`."""
+        """Whether one kernel shall do the whole attention: with a basis, wherever it can, see `dispatch.py`."""
         if self.offset_basis is None or implementation == "eager" or isinstance(layout, StepLayout) or is_exporting():
             return False
         obstacle = ""
@@ -254,7 +254,7 @@ class TranslutionMixer(Mixer):
         tokens, bank = hidden_states, None
         if name in self.relative:
             bank = self._bank(name, layout)
-            if isinstance(bank, OffsetBasis) and operators not in (translution_basis, translution_step):
+            if isinstance(bank, OffsetBasis) and operators not in (basis, decode):
                 bank = bank.bank()
         if self.low_rank:
             tokens = getattr(self, f"{name}_down")(tokens)

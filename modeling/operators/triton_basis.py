@@ -11,7 +11,7 @@ pass computes them again from the logarithm of the softmax's denominator.
 Gradients of coefficients sum over all pairs of an offset. A program owns a few neighbouring offsets and goes through the pairs of
 two rows of the grid at a time, whose offsets lie on diagonals; it writes one sum per batch entry and head. No atomics.
 
-The kernels are in `basis_kernels_triton.py`.
+The kernels are in `basis_kernels.py`.
 
 Legend: `B` batch, `A` heads, `R` receivers, `L` tokens, `n` factors, `e` their size per head, `d` dense size per head.
 """
@@ -23,16 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis_kernels_triton import (
+from ..kernels.basis_kernels import (
     coefficient_gradient_kernel,
     forward_kernel,
     key_value_gradient_kernel,
     query_gradient_kernel,
 )
+from ..kernels.launch import dot_precision, launch, next_power_of_2
 from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import NUM_CLASS_ROWS, PairLayout
 from .registration import define, register_once
-from .triton_launch import dot_precision, launch, next_power_of_2
 
 
 try:
@@ -276,18 +276,18 @@ def _coefficient_gradients(
         for tile in _OFFSET_TILES[query.element_size()]
     ]
 
-    def sums(count: int, class_pairs: bool) -> dict[str, Tensor]:
+    def sums(count: int, class_token: bool) -> dict[str, Tensor]:
         made = {name: query.new_empty(groups, count, arguments[sizes[name]], dtype=wide) for name in wanted}
         outputs = {name.replace("coefficients", "sums"): made.get(name, arguments["normaliser"]) for name in sizes}
         rows = 1 if layout.causal else 2 * height - 1
         launch(
             coefficient_gradient_kernel,
-            lambda option: (3 if class_pairs else rows * -(-num_dy // option["OFFSETS"]), groups),
+            lambda option: (3 if class_token else rows * -(-num_dy // option["OFFSETS"]), groups),
             options,
             lambda option: {},
             **outputs,
             **arguments,
-            CLASS_PAIRS=class_pairs,
+            CLASS_PAIRS=class_token,
             FACTORS=next_power_of_2(max(arguments["NQ"], arguments["NK"], arguments["NV"])),
         )
         return {name: sum_.sum(0) for name, sum_ in made.items()}
