@@ -88,7 +88,7 @@ def path_error(mixer: nn.Module, batch: int, layout: PairLayout) -> float:
         output = mix(mixer, tokens, layout)
         return [output, *torch.autograd.grad(weighted_sum(output), [tokens, *mixer.parameters()])]
 
-    return worst_error(results("grouped"), results("eager"))
+    return worst_error(results("auto"), results("eager"))
 
 
 def layer_suite(options: argparse.Namespace) -> Iterator[dict]:

@@ -176,7 +176,7 @@ def test_basis_equals_the_built_bank(modality, subset, rank, clamp):
     torch.testing.assert_close(mixed(tokens, layout, mask)[0], expected, rtol=1e-10, atol=1e-11)
     # The eager path builds the bank: gradients of both by every parameter agree as well.
     gradients = []
-    for implementation in ("grouped", "eager"):
+    for implementation in ("auto", "eager"):
         mixed.config._attn_implementation = implementation
         output = mixed(tokens, layout, mask)[0]
         gradients.append(torch.autograd.grad(output.sin().sum(), list(mixed.parameters())))
@@ -194,7 +194,7 @@ def test_basis_in_parts(modality, elements, monkeypatch):
     layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
     tokens, mask = tokens_of(layout).requires_grad_(), mask_of(layout)
     found = []
-    for implementation in ("grouped", "eager"):
+    for implementation in ("auto", "eager"):
         mixer.config._attn_implementation = implementation
         output = mixer(tokens, layout, mask)[0]
         found.append([output, *torch.autograd.grad(output.sin().sum(), [tokens, *mixer.parameters()])])
@@ -233,7 +233,7 @@ def test_basis_in_half_precision_is_as_good_as_the_reference(modality, dtype):
 
     start = {name: value.clone() for name, value in mixer.state_dict().items()}
     truth = gradients("eager", torch.float64)
-    expected, actual = gradients("eager", dtype), gradients("grouped", dtype)
+    expected, actual = gradients("eager", dtype), gradients("auto", dtype)
     mixer.double().load_state_dict(start)
     for one, other, right in zip(actual, expected, truth, strict=True):
         errors = [((part.double() - right).norm() / right.norm()).item() for part in (one, other)]
@@ -263,7 +263,7 @@ def test_basis_never_builds_the_bank(monkeypatch):
 # Attention with relative scalars and vectors
 
 
-@pytest.mark.parametrize("implementation", ["grouped", "eager"])
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
 @pytest.mark.parametrize("mixer_class", [RelativeBiasAttentionMixer, RelativeVectorAttentionMixer])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_relative_attention_pair_by_pair(modality, mixer_class, implementation):
@@ -332,7 +332,7 @@ def original_acmix(dtype=torch.float64):
     return mixer.to(dtype), tokens, tensors["output"].flatten(1, 2), layout
 
 
-@pytest.mark.parametrize("implementation", ["grouped", "eager"])
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
 def test_acmix_equals_the_original(implementation):
     mixer, tokens, expected, layout = original_acmix()
     mixer.config._attn_implementation = implementation
@@ -603,7 +603,7 @@ def test_attention_without_a_mask_looks_back_from_where_it_is(mixer_type, layout
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter)
     query, key, value = mixer.project(torch.randn(2, 9, 12, dtype=torch.float64))
-    config._attn_implementation = "grouped"
+    config._attn_implementation = "auto"
     whole, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), ALL_VISIBLE, False)
     part, _ = mixer.attend(query[:, :, -receivers:], key, value, layout, ALL_VISIBLE, False)
     torch.testing.assert_close(part, whole[:, -receivers:])

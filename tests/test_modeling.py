@@ -30,7 +30,6 @@ from transformers.utils import logging
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification, TranslutionModel
 from translution.configuration import configuration_translution
-from translution.modeling.mixers import translution
 from translution.modeling.models import modeling_translution
 from translution.modeling.operators import pair_layout, registration
 from translution.modeling.operators.pair_autograd import pack
@@ -82,7 +81,7 @@ FEW = ["full-kv", "lor-qkv", "hybrid-full"]
 each_modality = pytest.mark.parametrize("modality", list(HEADS))
 each_variant = pytest.mark.parametrize("variant", list(VARIANTS))
 few_variants = pytest.mark.parametrize("variant", FEW)
-each_implementation = pytest.mark.parametrize("implementation", ["grouped", "eager"])
+each_implementation = pytest.mark.parametrize("implementation", ["auto", "eager"])
 
 
 def make_config(modality="image", variant="full-kv", **fields):
@@ -313,71 +312,20 @@ def test_attentions_of_padded_text(variant, implementation):
 
 @each_modality
 @each_variant
-def test_eager_equals_grouped(modality, variant):
+def test_eager_equals_auto(modality, variant):
     model = make_model(modality, variant)
     inputs = make_inputs(model.config)
     if modality == "text":
         inputs["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
-    assert model.config._attn_implementation == "grouped"
+    assert model.config._attn_implementation == "auto"
     logits, grads = model(**inputs).logits, gradients(model, inputs)
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
     assert_same(model(**inputs).logits, logits)
     assert_same(gradients(model, inputs), grads)
-    model.set_attn_implementation("grouped")
-    assert model.config._attn_implementation == "grouped"
+    model.set_attn_implementation("auto")
+    assert model.config._attn_implementation == "auto"
     assert torch.equal(model(**inputs).logits, logits)
-
-
-class Spy:
-    """Counts the calls of the two operators of a module."""
-
-    def __init__(self, module):
-        self.calls = 0
-        self.module = module
-
-    def __getattr__(self, name):
-        self.calls += 1
-        return getattr(self.module, name)
-
-
-@pytest.fixture
-def spies(monkeypatch):
-    spies = {}
-    for name, module in (("grouped", "grouped"), ("eager", "reference")):
-        spies[name] = Spy(getattr(translution, module))
-        monkeypatch.setattr(translution, module, spies[name])
-    whole = translution.streamed_attention
-
-    def streamed(*args):
-        # One call of the pass stands for scores and values.
-        spies["streamed"].calls += 2
-        return whole(*args)
-
-    spies["streamed"] = Spy(translution)
-    monkeypatch.setattr(translution, "streamed_attention", streamed)
-    return spies
-
-
-@each_modality
-@pytest.mark.parametrize(
-    ("arguments", "implementation", "path"),
-    [
-        ({}, "grouped", "grouped"),
-        ({"output_hidden_states": True}, "grouped", "grouped"),
-        ({"output_attentions": True}, "grouped", "eager"),
-        ({}, "eager", "eager"),
-    ],
-    ids=["default", "hidden-states", "attentions", "eager"],
-)
-def test_which_path_runs(spies, modality, arguments, implementation, path):
-    model = make_model(modality, "full-kv", torch.float32)
-    model.set_attn_implementation(implementation)
-    model(**make_inputs(model.config), **arguments)
-    # Text that hides nothing but the future is done in one pass.
-    path = "streamed" if path == "grouped" and modality == "text" else path
-    # Scores and values of two layers.
-    assert {name: spy.calls for name, spy in spies.items()} == {"grouped": 0, "eager": 0, "streamed": 0} | {path: 4}
 
 
 @each_modality
@@ -399,37 +347,37 @@ def test_implementations_of_transformers(tmp_path, caplog, name, variant):
     model = make_model("text", variant)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name, dtype=torch.float64)
-    assert loaded.config._attn_implementation == "grouped"
+    assert loaded.config._attn_implementation == "auto"
     assert name in caplog.text
     assert "scaled_dot_product_attention" in caplog.text
     inputs = make_inputs(model.config)
     assert_same(loaded(**inputs).logits, model(**inputs).logits)
     model.set_attn_implementation(name)
-    assert model.config._attn_implementation == "grouped"
+    assert model.config._attn_implementation == "auto"
 
 
 @pytest.mark.parametrize("name", ["paged|eager", "fastest"])
 @pytest.mark.parametrize("when", ["made", "set", "loaded"])
 def test_unknown_implementation(tmp_path, name, when):
-    words = (name, "'grouped'", "'eager'")
+    words = (name, "'auto'", "'eager'")
     if when == "made":
         assert_rejected(words, AutoModel.from_config, make_config(), attn_implementation=name)
         return
     model = make_model()
     if when == "set":
         assert_rejected(words, model.set_attn_implementation, name)
-        assert model.config._attn_implementation == "grouped"
+        assert model.config._attn_implementation == "auto"
     else:
         model.save_pretrained(tmp_path)
         assert_rejected(words, AutoModel.from_pretrained, tmp_path, attn_implementation=name)
 
 
-@pytest.mark.parametrize("name", ["grouped", "eager", "triton"])
+@pytest.mark.parametrize("name", ["auto", "eager", "triton"])
 def test_implementation_by_argument(tmp_path, name):
     model = AutoModelForCausalLM.from_config(make_config("text"), attn_implementation=name)
     assert model.config._attn_implementation == name
     model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "grouped"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "auto"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
     assert loaded.config._attn_implementation == name
 
@@ -512,7 +460,7 @@ def test_copy_and_pickle(modality):
     expected = model(**inputs).logits
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
-    assert model.config._attn_implementation == "grouped"
+    assert model.config._attn_implementation == "auto"
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(**inputs).logits, expected)
         assert other.config.to_dict() == model.config.to_dict()

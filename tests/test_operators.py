@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from translution import TranslutionConfig
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.mixers.translution import TranslutionMixer
-from translution.modeling.operators import grouped, narrow_pairs, reference, registration, runs
+from translution.modeling.operators import grouped, reference, registration, runs
 from translution.modeling.operators.pair_autograd import register_pair_operators
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -86,32 +86,13 @@ def test_grouped_equals_reference(layout, subset, rank, masked):
     mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, masked)
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "grouped", hidden_states, layout, mask, weight)
+    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
     assert actual.keys() == expected.keys()
     for name in expected:
         if expected[name].norm() < 1e-12:  # one token: its probability is 1, and the scores' gradients are rounding
             assert actual[name].norm() < 1e-12, name
         else:
             assert relative_error(actual[name], expected[name]) < 1e-10, name
-
-
-@pytest.mark.parametrize("rank", [None, 3], ids=["full", "lor3"])
-@pytest.mark.parametrize("subset", SUBSETS)
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not layout.causal], ids=layout_id)
-@pytest.mark.parametrize("narrow", [False, True], ids=["runs", "narrow"])
-def test_both_ways_over_images_equal_the_reference(narrow, layout, subset, rank, monkeypatch):
-    monkeypatch.setattr(narrow_pairs, "WIDEST", 64 if narrow else 0)
-    monkeypatch.setattr(narrow_pairs, "LEAST_THREADS", 1)
-    calls = []
-    values = narrow_pairs.values
-    monkeypatch.setattr(narrow_pairs, "values", lambda *args: calls.append(1) or values(*args))
-    mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
-    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
-    expected = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "grouped", hidden_states, layout, mask, weight)
-    assert bool(calls) == (narrow and "v" in subset)
-    for name in expected:
-        assert (actual[name] - expected[name]).norm() <= 1e-10 * expected[name].norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("length", range(1, 8))
@@ -121,7 +102,7 @@ def test_text_of_every_length_up_to_the_bank(length, subset):
     mixer, mask = make_mixer(layout, subset), make_mask(layout, False)
     hidden_states, weight = torch.randn(2, BATCH, length, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "grouped", hidden_states, layout, mask, weight)
+    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
     for name in expected:
         assert (actual[name] - expected[name]).norm() <= 1e-10 * expected[name].norm() + 1e-14, name
 
@@ -182,7 +163,7 @@ def by_the_formulas(mixer: TranslutionMixer, tokens: torch.Tensor, layout: PairL
 def test_both_equal_the_formulas(layout, subset, rank):
     mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, False)
     hidden_states = torch.randn(BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
-    for implementation in ("eager", "grouped"):
+    for implementation in ("eager", "auto"):
         mixer.config._attn_implementation = implementation
         with torch.no_grad():
             output, _ = mixer(hidden_states, layout, AttentionMask(mask))
@@ -235,7 +216,7 @@ def test_lower_precision_within_twice_the_reference(layout, subset, rank, dtype)
     mixer, hidden_states, weight = mixer.to(dtype), hidden_states.to(dtype), weight.to(dtype)
     mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min)
     reference = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "grouped", hidden_states, layout, mask, weight)
+    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
     truth = run(mixer.double(), "eager", hidden_states.double(), layout, mask, weight)
     for name in truth:
         allowed = 2 * relative_error(reference[name], truth[name]) + torch.finfo(dtype).eps
@@ -324,7 +305,7 @@ def test_backward_keeps_no_projection():
     layout = PairLayout.for_image(5, 4, 5, 4)
     mixer = make_mixer(layout, "qkv")
     hidden_states = torch.randn(8, layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True)
-    mixer.config._attn_implementation = "grouped"
+    mixer.config._attn_implementation = "auto"
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.numel()) or tensor, lambda t: t):
         mixer(hidden_states, layout)
@@ -339,7 +320,7 @@ def test_workspace_size_changes_nothing(elements, monkeypatch):
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, None, weight)
     monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", elements)
-    actual = run(mixer, "grouped", hidden_states, layout, None, weight)
+    actual = run(mixer, "auto", hidden_states, layout, None, weight)
     for name in expected:
         assert relative_error(actual[name], expected[name]) < 1e-10, name
 

@@ -6,7 +6,15 @@ from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, re
 from test_pair_layout import every_layout
 
 from translution.modeling.mixers.masks import AttentionMask
-from translution.modeling.operators import far_columns, pair_autograd, pair_layout, registration, runs, streamed
+from translution.modeling.operators import (
+    dispatch,
+    far_columns,
+    pair_autograd,
+    pair_layout,
+    registration,
+    runs,
+    streamed,
+)
 from translution.modeling.operators.pair_layout import PairLayout
 
 
@@ -28,7 +36,7 @@ def calls(monkeypatch):
         return forward(*args)
 
     forward = streamed._forward
-    monkeypatch.setattr(streamed, "SQUARE_ELEMENTS", 0)
+    monkeypatch.setattr(dispatch, "SQUARE_ELEMENTS", 0)
     monkeypatch.setattr(streamed, "_forward", count)
     return calls
 
@@ -36,7 +44,7 @@ def calls(monkeypatch):
 def compare(mixer, layout, tolerance=1e-10):
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, None, weight)
-    actual = run(mixer, "grouped", hidden_states, layout, None, weight)
+    actual = run(mixer, "auto", hidden_states, layout, None, weight)
     assert actual.keys() == expected.keys()
     for name in expected:
         if expected[name].norm() < 1e-12:  # one token: its probability is 1, and the scores' gradients are rounding
@@ -80,7 +88,7 @@ def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypa
 @pytest.mark.parametrize("subset", ["qkv", "qk", "v"])
 def test_image_with_a_distance(subset, distance, size, path, calls, monkeypatch):
     served = []
-    monkeypatch.setattr(streamed, "ENABLED", path != "square")
+    monkeypatch.setattr(dispatch, "STREAM", path != "square")
     if path == "runs":
         monkeypatch.setattr(far_columns, "FLASH", None)
     else:
@@ -95,7 +103,7 @@ def test_image_with_a_distance(subset, distance, size, path, calls, monkeypatch)
 @pytest.mark.parametrize("path", ["far columns", "runs", "square"])
 def test_a_geometry_forgotten_in_between_changes_nothing(path, calls, monkeypatch):
     """What is known of a geometry is kept in several places, and none of them may rely on another."""
-    monkeypatch.setattr(streamed, "ENABLED", path != "square")
+    monkeypatch.setattr(dispatch, "STREAM", path != "square")
     if path == "runs":
         monkeypatch.setattr(far_columns, "FLASH", None)
     layout = PairLayout.for_image(5, 6, 5, 6, 2)
@@ -112,7 +120,7 @@ def test_image_with_a_distance_and_gradients_of_one_input(need, calls):
     mixer = make_mixer(layout, "qkv")
     hidden_states = torch.randn(BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     gradients = {}
-    for implementation in ("eager", "grouped"):
+    for implementation in ("eager", "auto"):
         mixer.config._attn_implementation = implementation
         inputs = hidden_states.clone().requires_grad_(need == "hidden_states")
         mixer.requires_grad_(False)
@@ -120,13 +128,13 @@ def test_image_with_a_distance_and_gradients_of_one_input(need, calls):
         output = mixer(inputs, layout)[0].pow(2).sum()
         gradients[implementation] = torch.autograd.grad(output, mixer.k_bank if need == "bank" else inputs)[0]
     assert calls
-    assert relative_error(gradients["grouped"], gradients["eager"]) < 1e-10
+    assert relative_error(gradients["auto"], gradients["eager"]) < 1e-10
 
 
 @pytest.mark.parametrize("path", ["streamed", "square"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, path, monkeypatch, calls):
-    monkeypatch.setattr(streamed, "ENABLED", path == "streamed")
+    monkeypatch.setattr(dispatch, "STREAM", path == "streamed")
     product, rows = torch.mm, []
 
     def count(left, right, **kwargs):
@@ -149,17 +157,8 @@ def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, 
     assert 4 * patches < sum(rows) <= 9 * patches
 
 
-def test_a_small_image_streams_where_most_columns_are_far():
-    tokens = torch.empty(1, 0, 0)
-    image = PairLayout.for_image
-    assert streamed.can_stream(tokens, 3, image(7, 8, 7, 8, 2))
-    assert not streamed.can_stream(tokens, 3, image(7, 8, 7, 8, 4))
-    assert not streamed.can_stream(tokens, 3, image(7, 8, 7, 8))
-    assert not streamed.can_stream(tokens.to("meta"), 3, image(7, 8, 7, 8, 2))
-
-
 def test_switched_off_the_square_runs(monkeypatch, calls):
-    monkeypatch.setattr(streamed, "ENABLED", False)
+    monkeypatch.setattr(dispatch, "STREAM", False)
     compare(make_mixer(PairLayout.for_text(9, 9), "qkv"), PairLayout.for_text(9, 9))
     compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
     compare(make_mixer(PairLayout.for_image(3, 4, 3, 4), "kv"), PairLayout.for_image(3, 4, 3, 4))
@@ -223,7 +222,7 @@ def test_lower_precision_is_as_good_as_the_reference(layout, dtype, calls):
     truth = run(mixer, "eager", hidden_states, layout, None, weight)
     mixer.to(dtype)
     expected = run(mixer, "eager", hidden_states.to(dtype), layout, None, weight)
-    actual = run(mixer, "grouped", hidden_states.to(dtype), layout, None, weight)
+    actual = run(mixer, "auto", hidden_states.to(dtype), layout, None, weight)
     assert calls
     for name in truth:
         assert actual[name].dtype == expected[name].dtype
@@ -242,7 +241,7 @@ def test_scores_far_from_zero(extreme, calls):
     expected = run(mixer, "eager", hidden_states, layout, None, torch.ones(()))["output"]
     for elements in (1, 1 << 20):
         streamed.GROUP_ELEMENTS, before = elements, streamed.GROUP_ELEMENTS
-        actual = run(mixer, "grouped", hidden_states, layout, None, torch.ones(()))["output"]
+        actual = run(mixer, "auto", hidden_states, layout, None, torch.ones(()))["output"]
         streamed.GROUP_ELEMENTS = before
         assert relative_error(actual, expected) < 1e-10
     assert calls

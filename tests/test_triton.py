@@ -22,8 +22,8 @@ from test_operators import (
 from test_pair_layout import layout_id
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-from translution.modeling.mixers.attention import GROUPED, TRITON
-from translution.modeling.operators import dispatch, registration
+from translution.modeling.operators import registration
+from translution.modeling.operators.dispatch import AUTO, TRITON
 from translution.modeling.operators.pair_autograd import pack
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -177,7 +177,7 @@ def test_basis_over_several_tiles(layout):
     hidden_states, weight = hidden_states[:1], weight[:1]
     mask = None if mask is None else mask[:1]
     mixer.to(DEVICE)
-    expected = run(mixer, GROUPED, *(None if t is None else t.to(DEVICE) for t in (hidden_states,)), layout, mask, weight.to(DEVICE))  # fmt: skip
+    expected = run(mixer, AUTO, *(None if t is None else t.to(DEVICE) for t in (hidden_states,)), layout, mask, weight.to(DEVICE))  # fmt: skip
     mixer, hidden_states, mask, weight = on_device(mixer, hidden_states, mask, weight, EXACT)
     assert_same(run(mixer, TRITON, hidden_states, layout, mask, weight), expected, TOLERANCE)
 
@@ -305,7 +305,7 @@ def test_autocast_and_checkpointing_with_the_kernels():
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(gradient.dtype == torch.float32 for gradient in gradients[0].values())
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    model.set_attn_implementation(GROUPED)
+    model.set_attn_implementation(AUTO)
     model.zero_grad()
     model(pixel_values=pixels, labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
@@ -336,95 +336,6 @@ def test_kernels_compile_without_a_gpu(dtype, option, backend, architecture, sha
     modules = (triton_pairs, triton_basis)
     assert set(compiled) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert max(map(int, compiled.values())) <= shared << 10
-
-
-# The choice
-
-
-CUDA = torch.device("cuda")
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A machine that seems to have a GPU, of the capability that a test may set."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.version, "hip", None)
-    return monkeypatch
-
-
-def test_a_gpu_takes_the_kernels_by_itself(gpu):
-    verdict = dispatch.can_serve(CUDA, torch.bfloat16, 64)
-    assert verdict == (True, "")
-    assert dispatch.choose(GROUPED, CUDA, verdict)
-    assert dispatch.use_kernels(GROUPED, CUDA, torch.bfloat16, 64)
-
-
-@pytest.mark.parametrize(
-    ("reason", "arguments", "change"),
-    [
-        ("are on 'cpu'", (torch.device("cpu"), torch.float32, 64), None),
-        ("not torch.float64", (CUDA, torch.float64, 64), None),
-        ("larger than 256", (CUDA, torch.float32, 257), None),
-        ("Triton is not installed", (CUDA, torch.float32, 64), ("find_spec", lambda name: None)),
-        ("compute capability 8.0", (CUDA, torch.bfloat16, 64), (7, 5)),
-        ("compute capability 7.0", (CUDA, torch.float16, 64), (6, 1)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_every_reason_falls_back_with_one_warning_and_refuses_a_wish(gpu, reason, arguments, change):
-    if change is not None and isinstance(change[0], str):
-        gpu.setattr(dispatch, *change)
-    elif change is not None:
-        gpu.setattr(torch.cuda, "get_device_capability", lambda device: change)
-    warnings = []
-    gpu.setattr(dispatch.logger, "warning_once", warnings.append)
-    verdict = dispatch.can_serve(*arguments)
-    assert not verdict.ok
-    assert reason in verdict.reason
-    assert not dispatch.use_kernels(GROUPED, *arguments)
-    assert len(warnings) == (arguments[0] == CUDA)
-    assert all(reason in warning for warning in warnings)
-    with pytest.raises(ValueError, match=r"attn_implementation='triton'.*cannot be met: ") as error:
-        dispatch.use_kernels(TRITON, *arguments)
-    assert reason in str(error.value)
-    gpu.setenv(dispatch.VARIABLE, "1")
-    with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1"):
-        dispatch.use_kernels(GROUPED, *arguments)
-
-
-def test_an_obstacle_of_the_caller_warns_once(gpu):
-    warnings = []
-    gpu.setattr(dispatch.logger, "warning_once", warnings.append)
-    assert not dispatch.use_kernels(GROUPED, CUDA, torch.float32, 64, "attention weights are asked for")
-    assert warnings == ["Translution runs without its CUDA kernels: attention weights are asked for."]
-
-
-@pytest.mark.parametrize(("value", "chosen"), [("0", False), ("off", False), ("1", True), ("ON", True), ("auto", True), ("", True)])  # fmt: skip
-def test_the_variable(gpu, value, chosen):
-    gpu.setenv(dispatch.VARIABLE, value)
-    assert dispatch.use_kernels(GROUPED, CUDA, torch.float32, 64) is chosen
-    assert dispatch.use_kernels(TRITON, CUDA, torch.float32, 64)
-
-
-def test_an_unknown_value_of_the_variable(gpu):
-    gpu.setenv(dispatch.VARIABLE, "maybe")
-    with pytest.raises(ValueError, match=r"`TRANSLUTION_TRITON` must be 0, 1 or auto, got 'maybe'"):
-        dispatch.use_kernels(GROUPED, CUDA, torch.float32, 64)
-
-
-def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish(monkeypatch):
-    model = image_model()
-    pixels = torch.randn(1, 1, 8, 8, device=DEVICE)
-    assert model(pixel_values=pixels, output_attentions=True).attentions[0].shape == (1, 2, 5, 5)
-    monkeypatch.setenv(dispatch.VARIABLE, "1")
-    with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1` cannot be met: attention weights are asked for"):
-        model(pixel_values=pixels, output_attentions=True)
-    monkeypatch.delenv(dispatch.VARIABLE)
-    model.set_attn_implementation(TRITON)
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(pixel_values=pixels, output_attentions=True)
 
 
 def test_no_triton_is_imported_without_a_gpu():

@@ -9,6 +9,7 @@ from .modeling.models.modeling_translution import (
     TranslutionModel,
     TranslutionPreTrainedModel,
 )
+from .modeling.operators.dispatch import explain_dispatch
 
 
 AutoConfig.register(TranslutionConfig.model_type, TranslutionConfig, exist_ok=True)
@@ -24,4 +25,5 @@ __all__ = [
     "TranslutionForImageClassification",
     "TranslutionModel",
     "TranslutionPreTrainedModel",
+    "explain_dispatch",
 ]

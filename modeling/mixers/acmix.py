@@ -60,13 +60,14 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         maps = self._maps(torch.cat((query, key, value), dim=1))
         key, value = self.remember(key, value, layout, past_key_values)
         attended, weights = self.attend(query, key, value, layout, mask, output_attentions)
-        if layout.causal and (mask.hides_pairs or past_key_values is not None):
+        path = self.choose_path("convolution", maps, layout, mask, past_key_values=past_key_values).path
+        if path == "window":
             (recent,) = remember_recent(past_key_values, self.layer_idx, [maps], self.kernel_size - 1)
             convolved = convolve_window(recent, self._shift_bank(layout), layout, mask)
-        elif mask.hides_pairs:
-            convolved = convolve_pairs(maps, self._shift_bank(layout), layout, mask, self.kernel_size)
-        else:
+        elif path == "conv":
             convolved = self._convolve(visible_tokens(maps, mask), layout)
+        else:
+            convolved = convolve_pairs(maps, self._shift_bank(layout), layout, mask, self.kernel_size, path)
         return self.attention_rate * self.o_proj(attended) + self.convolution_rate * convolved, weights
 
     def _maps(self, heads: Tensor) -> Tensor:

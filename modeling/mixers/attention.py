@@ -1,4 +1,4 @@
-"""What all mixers share, and scaled dot-product attention, with or without rotary positions.
+"""Scaled dot-product attention: plain, rotary, and with relative scalars or vectors.
 
 Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = A·d`.
 """
@@ -8,81 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
-from transformers.modeling_utils import AttentionInterface
 
-from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
-from ..operators.resampling import resample_offsets
+from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.rotary import rotate
-from .masks import ALL_VISIBLE, AttentionMask, causal_mask
-
-
-# The default `attn_implementation`: offset-grouped Translution, and PyTorch's fused attention.
-GROUPED = "grouped"
-# Insists on the CUDA kernels, which the default takes where it can; see `dispatch.py`.
-TRITON = "triton"
-
-
-class Mixer(nn.Module):
-    """Base of the mixers: heads, probabilities and the output projection.
-
-    The output projection is `Linear(C', C)` with a bias, or the identity where there is one head of size `C`.
-    """
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_heads = config.num_attention_heads
-        self.inner_size = config.num_attention_heads * config.head_dim
-        self.scaling = config.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.bank_layout = bank_layout(config)
-        if config.num_attention_heads == 1 and config.head_dim == config.hidden_size:
-            self.o_proj = nn.Identity()
-        else:
-            self.o_proj = nn.Linear(self.inner_size, config.hidden_size)
-
-    def implementation(self, output_attentions: bool) -> str:
-        """The path to run: weights that are to be returned come from the readable one; a lone mixer is grouped."""
-        chosen = self.config._attn_implementation or GROUPED
-        if output_attentions and chosen == TRITON:
-            raise ValueError(
-                f"`output_attentions` must be False with `attn_implementation={TRITON!r}`, got True: the kernels hold no weights. "
-                f"{GROUPED!r} and 'eager' return them."
-            )
-        return "eager" if output_attentions else chosen
-
-    def offset_parameters(self) -> list[str]:
-        """Names of the parameters with one row per offset."""
-        names = [name for name, _ in self.named_parameters(recurse=False)]
-        return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
-
-    def fit(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
-        """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
-        return resample_offsets(table, self.bank_layout, layout)
-
-    def split_heads(self, tokens: Tensor) -> Tensor:
-        """`[B, L, A·e]` to `[B, A, L, e]`."""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def merge_heads(self, heads: Tensor) -> Tensor:
-        """`[B, A, L, e]` to `[B, L, A·e]`."""
-        return heads.transpose(1, 2).flatten(2)
-
-    def additive_mask(self, mask: AttentionMask, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
-        """What to add to scores, `[B or 1, A or 1, queries, L]`; `None` where all pairs of an image count."""
-        if mask.additive is None and layout.causal:
-            return causal_mask(layout, like).additive
-        return mask.additive
-
-    def probabilities(self, scores: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Softmax of `[B, A, L, L]` scores with an additive mask, in float32 at least, with dropout when training."""
-        if attention_mask is not None:
-            scores = scores + attention_mask
-        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        weights = scores.softmax(dim=-1, dtype=wide)
-        return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
+from .masks import ALL_VISIBLE, AttentionMask
+from .mixer import Mixer
 
 
 class AttentionMixer(Mixer):
@@ -139,7 +69,7 @@ class AttentionMixer(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
         bias = self.score_bias(layout)
-        eager = self.implementation(output_attentions) == "eager"
+        eager = self.choose_path("attention", query, layout, mask, output_attentions).path == "reference"
         # PyTorch's own causal mask begins with the first key, wherever the queries begin.
         is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
         added = mask.additive
@@ -206,26 +136,8 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         weights = self.probabilities(scores * self.scaling, self.additive_mask(mask, layout, scores))
         given = weights.to(value.dtype)
         output = given @ value + torch.einsum("baij,ijd->baid", given, relative_value)
-        return self.merge_heads(output), weights if self.implementation(output_attentions) == "eager" else None
+        self.choose_path("relative_vector", query, layout, mask, output_attentions)
+        return self.merge_heads(output), weights
 
 
-def _never_called(*args, **kwargs):
-    raise RuntimeError(
-        f"`attn_implementation` {GROUPED!r} or {TRITON!r} belongs to Translution models and cannot serve others."
-    )
-
-
-# Transformers accepts names from these registries alone. The mask is an additive one, as for "eager".
-for _name in (GROUPED, TRITON):
-    AttentionInterface.register(_name, _never_called)
-    AttentionMaskInterface.register(_name, eager_mask)
-
-
-__all__ = [
-    "GROUPED",
-    "TRITON",
-    "AttentionMixer",
-    "Mixer",
-    "RelativeBiasAttentionMixer",
-    "RelativeVectorAttentionMixer",
-]
+__all__ = ["AttentionMixer", "RelativeBiasAttentionMixer", "RelativeVectorAttentionMixer"]

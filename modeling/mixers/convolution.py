@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..operators import grouped
+from ..operators.dispatch import pair_operators
 from ..operators.pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout, StepLayout
-from .attention import Mixer
 from .cache import remember, remember_recent
 from .masks import ALL_VISIBLE, AttentionMask, causal_mask
+from .mixer import Mixer
 
 
 class ConvolutionMixer(Mixer):
@@ -45,21 +45,21 @@ class ConvolutionMixer(Mixer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
+        path = self.choose_path("convolution", hidden_states, layout, mask, past_key_values=past_key_values).path
         if layout.causal:
-            if mask.hides_pairs or past_key_values is not None:
+            if path == "window":
                 remember(past_key_values, self.layer_idx, [hidden_states[:, None, :, :0]], [None])
                 (recent,) = remember_recent(past_key_values, self.layer_idx, [hidden_states], self.kernel_size - 1)
                 return self.o_proj(convolve_window(recent, self.window_weight, layout, mask)), None
             tokens = visible_tokens(hidden_states, mask).transpose(1, 2)
             return self.o_proj(convolve_text(tokens, self.kernel()).transpose(1, 2)), None
-        if mask.hides_pairs:
-            # PyTorch's convolution cannot tell pairs apart.
+        if path != "conv":
             bank = self.window_weight
             if layout.class_token:
                 class_rows = bank.new_zeros(NUM_CLASS_ROWS, *bank.shape[1:])
                 class_rows[CLASS_TO_CLASS] = self.class_proj.weight.T
                 bank = torch.cat((bank, class_rows))
-            return self.o_proj(convolve_pairs(hidden_states, bank, layout, mask, self.kernel_size)), None
+            return self.o_proj(convolve_pairs(hidden_states, bank, layout, mask, self.kernel_size, path)), None
         tokens = visible_tokens(hidden_states, mask)
         grid = to_grid(tokens[:, 1:], layout)
         mixed = nn.functional.conv2d(grid, self.kernel(), padding=self.kernel_size // 2).flatten(2).transpose(1, 2)
@@ -102,19 +102,22 @@ def convolve_window(recent: Tensor, bank: Tensor, layout: PairLayout | StepLayou
     return torch.einsum("bilo,baio,olad->biad", windows, allowed.to(recent.dtype), bank).flatten(2)
 
 
-def convolve_pairs(tokens: Tensor, bank: Tensor, layout: PairLayout, mask: AttentionMask, kernel_size: int) -> Tensor:
+def convolve_pairs(
+    tokens: Tensor, bank: Tensor, layout: PairLayout, mask: AttentionMask, kernel_size: int, path: str
+) -> Tensor:
     """Convolution of images as the Translution that it is: weight 1 for the visible pairs in the window.
 
     Args:
         tokens: `[B, L, in]`.
         bank: one matrix per offset of the window in the order of the offset index, then those of a class token.
         mask: which hides pairs.
+        path: of `dispatch.py`, whose operator over pairs serves.
     """
     reach = kernel_size // 2 + 1
     inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True)
     allowed = mask.visible & _window(layout, kernel_size).to(tokens.device)
     allowed = allowed.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
-    return grouped.pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
+    return pair_operators(path).pair_values(allowed, tokens, bank.to(tokens.dtype), inside)
 
 
 def _window(layout: PairLayout, kernel_size: int) -> Tensor:

@@ -8,7 +8,6 @@ Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `D` lar
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis
+from ..operators.dispatch import pair_operators
 from ..operators.pair_layout import PairLayout, StepLayout, distances
 from .cache import remember, remember_recent
 
@@ -31,7 +31,7 @@ class AllPairs:
     """Every pair has projections of its own.
 
     Args:
-        operators: the module whose `pair_scores` and `pair_values` compute them.
+        path: the implementation that computes them, see `dispatch.py`.
         layout: the pairs.
         num_heads: `A`.
         query, key, value: of the new tokens; `None` where scores or values are not relative.
@@ -39,14 +39,14 @@ class AllPairs:
 
     def __init__(
         self,
-        operators: ModuleType,
+        path: str,
         layout: PairLayout | StepLayout,
         num_heads: int,
         query: PairInputs | None,
         key: PairInputs | None,
         value: PairInputs | None,
     ):
-        self.operators, self.layout, self.num_heads = operators, layout, num_heads
+        self.path, self.layout, self.num_heads = path, layout, num_heads
         self.query, self.key, self.value = query, key, value
         # One input of two banks is remembered once.
         self.shared = key is not None and value is not None and key.tokens is value.tokens
@@ -90,11 +90,11 @@ class AllPairs:
     def scores(self) -> Tensor:
         """`<q_ij, k_ij>`, `[B, A, receivers, L]`."""
         (query, query_bank), (key, key_bank) = self.query, self.key
-        return self.operators.pair_scores(query, key, query_bank, key_bank, self.num_heads, self.layout)
+        return pair_operators(self.path).pair_scores(query, key, query_bank, key_bank, self.num_heads, self.layout)
 
     def values(self, weights: Tensor) -> Tensor:
         """`Σ_j p_ij v_ij`, `[B, receivers, A·e]`, from `[B, A, receivers, L]` probabilities."""
-        return self.operators.pair_values(weights, *self.value, self.layout)
+        return pair_operators(self.path).pair_values(weights, *self.value, self.layout)
 
 
 class NearAndFarPairs(AllPairs):
@@ -126,7 +126,7 @@ class NearAndFarPairs(AllPairs):
         scores = _heads(_far(self.query), self.num_heads) @ self.far_key.transpose(-1, -2)
         if self.distance == 0:
             return scores
-        near = self.operators.pair_scores(
+        near = pair_operators(self.path).pair_scores(
             self.query.tokens,
             self.key.tokens,
             self.query.bank,
@@ -156,7 +156,7 @@ class NearAndFarPairs(AllPairs):
             slot = positions - (behind - torch.arange(num_near, device=weights.device))
             inside = slot.clamp(0, weights.shape[3] - 1).expand(*weights.shape[:2], -1, -1)
             near = weights.gather(-1, inside).masked_fill((slot < 0) | (slot > positions), 0)
-        return output + self.operators.pair_values(near, *self.value, self.layout.near(self.window))
+        return output + pair_operators(self.path).pair_values(near, *self.value, self.layout.near(self.window))
 
 
 def _heads(tokens: Tensor | None, num_heads: int) -> Tensor | None:

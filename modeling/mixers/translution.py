@@ -5,22 +5,22 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..operators import basis, decode, gathered, grouped, reference
 from ..operators.basis import OffsetBasis, project_factors
-from ..operators.dispatch import kernels, use_kernels
-from ..operators.exporting import is_exporting, say_what_serves
+from ..operators.dispatch import kernels
 from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.rotary import rotate
-from ..operators.streamed import can_stream, streamed_attention
-from .attention import GROUPED, Mixer
+from ..operators.streamed import streamed_attention
 from .masks import ALL_VISIBLE, AttentionMask
+from .mixer import Mixer
 from .near_far import AllPairs, NearAndFarPairs, PairInputs
+
+
+# Paths that never build the bank of a basis.
+KEEPS_BASIS = ("basis", "basis_kernel", "decode")
 
 
 class TranslutionMixer(Mixer):
@@ -80,6 +80,21 @@ class TranslutionMixer(Mixer):
         return {"coefficients": (num_offsets, self.offset_basis), "factors": (self.offset_basis, *matrix)}
 
     @property
+    def kind(self) -> str:
+        """What it is to `dispatch.py`."""
+        return "basis" if self.offset_basis is not None else "low_rank" if self.low_rank else "full"
+
+    @property
+    def bank_head_size(self) -> int:
+        """Features per head that a kernel has to hold."""
+        if not self.low_rank:
+            return self.config.head_dim
+        # A fused kernel holds the dense part as well.
+        return (
+            max(self.config.head_dim, self.config.relative_rank) if self.kind == "basis" else self.config.relative_rank
+        )
+
+    @property
     def scores_are_relative(self) -> bool:
         """Whether queries or keys depend on the offset."""
         return "q" in self.relative or "k" in self.relative
@@ -94,32 +109,24 @@ class TranslutionMixer(Mixer):
         output_attentions: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        implementation = self.implementation(output_attentions)
         dense_query, dense_key, dense_value = self._dense(hidden_states, rotation)
         # Autocast knows PyTorch's own operators, not these: their inputs are cast as a Linear's would be, once for all three.
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        operators = self._operators(implementation, layout, hidden_states)
-        query, key, value = (self._pair_inputs(name, operators, hidden_states, layout) for name in "qkv")
-        fused = self._fused(implementation, layout, hidden_states, past_key_values)
-        # Without a cache to keep small, the kernel clamps distances itself.
-        pairs_class = NearAndFarPairs if layout.causal and layout.clamp and not fused else AllPairs
-        pairs = pairs_class(operators, layout, self.num_heads, query, key, value)
+        path = self.choose_path(
+            self.kind, hidden_states, layout, mask, output_attentions, past_key_values, self.bank_head_size
+        ).path
+        query, key, value = (self._pair_inputs(name, path, hidden_states, layout) for name in "qkv")
+        # Without a cache to keep small, the fused kernel clamps distances itself.
+        near_and_far = layout.causal and layout.clamp and path != "basis_kernel"
+        pairs = (NearAndFarPairs if near_and_far else AllPairs)(path, layout, self.num_heads, query, key, value)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
-        if fused:
-            output = self._basis_attention(pairs, dense_query, dense_key, dense_value, mask.additive)
-            return self.o_proj(output), None
-        if self._streams(operators, hidden_states, layout, mask):
-            dense = (dense_query, dense_key, dense_value)
-            sides = [
-                PairInputs(self.merge_heads(heads), None) if side is None else side
-                for side, heads in zip((query, key, value), dense, strict=True)
-            ]
-            tokens, banks = zip(*sides, strict=True)
-            far = [heads if side is None else side for side, heads in zip(pairs.far(), dense, strict=True)]
-            output = streamed_attention(*tokens, *banks, self.num_heads, self.scaling, layout, far)
-            return self.o_proj(output), None
+        dense = (dense_query, dense_key, dense_value)
+        if path == "basis_kernel":
+            return self.o_proj(self._basis_attention(pairs, *dense, mask.additive)), None
+        if path == "streamed":
+            return self.o_proj(self._streamed_attention(pairs, *dense)), None
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
         scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2
@@ -137,56 +144,22 @@ class TranslutionMixer(Mixer):
         if "v" in self.relative:
             relative_output = pairs.values(weights)
             output = relative_output if output is None else (output + self.v_up(relative_output)) / 2
-        return self.o_proj(output), weights if implementation == "eager" else None
+        return self.o_proj(output), weights if path == "reference" else None
 
-    def _operators(self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor) -> ModuleType:
-        """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `dispatch.py`.
-
-        An exported model has to run where this package is not, so that plain operations serve it, whatever the implementation.
-        """
-        step = isinstance(layout, StepLayout)
-        if step and layout.num_receivers == 1:
-            return decode
-        if step or (is_exporting() and say_what_serves()):
-            return gathered if self.offset_basis is None else basis
-        head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
-        if implementation == "eager":
-            chosen = self.config._attn_implementation or GROUPED
-            if chosen != "eager":
-                weights = "attention weights are asked for, which the readable reference returns"
-                use_kernels(chosen, tokens.device, tokens.dtype, head_size, weights)
-            return reference
-        if self.offset_basis is not None:
-            return basis
-        if use_kernels(implementation, tokens.device, tokens.dtype, head_size):
-            return kernels()
-        return grouped
-
-    def _streams(
-        self, operators: ModuleType, tokens: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask
-    ) -> bool:
-        """Whether one pass does the whole attention, see `streamed.py`.
-
-        Low-rank scores are mostly dense, and one product makes their square.
-        """
-        if operators is not grouped or self.low_rank or mask.additive is not None:
-            return False
-        drops = self.training and self.attention_dropout > 0
-        return not drops and can_stream(tokens, self.num_heads, layout)
-
-    def _fused(
-        self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor, cache: Cache | None
-    ) -> bool:
-        """Whether one kernel shall do the whole attention: with a basis, wherever it can, see `dispatch.py`."""
-        if self.offset_basis is None or implementation == "eager" or isinstance(layout, StepLayout) or is_exporting():
-            return False
-        obstacle = ""
-        if self.training and self.attention_dropout > 0:
-            obstacle = "attention dropout is on, and a fused kernel never holds what it would drop"
-        elif cache is not None and layout.clamp:
-            obstacle = "a cache with `max_relative_distance` keeps far keys and values apart from near ones"
-        head_size = max(self.config.head_dim, self.config.relative_rank or 0)
-        return use_kernels(implementation, tokens.device, tokens.dtype, head_size, obstacle)
+    def _streamed_attention(
+        self, pairs: AllPairs, query: Tensor | None, key: Tensor | None, value: Tensor | None
+    ) -> Tensor:
+        """`[B, L, C']`, in one pass over the pairs, from what each side brings to them and what is dense."""
+        relative, dense = (pairs.query, pairs.key, pairs.value), (query, key, value)
+        tokens, banks = zip(
+            *(
+                PairInputs(self.merge_heads(heads), None) if inputs is None else inputs
+                for inputs, heads in zip(relative, dense, strict=True)
+            ),
+            strict=True,
+        )
+        far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
+        return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
 
     def _basis_attention(
         self,
@@ -246,7 +219,7 @@ class TranslutionMixer(Mixer):
         return query, key, value
 
     def _pair_inputs(
-        self, name: str, operators: ModuleType, hidden_states: Tensor, layout: PairLayout | StepLayout
+        self, name: str, path: str, hidden_states: Tensor, layout: PairLayout | StepLayout
     ) -> PairInputs | None:
         """What one of q, k, v brings to the pairs, in the type to compute in; `None` if it takes no part in them."""
         if not (self.scores_are_relative if name in "qk" else "v" in self.relative):
@@ -254,7 +227,7 @@ class TranslutionMixer(Mixer):
         tokens, bank = hidden_states, None
         if name in self.relative:
             bank = self._bank(name, layout)
-            if isinstance(bank, OffsetBasis) and operators not in (basis, decode):
+            if isinstance(bank, OffsetBasis) and path not in KEEPS_BASIS:
                 bank = bank.bank()
         if self.low_rank:
             tokens = getattr(self, f"{name}_down")(tokens)

@@ -18,27 +18,19 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, eager_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ImageClassifierOutput
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...configuration.configuration_translution import TranslutionConfig
-from ..mixers.acmix import ACmixMixer
-from ..mixers.attention import (
-    GROUPED,
-    TRITON,
-    AttentionMixer,
-    Mixer,
-    RelativeBiasAttentionMixer,
-    RelativeVectorAttentionMixer,
-)
-from ..mixers.convolution import ConvolutionMixer
+from ..mixers.build import build_mixer
 from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask
-from ..mixers.translution import TranslutionMixer
+from ..mixers.mixer import Mixer
+from ..operators.dispatch import AUTO, EAGER, TRITON
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets, resample_positions
 from ..operators.rotary import image_rotation, text_rotation
@@ -53,24 +45,6 @@ EMBEDDING_STD = 0.02
 IGNORED_LABEL = -100
 # Names that Transformers has for attention. Harnesses pass them to every model.
 OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-
-MIXERS = {
-    "relative_bias_attention": RelativeBiasAttentionMixer,
-    "relative_vector_attention": RelativeVectorAttentionMixer,
-    "convolution": ConvolutionMixer,
-    "acmix": ACmixMixer,
-}
-
-
-def build_mixer(config: TranslutionConfig, layer_idx: int) -> Mixer:
-    """The mixer that `config.mixer_types` names for a layer."""
-    name = config.mixer_types[layer_idx]
-    rotary = name.startswith("rope_")
-    if name.removeprefix("rope_") == "translution":
-        return TranslutionMixer(config, layer_idx, rotary)
-    if name.removeprefix("rope_") == "attention":
-        return AttentionMixer(config, layer_idx, rotary)
-    return MIXERS[name](config, layer_idx)
 
 
 class TranslutionPatchEmbeddings(nn.Module):
@@ -181,6 +155,18 @@ def _damaged_files(folder: Path) -> list[str]:
     return names
 
 
+def _never_called(*args: Any, **kwargs: Any):
+    raise RuntimeError(
+        f"`attn_implementation` {AUTO!r} or {TRITON!r} belongs to Translution models and cannot serve others."
+    )
+
+
+# Transformers accepts names from these registries alone. The mask is an additive one, as for "eager".
+for _name in (AUTO, TRITON):
+    AttentionInterface.register(_name, _never_called)
+    AttentionMaskInterface.register(_name, eager_mask)
+
+
 class TranslutionPreTrainedModel(PreTrainedModel):
     """Initialisation, and what Transformers needs to know of the architecture."""
 
@@ -219,16 +205,21 @@ class TranslutionPreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Without a request Transformers would fall back to "eager", which here is the readable reference.
         if requested_attention is None:
-            return GROUPED
+            return AUTO
         if requested_attention in OF_TRANSFORMERS:
             logger.warning_once(
-                f"`attn_implementation={requested_attention!r}` is served by {GROUPED!r}: layers of attention run PyTorch's "
+                f"`attn_implementation={requested_attention!r}` is served by {AUTO!r}: layers of attention run PyTorch's "
                 "`scaled_dot_product_attention`, with its flash kernels where the device has them, and all others their own operators."
             )
-            return GROUPED
-        if requested_attention not in (GROUPED, TRITON, "eager"):
-            choices = ", ".join(repr(name) for name in (GROUPED, TRITON, "eager", *OF_TRANSFORMERS))
+            return AUTO
+        if requested_attention not in (AUTO, TRITON, EAGER):
+            choices = ", ".join(repr(name) for name in (AUTO, TRITON, EAGER, *OF_TRANSFORMERS))
             raise ValueError(f"`attn_implementation` must be one of {choices}, got {requested_attention!r}.")
+        if requested_attention == TRITON and not any(name.endswith("translution") for name in self.config.mixer_types):
+            raise ValueError(
+                f"`attn_implementation={TRITON!r}` needs a layer of Translution, got `mixer_types` {self.config.mixer_types}: other "
+                "mixers have no kernels here."
+            )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @torch.no_grad()
@@ -502,7 +493,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 raise ValueError(
                     f"A text must have at most `max_position_embeddings` {config.max_position_embeddings} tokens, got {length}."
                 )
-        grouped = config._attn_implementation != "eager" and not wants_weights
+        grouped = config._attn_implementation != EAGER and not wants_weights
         counted = isinstance(past, Tensor)
         # Nor could a graph of several new tokens look.
         if cache is not None and ((new == 1 and grouped) or (counted and torch.compiler.is_compiling())):

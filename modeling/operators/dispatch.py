@@ -1,31 +1,212 @@
-"""Whether the Triton kernels can serve a call, and whether they should.
+"""Which implementation serves a layer, and why: decided here and nowhere else.
 
-`attn_implementation="grouped"`, the default, takes the kernels for CUDA tensors wherever they can serve, and says once why where
-they cannot. `attn_implementation="triton"` insists: what the kernels cannot serve is an error. The environment variable
-`TRANSLUTION_TRITON` stands above the default: `0` forbids the kernels, `1` insists on them.
+`choose_path` takes the first row of its table whose condition holds. `explain_dispatch` prints what it chose, layer by layer.
+
+| layer | path | where | condition |
+| --- | --- | --- | --- |
+| Translution | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
+| | `decode` | `decode.py` | one new token with a cache |
+| | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
+| | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache |
+| | `basis` | `basis.py` | a basis |
+| | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve |
+| | `streamed` | `streamed.py` | full Translution, nothing masked, no attention dropout, no cached tokens; a text, a large image, or one with a small distance |
+| | `grouped` | `grouped.py` | everything else |
+| attention, relative bias | `reference` | the mixer | as above |
+| | `sdpa` | PyTorch | everything else |
+| relative vectors | `products` | the mixer | always |
+| convolution | `window` | the mixer | text with a cache, or whose mask hides pairs |
+| | `grouped`, exported `gathered` | `grouped.py` | an image whose mask hides pairs |
+| | `conv` | PyTorch | everything else |
+
+The CUDA kernels can serve tensors on a GPU in float32, bfloat16 or float16 where Triton is installed. `attn_implementation="auto"`,
+the default, takes them wherever they can, and logs the reason once where they cannot; `"triton"` insists on them, and what they
+cannot serve raises an error. The environment variable `TRANSLUTION_TRITON` takes precedence over the default: `0` forbids the
+kernels, `1` insists on them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..mixers.attention import TRITON
+from . import basis, decode, gathered, grouped, reference
+from .exporting import is_exporting, say_what_serves
+from .far_columns import has_far_columns, has_flash
+from .pair_layout import PairLayout, StepLayout
+from .streamed import has_far_pairs
 
 
 logger = logging.get_logger(__name__)
+
+# Values of `attn_implementation`.
+AUTO, TRITON, EAGER = "auto", "triton", "eager"
 
 VARIABLE = "TRANSLUTION_TRITON"
 FORBID, INSIST = ("0", "false", "off", "no"), ("1", "true", "on", "yes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A head is never split between programs.
 MAX_HEAD_SIZE = 256
+# Smaller squares of an image's scores are cheaper to keep for the backward pass than to compute again.
+SQUARE_ELEMENTS = 1 << 20
+# Off, `grouped` takes the place of `streamed`: a switch for tests and benchmarks.
+STREAM = True
+
+
+class Call(NamedTuple):
+    """What is known of a layer's call when its path is chosen.
+
+    Fields:
+        kind: `"full"`, `"low_rank"` or `"basis"` for Translution; `"attention"` (relative bias as well), `"relative_vector"`,
+            `"convolution"`.
+        layer: index of the layer.
+        layout: the pairs.
+        batch, num_heads: `B`, `A`.
+        head_size: features per head that a bank puts out.
+        device, dtype: of the tokens.
+        wish: `attn_implementation`.
+        wants_weights: whether attention weights are to be returned.
+        masked: whether a mask hides anything that the layout shows.
+        hides_pairs: whether what is hidden depends on the query.
+        drops: whether attention dropout is on.
+        cached: whether there is a cache.
+    """
+
+    kind: str
+    layer: int
+    layout: PairLayout | StepLayout
+    batch: int
+    num_heads: int
+    head_size: int
+    device: torch.device
+    dtype: torch.dtype
+    wish: str = AUTO
+    wants_weights: bool = False
+    masked: bool = False
+    hides_pairs: bool = False
+    drops: bool = False
+    cached: bool = False
+
+
+class Choice(NamedTuple):
+    """A path, and why it was taken."""
+
+    path: str
+    reason: str
+
+
+def choose_path(call: Call) -> Choice:
+    """The path that serves a call; the table stands at the top of this file.
+
+    Raises:
+        ValueError: if the CUDA kernels are insisted on and cannot serve, or for an unknown value of the variable.
+    """
+    choice = _choose_path(call)
+    if _explained is not None:
+        _explained.append((call.layer, call.kind, choice))
+    return choice
+
+
+def _choose_path(call: Call) -> Choice:
+    if call.wants_weights and call.wish == TRITON:
+        raise ValueError(
+            f"`output_attentions` must be False with `attn_implementation={TRITON!r}`, got True: the kernels hold no weights. "
+            f"{AUTO!r} and {EAGER!r} return them."
+        )
+    if call.kind == "convolution":
+        return _convolution(call)
+    if call.kind == "relative_vector":
+        return Choice("products", "vectors are added for each pair, so that the square of scores is computed")
+    one_token = isinstance(call.layout, StepLayout)
+    if (call.wish == EAGER or call.wants_weights) and (call.kind == "attention" or not one_token):
+        return _reference(call)
+    if call.kind == "attention":
+        return Choice("sdpa", "PyTorch's fused attention")
+    if one_token and call.layout.num_receivers == 1:
+        return Choice("decode", "one new token with a cache")
+    if one_token or (is_exporting() and say_what_serves()):
+        reason = "a compiled step adds several tokens to a static cache" if one_token else "the model is exported"
+        return Choice("basis" if call.kind == "basis" else "gathered", reason)
+    if call.kind == "basis":
+        obstacle = ""
+        if call.drops:
+            obstacle = "attention dropout is on, and a fused kernel never holds what it would drop"
+        elif call.cached and call.layout.clamp:
+            obstacle = "a cache with `max_relative_distance` keeps far keys and values apart from near ones"
+        if _kernels_serve(call, obstacle):
+            return Choice("basis_kernel", "one CUDA kernel does the whole attention")
+        return Choice("basis", f"no CUDA kernel: {kernel_obstacle(call, obstacle)}")
+    if _kernels_serve(call):
+        return Choice("pair_kernels", "the CUDA kernels serve")
+    obstacle = _streaming_obstacle(call)
+    return Choice("grouped", obstacle) if obstacle else Choice("streamed", "one pass, and no square of scores")
+
+
+def _reference(call: Call) -> Choice:
+    if call.wish == EAGER:
+        return Choice("reference", f"`attn_implementation={EAGER!r}`")
+    reason = "attention weights are asked for, which the readable reference returns"
+    if call.kind != "attention":
+        # Whoever insists on the kernels is to know.
+        _kernels_serve(call, reason)
+    return Choice("reference", reason)
+
+
+def _convolution(call: Call) -> Choice:
+    if call.layout.causal and (call.cached or call.hides_pairs):
+        return Choice("window", "a cache or a mask of pairs decides which tokens are in the window")
+    if call.hides_pairs:
+        reason = "a mask hides pairs, which a convolution of PyTorch cannot tell apart"
+        return Choice("gathered" if is_exporting() else "grouped", reason)
+    return Choice("conv", "PyTorch's convolution")
+
+
+def _streaming_obstacle(call: Call) -> str:
+    """Why one pass over the pairs does not serve, or does not pay; empty where it does."""
+    layout = call.layout
+    if not STREAM:
+        return "streaming is switched off"
+    if call.kind == "low_rank":
+        return "low-rank scores are mostly dense, and one product makes their square"
+    if call.masked:
+        return "a mask hides pairs"
+    if call.drops:
+        return "attention dropout needs the square of weights"
+    if layout.past > 0:
+        return "a cache has tokens before the new ones"
+    if has_far_pairs(layout):
+        missing = "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
+        return "" if has_flash(call.device) else missing
+    if layout.causal or call.batch * call.num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS:
+        return ""
+    if has_far_columns(layout, call.device) and 2 * layout.bank_width <= layout.width:
+        return ""
+    return "a square of scores this small is cheaper to keep than to compute again"
+
+
+class PairOperators(NamedTuple):
+    """The two functions over pairs, with the signatures of `reference.py`."""
+
+    pair_scores: Callable[..., Tensor]
+    pair_values: Callable[..., Tensor]
+
+
+def pair_operators(path: str) -> PairOperators:
+    """The functions of a path that holds the square of scores."""
+    if path == "pair_kernels":
+        return PairOperators(*kernels()[:2])
+    module = {"reference": reference, "decode": decode, "gathered": gathered, "basis": basis, "grouped": grouped}[path]
+    return PairOperators(module.pair_scores, module.pair_values)
+
+
+# The CUDA kernels
 
 
 class Verdict(NamedTuple):
@@ -36,7 +217,7 @@ class Verdict(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Operators over pairs, with the signatures of `reference.py`, and the whole attention with a basis."""
+    """Operators over pairs, and the whole attention with a basis."""
 
     pair_scores: Callable[..., Tensor]
     pair_values: Callable[..., Tensor]
@@ -71,12 +252,25 @@ def can_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> Verdi
     return Verdict(True)
 
 
-def choose(implementation: str, device: torch.device, verdict: Verdict) -> bool:
-    """Whether to run the kernels, for `"grouped"` or `"triton"`. On a CPU, interpreted, they run only where insisted on.
+@torch.compiler.assume_constant_result
+def use_kernels(
+    implementation: str, device: torch.device, dtype: torch.dtype, head_size: int, obstacle: str = ""
+) -> bool:
+    """Whether the kernels shall serve a call. Where a GPU has to do without them, the reason is logged once.
+
+    On a CPU, interpreted, they run only where they are insisted on.
+
+    Args:
+        implementation: `"auto"` or `"triton"`.
+        device, dtype, head_size: see `can_serve`.
+        obstacle: what the call itself has that the kernels cannot serve.
 
     Raises:
-        ValueError: if they are insisted on and cannot serve, or for a value of the variable that is not known.
+        ValueError: if the kernels are insisted on and cannot serve, or for an unknown value of the variable.
     """
+    verdict = can_serve(device, dtype, head_size)
+    if verdict.ok and obstacle:
+        verdict = Verdict(False, obstacle)
     wish = os.environ.get(VARIABLE, "auto").strip().lower()
     if wish not in (*FORBID, *INSIST, "auto", ""):
         raise ValueError(f"`{VARIABLE}` must be 0, 1 or auto, got {wish!r}.")
@@ -84,37 +278,29 @@ def choose(implementation: str, device: torch.device, verdict: Verdict) -> bool:
     if insists and not verdict.ok:
         source = f"`attn_implementation={TRITON!r}`" if implementation == TRITON else f"`{VARIABLE}={wish}`"
         raise ValueError(f"{source} cannot be met: {verdict.reason}. Without it plain PyTorch runs.")
-    return insists or (verdict.ok and device.type == "cuda" and wish not in FORBID)
-
-
-@torch.compiler.assume_constant_result
-def use_kernels(
-    implementation: str, device: torch.device, dtype: torch.dtype, head_size: int, obstacle: str = ""
-) -> bool:
-    """Whether the kernels shall serve a call; a GPU that has to do without them is told why, once.
-
-    Args:
-        implementation: `"grouped"` or `"triton"`.
-        device, dtype, head_size: see `can_serve`.
-        obstacle: what the caller knows to stand in the way.
-
-    Raises:
-        ValueError: see `choose`.
-    """
-    verdict = can_serve(device, dtype, head_size)
-    if verdict.ok and obstacle:
-        verdict = Verdict(False, obstacle)
-    chosen = choose(implementation, device, verdict)
     if device.type == "cuda" and not verdict.ok:
         logger.warning_once(f"Translution runs without its CUDA kernels: {verdict.reason}.")
+    chosen = insists or (verdict.ok and device.type == "cuda" and wish not in FORBID)
     if chosen:
         _load()
     return chosen
 
 
+def kernel_obstacle(call: Call, obstacle: str = "") -> str:
+    """Why the kernels do not serve a call."""
+    if torch.compiler.is_compiling():
+        return ""
+    verdict = can_serve(call.device, call.dtype, call.head_size)
+    return verdict.reason or obstacle or "they are not asked for"
+
+
 def kernels() -> Kernels:
-    """The kernels, where `use_kernels` said to use them."""
+    """The kernels, where `choose_path` chose them."""
     return _loaded[0]
+
+
+def _kernels_serve(call: Call, obstacle: str = "") -> bool:
+    return use_kernels(call.wish, call.device, call.dtype, call.head_size, obstacle)
 
 
 def _load() -> None:
@@ -126,4 +312,54 @@ def _load() -> None:
         _loaded.append(Kernels(pair_scores, pair_values, basis_attention))
 
 
-__all__ = ["Verdict", "can_serve", "choose", "kernels", "use_kernels"]
+# For users
+
+_explained: list[tuple[int, str, Choice]] | None = None
+
+
+@contextmanager
+def _recorded() -> Iterator[list[tuple[int, str, Choice]]]:
+    global _explained
+    before, _explained = _explained, []
+    try:
+        yield _explained
+    finally:
+        _explained = before
+
+
+def explain_dispatch(model: torch.nn.Module, *args: Any, **inputs: Any) -> str:
+    """Runs a forward pass without gradients and says which path served each layer, and why.
+
+    Args:
+        model: a Translution model, trunk or head. In training mode its choices are those of a training step.
+        args, inputs: of the forward pass.
+
+    Returns:
+        A line per decision; a layer of ACmix takes two.
+
+    Example:
+
+    ```python
+    >>> print(explain_dispatch(model, pixel_values=images))
+    layer 0  full  grouped: a square of scores this small is cheaper to keep than to compute again
+    ```
+    """
+    with _recorded() as choices, torch.no_grad():
+        model(*args, **inputs)
+    return "\n".join(f"layer {layer}  {kind}  {choice.path}: {choice.reason}" for layer, kind, choice in choices)
+
+
+__all__ = [
+    "AUTO",
+    "EAGER",
+    "TRITON",
+    "Call",
+    "Choice",
+    "Verdict",
+    "can_serve",
+    "choose_path",
+    "explain_dispatch",
+    "kernels",
+    "pair_operators",
+    "use_kernels",
+]

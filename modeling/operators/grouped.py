@@ -18,12 +18,9 @@ Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` col
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import narrow_pairs
 from .class_token import class_blocks
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
@@ -183,35 +180,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     return output.transpose(0, 1).to(value.dtype).contiguous()
 
 
-def _choose_scores(
-    query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
-) -> Tensor:
-    way = narrow_pairs.scores if narrow_pairs.is_narrow(layout, len(query), query_bank, key_bank) else _scores
-    return way(query, key, query_bank, key_bank, num_heads, layout)
-
-
-def _choose_scores_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    way = (
-        narrow_pairs.scores_backward
-        if narrow_pairs.is_narrow(rest[0], len(query), query_bank, key_bank)
-        else _scores_backward
-    )
-    return way(gradient, query, key, query_bank, key_bank, *rest)
-
-
-def _choose_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-    way = narrow_pairs.values if narrow_pairs.is_narrow(layout, len(value), value_bank) else _values
-    return way(probabilities, value, value_bank, layout)
-
-
-pair_scores, pair_values = register_pair_operators("", _choose_scores, _choose_scores_backward, _choose_values)
+pair_scores, pair_values = register_pair_operators("", _scores, _scores_backward, _values)
 
 
 __all__ = ["pair_scores", "pair_values"]

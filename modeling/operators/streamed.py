@@ -31,7 +31,6 @@ from .far_columns import (
     accumulate_far_columns,
     add_far_columns,
     has_far_columns,
-    has_flash,
     near_shifts,
 )
 from .online_softmax import OnlineSoftmax, by_head
@@ -54,27 +53,8 @@ from .runs import (
 )
 
 
-# Smaller squares of an image's scores are cheaper to keep for the backward pass than to compute again.
-SQUARE_ELEMENTS = 1 << 20
-# Off, every layer runs over the two operators of `grouped.py`: a switch for tests and benchmarks.
-ENABLED = True
 # Scores between two updates of the softmax: many, since each update touches the output once.
 GROUP_ELEMENTS = 1 << 17
-
-
-def can_stream(tokens: Tensor, num_heads: int, layout: PairLayout) -> bool:
-    """Whether one pass can serve, and pays.
-
-    It does for text, half of whose square is empty, for large images, and where a distance makes most columns far. All tokens
-    must receive, and far pairs of a text need an operator that PyTorch has for CPUs.
-    """
-    if layout.past > 0:
-        return False
-    if has_far_pairs(layout):
-        return ENABLED and has_flash(tokens.device)
-    mostly_far = has_far_columns(layout, tokens.device) and 2 * layout.bank_width <= layout.width
-    large = tokens.shape[0] * num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS
-    return ENABLED and (layout.causal or mostly_far or large)
 
 
 def has_far_pairs(layout: PairLayout) -> bool:
@@ -452,4 +432,4 @@ def streamed_attention(
     return output
 
 
-__all__ = ["can_stream", "streamed_attention"]
+__all__ = ["has_far_pairs", "streamed_attention"]

@@ -1,0 +1,100 @@
+"""What all mixers share: heads, probabilities, the output projection, and the choice of an implementation.
+
+Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = A·d`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..operators.dispatch import AUTO, Call, Choice, choose_path
+from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
+from ..operators.resampling import resample_offsets
+from .masks import AttentionMask, causal_mask
+
+
+class Mixer(nn.Module):
+    """Base of the mixers: heads, probabilities and the output projection.
+
+    The output projection is `Linear(C', C)` with a bias, or the identity where there is one head of size `C`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.inner_size = config.num_attention_heads * config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.bank_layout = bank_layout(config)
+        if config.num_attention_heads == 1 and config.head_dim == config.hidden_size:
+            self.o_proj = nn.Identity()
+        else:
+            self.o_proj = nn.Linear(self.inner_size, config.hidden_size)
+
+    def choose_path(
+        self,
+        kind: str,
+        tokens: Tensor,
+        layout: PairLayout | StepLayout,
+        mask: AttentionMask,
+        output_attentions: bool = False,
+        past_key_values: Cache | None = None,
+        head_size: int | None = None,
+    ) -> Choice:
+        """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`."""
+        call = Call(
+            kind,
+            self.layer_idx,
+            layout,
+            tokens.shape[0],
+            self.num_heads,
+            self.config.head_dim if head_size is None else head_size,
+            tokens.device,
+            tokens.dtype,
+            # A mixer outside a model has no implementation yet.
+            self.config._attn_implementation or AUTO,
+            output_attentions,
+            mask.additive is not None,
+            mask.hides_pairs,
+            self.training and self.attention_dropout > 0,
+            past_key_values is not None,
+        )
+        return choose_path(call)
+
+    def offset_parameters(self) -> list[str]:
+        """Names of the parameters with one row per offset."""
+        names = [name for name, _ in self.named_parameters(recurse=False)]
+        return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
+
+    def fit(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
+        """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
+        return resample_offsets(table, self.bank_layout, layout)
+
+    def split_heads(self, tokens: Tensor) -> Tensor:
+        """`[B, L, A·e]` to `[B, A, L, e]`."""
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, heads: Tensor) -> Tensor:
+        """`[B, A, L, e]` to `[B, L, A·e]`."""
+        return heads.transpose(1, 2).flatten(2)
+
+    def additive_mask(self, mask: AttentionMask, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
+        """What to add to scores, `[B or 1, A or 1, queries, L]`; `None` where all pairs of an image count."""
+        if mask.additive is None and layout.causal:
+            return causal_mask(layout, like).additive
+        return mask.additive
+
+    def probabilities(self, scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Softmax of `[B, A, L, L]` scores with an additive mask, in float32 at least, with dropout when training."""
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        weights = scores.softmax(dim=-1, dtype=wide)
+        return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
+
+
+__all__ = ["Mixer"]
