@@ -32,12 +32,12 @@ from .attention_mixer import (
     RelativeBiasAttentionMixer,
     RelativeVectorAttentionMixer,
 )
-from .checkpoint_files import check_dtypes, check_index
 from .convolution_mixer import ConvolutionMixer
 from .pair_layout import PairLayout, StepLayout, bank_layout
 from .resampling import resample_offsets, resample_positions
 from .rotary import image_rotation, text_rotation
 from .translution_mixer import TranslutionMixer
+from .weight_files import check_dtypes, check_index
 
 
 # Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.

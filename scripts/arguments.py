@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from command import unknown_options
 from transformers import HfArgumentParser, TrainingArguments
 
 from translution import TranslutionConfig
@@ -110,10 +110,7 @@ def parse_arguments(classes: Sequence[type], arguments: Sequence[str], descripti
     parser.set_defaults(**recipe)
     *parsed, left = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     if left:
-        found = [match[0] for match in (re.match(r"--[A-Za-z][\w-]*", text) for text in left) if match]
-        raise ValueError(
-            f"Options must be those that --help lists; {', '.join(found) or 'a value without an option'} is not among them."
-        )
+        raise ValueError(unknown_options(left))
     for part in parsed:
         if isinstance(part, ModelArguments):
             merged = {**read_overrides(overrides), **read_overrides(part.config_overrides)}

@@ -29,6 +29,7 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import push_to_hub  # noqa: E402
+from command import run_command  # noqa: E402
 from data import train_tokenizer  # noqa: E402
 
 
@@ -98,6 +99,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 def push(run: Path, *options: str):
     push_to_hub.main([str(run), "--repo_id", NAME, *options])
+
+
+def push_as_a_command(run: Path, *options: str):
+    arguments = [str(run), "--repo_id", NAME, *options]
+    run_command(push_to_hub.main, arguments, push_to_hub.explain, push_to_hub.REFUSALS)
 
 
 def logits(model) -> torch.Tensor:
@@ -262,7 +268,7 @@ def fails(run: Path, capsys, *options: str) -> str:
     before = contents(run)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        push(run, *options)
+        push_as_a_command(run, *options)
     printed = capsys.readouterr()
     assert exit_.value.code == 1
     assert "error: " in printed.err
@@ -419,7 +425,7 @@ def test_damaged_weights_are_not_pushed(hub, run, capsys, sharded):
 
 def fails_for(folder: Path, capsys) -> str:
     with pytest.raises(SystemExit) as exit_:
-        push(folder)
+        push_as_a_command(folder)
     assert exit_.value.code == 1
     return capsys.readouterr().err
 

@@ -16,6 +16,7 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import predict
+from command import run_command
 from data import train_tokenizer
 
 
@@ -111,7 +112,7 @@ def test_a_seed_repeats_the_choice(writer, capsys):
 
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as error:
-        predict.main(list(arguments))
+        run_command(predict.main, arguments)
     assert error.value.code in (1, 2)
     return capsys.readouterr().err
 

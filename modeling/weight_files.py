@@ -1,4 +1,4 @@
-"""Checks of the files of a checkpoint before Transformers reads them: their index, and the dtypes of their tensors."""
+"""Checks of files of weights before Transformers reads them: their index, and the dtypes of their tensors."""
 
 from __future__ import annotations
 
