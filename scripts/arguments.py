@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from command import unknown_options
+from saved_files import check_model_name
 from transformers import HfArgumentParser, TrainingArguments
 
 from translution import TranslutionConfig
@@ -61,6 +62,13 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Whether tensors of another shape (another head) start anew."}
     )
+
+    def __post_init__(self):
+        if self.model_name_or_path is not None:
+            try:
+                check_model_name(self.model_name_or_path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"`model_name_or_path`: {error}.") from None
 
 
 @dataclass
@@ -150,7 +158,10 @@ def read_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
     if overrides is None:
         return {}
     if isinstance(overrides, str) and overrides.lstrip().startswith("{"):
-        overrides = json.loads(overrides)
+        try:
+            overrides = json.loads(overrides)
+        except ValueError as error:
+            raise ValueError(f"`config_overrides` that begin with '{{' must be a JSON object: {error}.") from None
     if isinstance(overrides, str):
         pairs = [piece.partition("=") for piece in overrides.split(",") if piece.strip()]
         wrong = [name for name, equals, _ in pairs if not equals]

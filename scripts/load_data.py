@@ -223,9 +223,9 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
         try:
             splits = _load(builder, args, data_files=data_files, **options)
         # An empty file ends the search for columns.
-        except (ValueError, StopIteration, DatasetsError) as error:
+        except (ValueError, StopIteration) as error:
             require_texts(files, builder, args.text_column)
-            raise ValueError(f"{', '.join(files)} cannot be read: {error.__cause__ or error}") from error
+            raise ValueError(f"{', '.join(files)} cannot be read: {error}") from error
         if builder != "text" and not args.streaming and not all(_holds_text(data, args) for data in splits.values()):
             require_texts(files, builder, args.text_column)
     elif args.dataset_name == STANDARD_LIBRARY:
@@ -323,13 +323,19 @@ def _text_builder(sources: dict[str, list[str]]) -> str:
 
 
 def _load(path: str, args: DataArguments, **options: object) -> DatasetDict | IterableDatasetDict:
-    return datasets.load_dataset(
-        path,
-        streaming=args.streaming,
-        cache_dir=args.cache_dir,
-        num_proc=None if args.streaming else args.num_proc,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    try:
+        return datasets.load_dataset(
+            path,
+            streaming=args.streaming,
+            cache_dir=args.cache_dir,
+            num_proc=None if args.streaming else args.num_proc,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    except OSError:
+        raise
+    except DatasetsError as error:
+        # It says that something went wrong, and its cause says what.
+        raise ValueError(f"The data cannot be read: {error.__cause__ or error}") from error
 
 
 def _streamed(splits: DatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:

@@ -28,7 +28,7 @@ from checkpoints import (
 )
 from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
 from measuring import hardware
-from saved_files import RUN, check_model_name, misshapen
+from saved_files import RUN, misshapen
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -308,11 +308,9 @@ def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> Pre
         fields: of its config.
 
     Raises:
-        FileNotFoundError: if the name is that of no folder, and cannot be one on the Hub.
         ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
     """
     name = args.model_name_or_path
-    check_model_name(name)
     # Which tensors they are tells the report alone.
     model, report = auto_class.from_pretrained(
         name,

@@ -399,7 +399,8 @@ def test_what_is_no_whole_run_is_not_pushed(hub, run, capsys, tmp_path):
     (run / "pytorch_model.bin").unlink()
     (run / "model.safetensors").unlink()
     assert "has no model.safetensors" in fails(run, capsys)
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = {"metadata": {}, "weight_map": files}
     (run / "model.safetensors.index.json").write_text(json.dumps(index))
     (run / "model-00001-of-00002.safetensors").write_text("here")
     assert "has no model-00002-of-00002.safetensors" in fails(run, capsys)
