@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from command import unknown_options
+from saved_files import check_model_name
 from transformers import HfArgumentParser, TrainingArguments
 
 from translution import TranslutionConfig
@@ -62,6 +63,13 @@ class ModelArguments:
         default=False, metadata={"help": "Whether tensors of another shape (another head) start anew."}
     )
 
+    def __post_init__(self):
+        if self.model_name_or_path is not None:
+            try:
+                check_model_name(self.model_name_or_path)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"`model_name_or_path`: {error}.") from None
+
 
 @dataclass
 class RunArguments:
@@ -110,10 +118,7 @@ def parse_arguments(classes: Sequence[type], arguments: Sequence[str], descripti
     parser.set_defaults(**recipe)
     *parsed, left = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     if left:
-        found = [match[0] for match in (re.match(r"--[A-Za-z][\w-]*", text) for text in left) if match]
-        raise ValueError(
-            f"Options must be those that --help lists; {', '.join(found) or 'a value without an option'} is not among them."
-        )
+        raise ValueError(unknown_options(left))
     for part in parsed:
         if isinstance(part, ModelArguments):
             merged = {**read_overrides(overrides), **read_overrides(part.config_overrides)}
@@ -153,7 +158,10 @@ def read_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
     if overrides is None:
         return {}
     if isinstance(overrides, str) and overrides.lstrip().startswith("{"):
-        overrides = json.loads(overrides)
+        try:
+            overrides = json.loads(overrides)
+        except ValueError as error:
+            raise ValueError(f"`config_overrides` that begin with '{{' must be a JSON object: {error}.") from None
     if isinstance(overrides, str):
         pairs = [piece.partition("=") for piece in overrides.split(",") if piece.strip()]
         wrong = [name for name, equals, _ in pairs if not equals]

@@ -10,13 +10,15 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from datasets.utils.file_utils import xopen
 from load_data import endless
-from pictures import as_rgb
+from pictures import as_rgb, read_picture
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -181,13 +183,21 @@ def sample(row: dict[str, Any], transform: ImageTransform, seed: int | None) -> 
     """
     image = row["image"]
     try:
-        picture = as_rgb(datasets.Image().decode_example(image) if isinstance(image, dict) else image)
+        picture = read_picture(_content(image)) if isinstance(image, dict) else as_rgb(image)
     # Of a damaged file Pillow raises whatever its decoders do.
     except Exception as error:
         name = (image["path"] if isinstance(image, dict) else None) or "without a name"
         raise ValueError(f"The picture {name} cannot be read: {error}.") from error
     inputs = {"pixel_values": transform(picture, seed), "labels": row["label"]}
     return inputs if seed is None else inputs | {"seed": seed}
+
+
+def _content(image: dict[str, Any]) -> BytesIO:
+    """The file of a picture that `datasets` has left as it is; it may be one of the Hub."""
+    if image["bytes"] is not None:
+        return BytesIO(image["bytes"])
+    with xopen(image["path"], "rb") as file:
+        return BytesIO(file.read())
 
 
 class ImageBatch:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from benchmark_generation import generation_suite
 from benchmark_length import LENGTHS, draw, length_suite
 from benchmark_models import layer_suite, training_suite
 from benchmark_operator import operator_suite
+from command import ArgumentParser, run_command
 from measuring import FIELDS, hardware
 
 
@@ -40,7 +40,7 @@ SUITES = {
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, nargs="+", default=list(SUITES))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -50,6 +50,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=None, help="CSV to write")
     parser.add_argument("--picture", type=Path, default=None, help="draw the suite length of the CSV instead")
     options = parser.parse_args(arguments)
+    for name, values in (
+        ("repeats", [options.repeats]),
+        ("threads", [options.threads]),
+        ("lengths", options.lengths),
+    ):
+        if min(values) < 1:
+            parser.error(f"--{name} must be at least 1, got {min(values)}")
     if options.picture is not None:
         if options.output is None or not options.output.is_file():
             parser.error(f"--output must be a CSV with results to draw, got {options.output}")
@@ -95,4 +102,4 @@ def print_row(row: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

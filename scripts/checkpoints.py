@@ -49,6 +49,13 @@ class WholeCheckpointTrainer(Trainer):
     # Where a checkpoint is being written, while it is.
     _partial: Path | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        try:
+            super().__init__(*args, **kwargs)
+        except RuntimeError as error:
+            # Of `report_to`, if what it names is not installed.
+            raise ValueError(str(error)) from error
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from command import ArgumentParser, run_command
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -332,7 +332,10 @@ def read_config(path: Path) -> TranslutionConfig:
     Raises:
         ValueError: if it is not the config of a Translution model.
     """
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`config` must be a JSON file, {path} is none: {error}.") from None
     if not isinstance(fields, dict) or fields.get("model_type", "translution") != "translution":
         raise ValueError(f"`config` must be a JSON object with `model_type` 'translution', got {str(path)!r}.")
     return TranslutionConfig.from_dict(fields)
@@ -431,11 +434,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Convert a checkpoint of the original Translution code to Transformers."
-    )
+    parser = ArgumentParser(description="Convert a checkpoint of the original Translution code to Transformers.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="file that the original code saved")
     parser.add_argument("--output", type=Path, required=True, help="directory of the converted model, new or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace the whole directory of an earlier model")
@@ -463,22 +464,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None):
-    """Runs the command; an error is one line and exit status 1."""
+def main(argv: Sequence[str]):
     parser = build_parser()
     arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for field in ("image_size", "patch_size"):
         if len(arguments.get(field, ())) == 1:
             (arguments[field],) = arguments[field]
-    try:
-        if "config" in arguments:
-            arguments["config"] = read_config(arguments["config"])
-        output = arguments["output"]
-        model = convert(arguments.pop("checkpoint"), **arguments)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    if "config" in arguments:
+        arguments["config"] = read_config(arguments["config"])
+    output = arguments["output"]
+    model = convert(arguments.pop("checkpoint"), **arguments)
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters saved to {output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

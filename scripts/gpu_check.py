@@ -12,10 +12,9 @@ counted). `share` is of the rate that an 8192³ product of the same device reach
 
 from __future__ import annotations
 
-import argparse
 import csv
+import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from command import ArgumentParser, run_command
 from measuring import hardware
 from torch import Tensor, nn
 
@@ -33,6 +32,12 @@ from translution.modeling.mixers.attention import TRITON
 from translution.modeling.mixers.masks import ALL_VISIBLE, AttentionMask, causal_mask
 from translution.modeling.mixers.translution import TranslutionMixer
 from translution.modeling.operators.pair_layout import PairLayout
+
+
+try:
+    import triton
+except ImportError:
+    triton = None
 
 
 FIELDS = [
@@ -376,14 +381,17 @@ def write(bench: Bench, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gpu.csv")
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, on the CPU, with Triton's interpreter")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no part after this time")
     args = parser.parse_args(arguments)
+    if triton is None:
+        raise ImportError("there is no Triton: install `triton`, which PyTorch for CUDA brings along.")
     if not args.dry_run and not torch.cuda.is_available():
-        print("error: there is no GPU; `--dry_run` with TRITON_INTERPRET=1 tries the script on a CPU.")
-        return 1
+        raise ValueError("there is no GPU; `--dry_run` with TRITON_INTERPRET=1 tries the script on a CPU.")
+    if args.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("`--dry_run` needs Triton's interpreter: set TRITON_INTERPRET=1.")
     device = torch.device("cpu" if args.dry_run else "cuda")
     bench = Bench(device, args.dry_run, time.monotonic() + 60 * args.minutes, [])
     base, tiny = PairLayout.for_image(14, 14, 14, 14), (192, 3, 64)
@@ -427,4 +435,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

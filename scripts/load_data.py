@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from data import SPLIT_SEED, DigitCanvases, digits_split, read_texts, split_files, standard_library_files
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetsError
+from pictures import PICTURE_ENDINGS
+from text_files import require_texts
 from torch.utils.data import get_worker_info
 
 
 DIGITS, STANDARD_LIBRARY = "digits", "stdlib"
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Ending of a file, and the builder of `datasets` that reads it.
 TEXT_BUILDERS = {
     ".txt": "text",
@@ -31,6 +33,10 @@ TEXT_BUILDERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+# What a column of text may be.
+TEXTS = (datasets.Value("string"), datasets.Value("large_string"), datasets.Value("null"))
+# Rows at the beginning of each file of a stream that are looked at before training.
+STREAM_ROWS = 100
 SAMPLE_BY = ("document", "paragraph", "line")
 
 AnyDataset = Dataset | IterableDataset
@@ -195,8 +201,8 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
 
     Raises:
         FileNotFoundError: for a file or folder that is not there.
-        ValueError: if there are no data, no text, no such split or column, or a file that is not in UTF-8. That of a stream is
-            found where it is read.
+        ValueError: if there are no data, no text, no such split or column, or a file that is damaged, not in UTF-8 or has
+            something else than text in its column. What is wrong with the later rows of a stream is found where they are read.
     """
     choices = ("dataset_name", "train_dir", "train_file")
     _require_one(args, choices)
@@ -210,13 +216,18 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
         builder = _text_builder(sources)
         options = {"sample_by": args.sample_by} if builder == "text" else {}
         data_files = {split: [glob.escape(name) for name in files] for split, files in sources.items()}
+        files = list(chain.from_iterable(sources.values()))
+        if args.streaming:
+            # What comes later is found where it is read.
+            require_texts(files, builder, args.text_column, rows=STREAM_ROWS)
         try:
             splits = _load(builder, args, data_files=data_files, **options)
-        except DatasetGenerationError:
-            # It does not say which file it was.
-            if builder == "text":
-                _require_utf8(chain.from_iterable(sources.values()))
-            raise
+        # An empty file ends the search for columns.
+        except (ValueError, StopIteration) as error:
+            require_texts(files, builder, args.text_column)
+            raise ValueError(f"{', '.join(files)} cannot be read: {error}") from error
+        if builder != "text" and not args.streaming and not all(_holds_text(data, args) for data in splits.values()):
+            require_texts(files, builder, args.text_column)
     elif args.dataset_name == STANDARD_LIBRARY:
         splits = _streamed(standard_library_dataset(), args)
     else:
@@ -226,6 +237,9 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
     for data in (train, evaluation):
         if data is not None:
             _column(data, args.text_column, "text_column", datasets.Value, ())
+            kind = (data.features or {}).get(args.text_column, TEXTS[0])
+            if kind not in TEXTS:
+                raise ValueError(f"`text_column` must be a column of text, got {kind} in {args.text_column!r}.")
             data = data.select_columns(args.text_column)
             data = data if args.text_column == "text" else data.rename_column(args.text_column, "text")
         pair.append(data)
@@ -233,6 +247,18 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
     if evaluation is None and evaluates and (args.streaming or len(train) > 1):
         train, evaluation = _hold_out(train, args)
     return _first(train, args.max_train_samples), _first(evaluation, args.max_eval_samples)
+
+
+def _holds_text(data: Dataset, args: TextDataArguments) -> bool:
+    """Whether there is a text in every row. JSON that leaves it out becomes null, and what is not in UTF-8 stays as it is."""
+    if data.features.get(args.text_column) not in TEXTS:
+        return False
+    texts = data.data.column(args.text_column)
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return texts.null_count == 0
 
 
 def _require_one(args: DataArguments, choices: tuple[str, ...]):
@@ -280,16 +306,6 @@ def _texts(folder: str, option: str) -> list[str]:
     return files
 
 
-def _require_utf8(files: Iterable[str]):
-    for name in files:
-        with open(name, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{name} must be text in UTF-8, line {number} is not: {error}.") from None
-
-
 def _text_builder(sources: dict[str, list[str]]) -> str:
     """The one builder that reads all files."""
     builders = {}
@@ -307,13 +323,19 @@ def _text_builder(sources: dict[str, list[str]]) -> str:
 
 
 def _load(path: str, args: DataArguments, **options: object) -> DatasetDict | IterableDatasetDict:
-    return datasets.load_dataset(
-        path,
-        streaming=args.streaming,
-        cache_dir=args.cache_dir,
-        num_proc=None if args.streaming else args.num_proc,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    try:
+        return datasets.load_dataset(
+            path,
+            streaming=args.streaming,
+            cache_dir=args.cache_dir,
+            num_proc=None if args.streaming else args.num_proc,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    except OSError:
+        raise
+    except DatasetsError as error:
+        # It says that something went wrong, and its cause says what.
+        raise ValueError(f"The data cannot be read: {error.__cause__ or error}") from error
 
 
 def _streamed(splits: DatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:

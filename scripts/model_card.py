@@ -5,14 +5,13 @@ python scripts/model_card.py runs/digits
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from command import ArgumentParser, run_command
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -190,14 +189,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="folder of a saved run")
     args = parser.parse_args(arguments)
-    try:
-        print(write_model_card(args.directory))
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
+    print(write_model_card(args.directory))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

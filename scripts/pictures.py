@@ -1,28 +1,64 @@
-"""Pictures of every mode as RGB, alike in training and prediction."""
+"""Pictures: the formats that are read, and pictures of every mode as RGB, alike in training and prediction."""
 
 from __future__ import annotations
 
+from typing import BinaryIO
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+
+# Pillow's name of a format, and the endings of its files. Pillow reads many more, some of them by running other programs, such as
+# Ghostscript for what is PostScript under whichever name.
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+}
+PICTURE_ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+
+
+def open_picture(file: str | BinaryIO) -> Image.Image:
+    """`Image.open` of the formats that are meant, whatever the file is called.
+
+    Raises:
+        PIL.UnidentifiedImageError: for other formats; further ones as `Image.open`.
+    """
+    return Image.open(file, formats=list(FORMATS))
+
+
+def read_picture(file: str | BinaryIO) -> Image.Image:
+    """The picture of a file as RGB of 8 bits, the way up that its camera says; errors as `open_picture` and `as_rgb`."""
+    with open_picture(file) as picture:
+        return as_rgb(ImageOps.exif_transpose(picture))
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
     """A picture as RGB of 8 bits.
 
     Grey of 16 bits is scaled: Pillow alone makes all of it white that is more than 255. Older Pillow opens it as mode `I`, of 32
-    bits, and there pixels of at most 255 are taken for 8 bits, as Pillow does.
+    bits, and there pixels of at most 255 are taken for 8 bits, as Pillow does. Grey of floating point numbers is from 0, black, to
+    1, white: Pillow alone makes all of it black.
 
     Raises:
-        ValueError: for pixels beyond 16 bits.
+        ValueError: for pixels beyond 16 bits, and for floating point numbers that are not from 0 to 1.
     """
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         pixels = np.asarray(picture)
         least, most = pixels.min(), pixels.max()
-        if least < 0 or most > 65535:
+        white = 1 if picture.mode == "F" else 65535
+        # Written so that it holds for NaN as well.
+        if not (least >= 0 and most <= white):
             raise ValueError(
-                f"pixels of mode {picture.mode} must be at least 0 and at most 65535, got {least} to {most}"
+                f"pixels of mode {picture.mode} must be at least 0 and at most {white}, got {least} to {most}"
             )
-        if picture.mode != "I" or most > 255:
+        if picture.mode == "F":
+            pixels = (pixels * 255).round()
+        elif picture.mode != "I" or most > 255:
             pixels = pixels >> 8
         picture = Image.fromarray(pixels.astype(np.uint8))
     return picture.convert("RGB")

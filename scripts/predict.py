@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from pictures import as_rgb
-from PIL import Image, UnidentifiedImageError
+from command import ArgumentParser, run_command
+from pictures import FORMATS, open_picture, read_picture
+from PIL import UnidentifiedImageError
+from saved_files import check_model_name, misshapen
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,15 +48,14 @@ def load(name: str, revision: str | None = None) -> Pipeline:
         ValueError: if it is no Translution model with a head, its config or what makes its inputs is damaged, or its weights are
             not those of its config.
     """
-    if not os.path.isdir(name):
-        try:
-            validate_repo_id(name)
-        except HFValidationError:
-            raise FileNotFoundError(
-                f"there is no folder {name!r}, and it is no name of a repository, such as user/name"
-            ) from None
-    with damage(f"the config of {name}"):
-        config = AutoConfig.from_pretrained(name, revision=revision)
+    check_model_name(name)
+    try:
+        with damage(f"the config of {name}"):
+            config = AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        raise OSError(f"there is no folder {name!r}, and as a name on the Hub it does not load: {error}") from error
     found = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
     if found not in TASKS:
         raise ValueError(f"`architectures` of {name} must be one of {', '.join(TASKS)}, got {found}.")
@@ -86,8 +85,7 @@ def require_whole(name: str, report: dict[str, Any]):
     """Refuses weights that are drawn at random, or left over: Transformers only warns of them."""
     problems = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(report["unexpected_keys"])]
-    for key, saved, expected in sorted(report["mismatched_keys"]):
-        problems.append(f"{key} must have the shape {list(expected)}, got {list(saved)}")
+    problems += misshapen(report)
     if problems:
         raise ValueError(f"the weights of {name} do not fit its config: {'; '.join(problems)}")
 
@@ -101,14 +99,13 @@ def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Itera
     """
     for path in pictures:
         try:
-            with Image.open(sys.stdin.buffer if path == "-" else path) as file:
-                picture = as_rgb(file)
+            picture = read_picture(sys.stdin.buffer if path == "-" else path)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"there is no picture {path!r}; the model classifies pictures, and is not asked in words"
             ) from None
         except UnidentifiedImageError:
-            raise ValueError(f"{path!r} is no picture that Pillow can read") from None
+            raise ValueError(f"{path!r} is no picture of the formats {', '.join(FORMATS)}") from None
         # A folder, or a damaged file, of which Pillow raises whatever its decoders do.
         except Exception as error:
             raise ValueError(f"the picture {path!r} cannot be read: {error}") from error
@@ -119,17 +116,28 @@ def is_picture(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     try:
-        with Image.open(path):
+        with open_picture(path):
             return True
     except OSError:
         return False
+
+
+def read_prompt(prompt: str) -> str:
+    """A prompt, or standard input for `-`; half a character, which a shell makes of bytes of another encoding, is refused."""
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        name = "standard input" if prompt == "-" else "a prompt"
+        raise ValueError(f"{name} must be text in UTF-8: {error}") from None
+    return text
 
 
 def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
     """Each prompt with what the model writes after it.
 
     Raises:
-        ValueError: if a prompt is the name of a picture.
+        ValueError: if a prompt is the name of a picture, or no text in UTF-8.
     """
     if options.seed is not None:
         set_seed(options.seed)
@@ -137,15 +145,14 @@ def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespa
     for prompt in prompts:
         if is_picture(prompt):
             raise ValueError(f"{prompt!r} is a picture; the model goes on with text, and sees nothing")
-        text = sys.stdin.read() if prompt == "-" else prompt
         (result,) = generator(
-            text, max_new_tokens=options.max_new_tokens, do_sample=options.temperature > 0, **sampling
+            read_prompt(prompt), max_new_tokens=options.max_new_tokens, do_sample=options.temperature > 0, **sampling
         )
         yield result["generated_text"]
 
 
 def main(arguments: Sequence[str]):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model, or its name on the Hub")
     parser.add_argument("inputs", nargs="+", help="pictures, or the beginnings of texts; - is standard input")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -162,19 +169,16 @@ def main(arguments: Sequence[str]):
         parser.error(f"`top_p` must be greater than 0 and at most 1, got {options.top_p}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        model = load(options.model, options.revision)
-        if model.task == "text-generation":
-            for text in go_on(model, options.inputs, options):
-                print(text)
-            return
-        for path, classes in classify(model, options.inputs, options.top_k):
-            print(path)
-            for one in classes:
-                print(f"  {one['score']:7.2%}  {one['label']}")
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
+    model = load(options.model, options.revision)
+    if model.task == "text-generation":
+        for text in go_on(model, options.inputs, options):
+            print(text)
+        return
+    for path, classes in classify(model, options.inputs, options.top_k):
+        print(path)
+        for one in classes:
+            print(f"  {one['score']:7.2%}  {one['label']}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -7,15 +7,14 @@ The token is the one of `hf auth login`, or of the environment variable `HF_TOKE
 
 from __future__ import annotations
 
-import argparse
 import errno
-import sys
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from command import EXPECTED, ArgumentParser, run_command
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from model_card import model_card
 from saved_files import CARD, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
@@ -45,6 +44,8 @@ LOADED = (
     "adapter_model.bin",
     "adapter_config.json",
 )
+# What the Hub's client raises beside what every script expects.
+REFUSALS = (*EXPECTED, RuntimeError, TransportError)
 FULL = "there is no space left for it: free some, or choose another place, then push again"
 ADVICE = {
     401: "the Hub does not accept the token, or shows the repository to others only: `hf auth login`, or set HF_TOKEN",
@@ -146,6 +147,9 @@ def push(
 
 def explain(error: BaseException) -> str:
     """What to do about an error. The Hub's own words, which may repeat a request's headers, are left out."""
+    # An upload of a large file wraps what went wrong.
+    if isinstance(error.__cause__, HfHubHTTPError | TransportError | OSError):
+        error = error.__cause__
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code if error.response is not None else None
         if status is None or status == 429 or status >= 500:
@@ -163,7 +167,7 @@ def explain(error: BaseException) -> str:
 
 
 def main(arguments: list[str]):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="folder of a saved run")
     parser.add_argument("--repo_id", required=True, help="user/name")
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
@@ -171,17 +175,10 @@ def main(arguments: list[str]):
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--commit_message", default="Upload a Translution model")
     args = parser.parse_args(arguments)
-    try:
-        if not args.directory.is_dir():
-            raise FileNotFoundError(f"{args.directory} is no folder")
-        options = (args.private, args.revision, args.create_pr, args.commit_message)
-        print(push(args.directory, args.repo_id, *options))
-    except (OSError, ValueError, RuntimeError, HFValidationError, TransportError) as error:
-        # An upload of a large file wraps what went wrong.
-        known = (HfHubHTTPError, TransportError, OSError)
-        cause = error.__cause__ if isinstance(error.__cause__, known) else error
-        parser.exit(1, f"error: {explain(cause)}\n")
+    if not args.directory.is_dir():
+        raise FileNotFoundError(f"{args.directory} is no folder")
+    print(push(args.directory, args.repo_id, args.private, args.revision, args.create_pr, args.commit_message))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main, explain=explain, expected=REFUSALS)

@@ -8,16 +8,16 @@ Text is `.txt`, `.md`, `.py`, JSON lines or Parquet. A run that is stopped, in t
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
 from checkpoints import LEFT_BEHIND, WholeCheckpointTrainer
+from command import run_command
 from datasets import IterableDataset
 from load_data import TextDataArguments, load_texts
 from metrics import text_metrics, token_losses
 from text_blocks import BlockArguments, BlockBatch, BlockStream, Packer, blocks, hold_out_blocks, load_tokenizer
-from training import Run, ScriptTrainingArguments
+from training import Run, ScriptTrainingArguments, load_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from translution import TranslutionForCausalLM
@@ -37,13 +37,7 @@ def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTraine
         model = TranslutionForCausalLM(new_config(args, decided, {}))
     else:
         refuse_new_model_options(args)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            revision=args.model_revision or "main",
-            trust_remote_code=args.trust_remote_code,
-            ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-            dtype="float32",
-        )
+        model = load_checkpoint(AutoModelForCausalLM, args)
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"`vocab_size` must be at least the tokenizer's {len(tokenizer)}, got {config.vocab_size}.")
@@ -107,4 +101,4 @@ def main(arguments: Sequence[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -8,16 +8,16 @@ A folder of pictures has one folder for each class. A run that is stopped goes o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
 from augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
+from command import run_command
 from datasets import IterableDataset
 from load_data import AnyDataset, ImageDataArguments, load_images
 from metrics import image_metrics, likeliest_classes
-from training import ImageTrainer, Run, ScriptTrainingArguments
+from training import ImageTrainer, Run, ScriptTrainingArguments, load_checkpoint
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers import ViTImageProcessorPil as ImageProcessor
 
@@ -57,15 +57,12 @@ def load_model(
         )
         return TranslutionForImageClassification(config), processor
     refuse_new_model_options(args)
-    where = {"revision": args.model_revision or "main", "trust_remote_code": args.trust_remote_code}
-    model = AutoModelForImageClassification.from_pretrained(
+    model = load_checkpoint(AutoModelForImageClassification, args, **labels)
+    processor = AutoImageProcessor.from_pretrained(
         args.model_name_or_path,
-        dtype="float32",
-        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-        **labels,
-        **where,
+        revision=args.model_revision or "main",
+        trust_remote_code=args.trust_remote_code,
     )
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **where)
     if image.patch_size is not None and image.patch_size != model.config.patch_size:
         raise ValueError(f"`patch_size` must be the checkpoint's {model.config.patch_size}, got {image.patch_size}.")
     if image.image_size is not None and image.image_size != model.config.image_size:
@@ -124,4 +121,4 @@ def main(arguments: Sequence[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -1,11 +1,16 @@
-"""What a saved run consists of: names of its files, and whether its weights can be read."""
+"""What a saved run consists of: names of its files, whether its weights can be read, and whether they fit its config."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
+
+from translution.modeling.models.weight_files import read_index
 
 
 RUN, CARD = "run.json", "README.md"
@@ -19,9 +24,9 @@ def shards(folder: Path) -> list[str]:
         ValueError: if the index is damaged.
     """
     try:
-        return sorted(set(json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / WEIGHTS_INDEX} is damaged") from error
+        return sorted(set(read_index(folder / WEIGHTS_INDEX).values()))
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_INDEX} is damaged: {error}") from error
 
 
 def check_readable(weights: Path) -> None:
@@ -35,3 +40,28 @@ def check_readable(weights: Path) -> None:
             pass
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{weights} is damaged: {error}") from error
+
+
+def check_model_name(name: str) -> None:
+    """Makes sure that a name is that of a folder, or may be one on the Hub, such as `user/name`.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if os.path.isdir(name):
+        return
+    try:
+        validate_repo_id(name)
+        if "/" in name:
+            return
+    except HFValidationError:
+        pass
+    raise FileNotFoundError(f"there is no folder {name!r}, and it is no name of a repository, such as user/name")
+
+
+def misshapen(report: dict[str, Any]) -> list[str]:
+    """The tensors of a report of `from_pretrained` that do not fit the config, each with both shapes."""
+    return [
+        f"{key} must have the shape {list(expected)}, got {list(saved)}"
+        for key, saved, expected in sorted(report["mismatched_keys"])
+    ]

@@ -28,10 +28,17 @@ from checkpoints import (
 )
 from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
 from measuring import hardware
-from saved_files import RUN
+from saved_files import RUN, misshapen
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 import translution
 
@@ -290,6 +297,36 @@ class Run:
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, self.folder / RUN)
         write_model_card(self.folder)
+
+
+def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> PreTrainedModel:
+    """The model to train that `model_name_or_path` names, in float32.
+
+    Args:
+        auto_class: of its task.
+        args: where it is, and whether tensors of another shape start anew.
+        fields: of its config.
+
+    Raises:
+        ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
+    """
+    name = args.model_name_or_path
+    # Which tensors they are tells the report alone.
+    model, report = auto_class.from_pretrained(
+        name,
+        revision=args.model_revision or "main",
+        trust_remote_code=args.trust_remote_code,
+        dtype="float32",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **fields,
+    )
+    problems = misshapen(report)
+    if problems and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"The weights of {name} do not fit: {'; '.join(problems)}. `--ignore_mismatched_sizes` starts these anew."
+        )
+    return model
 
 
 def save(trainer: Trainer, split: str, metrics: dict[str, float], combined: bool = True):

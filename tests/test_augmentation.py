@@ -86,6 +86,21 @@ def test_pixels_beyond_16_bits_are_refused(augmentation, processor, values):
         augmentation.sample(row, transform, None)
 
 
+def test_floating_point_grey_is_from_0_to_1(augmentation, processor):
+    transform = augmentation.ImageTransform(processor, augmentation.AugmentationArguments())
+    eight = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
+    pictures = [Image.fromarray(eight), Image.fromarray((eight / 255).astype(np.float32))]
+    assert pictures[1].mode == "F"
+    first, second = [
+        augmentation.sample({"image": one, "label": 0}, transform, None)["pixel_values"] for one in pictures
+    ]
+    assert torch.equal(first, second)
+    for values in ([0.0, 255.0], [-0.5, 0.5], [0.0, float("nan")]):
+        row = {"image": Image.fromarray(np.array([values], dtype=np.float32)), "label": 0}
+        with pytest.raises(ValueError, match="pixels of mode F must be at least 0 and at most 1, got "):
+            augmentation.sample(row, transform, None)
+
+
 def test_flip_mirrors(augmentation, processor):
     args = augmentation.AugmentationArguments(flip_probability=1.0)
     flipped = augmentation.ImageTransform(processor, args)(picture(16, 16), 0)

@@ -12,7 +12,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
@@ -165,6 +165,131 @@ def test_a_missing_and_a_damaged_shard_and_index_are_named(model, tmp_path):
         load(tmp_path)
 
 
+INDEX = {"metadata": {"total_size": 1}, "weight_map": {"classifier.bias": "NAME"}}
+
+
+def planted_index(folder, index, name="model.safetensors.index.json", outside="model.safetensors"):
+    """A folder whose only weights are an index, the file that it may name being beside the folder."""
+    (folder / "model.safetensors").rename(folder.parent / outside)
+    (folder / name).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "`metadata` of INDEX must be an object, got none"),
+        ([], r"INDEX must hold a JSON object with `metadata` and `weight_map`, got list \[\]"),
+        ({"weight_map": INDEX["weight_map"]}, "`metadata` of INDEX must be an object, got none"),
+        ({"metadata": 5, "weight_map": {}}, "`metadata` of INDEX must be an object, got int 5"),
+        ({"metadata": {}}, "`weight_map` of INDEX must be an object of tensor names to file names, got none"),
+        ({"metadata": {}, "weight_map": ["x"]}, "`weight_map` of INDEX must be an object of .*, got list"),
+        ({"metadata": {}, "weight_map": {}}, "`weight_map` of INDEX must name at least one tensor"),
+        ({"metadata": {}, "weight_map": {"a": 1}}, "`weight_map` of INDEX must name files .* got 1 for 'a'"),
+    ],
+)
+def test_an_index_that_is_json_and_no_index(folder, index, message):
+    planted_index(folder, index)
+    where = str(folder / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match=message.replace("INDEX", where)):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("/etc/passwd", "model.safetensors.index.json"),
+        ("../model.safetensors", "model.safetensors.index.json"),
+        ("ABSOLUTE", "model.safetensors.index.json"),
+        ("shards/../../model.safetensors", "model.safetensors.index.json"),
+        (r"C:\model.safetensors", "model.safetensors.index.json"),
+        (r"..\model.safetensors", "model.safetensors.index.json"),
+        ("../model.safetensors", "model.safetensors.index.fp16.json"),
+        ("../weights.bin", "pytorch_model.bin.index.json"),
+        ("shard.bin", "model.safetensors.index.json"),
+    ],
+)
+def test_an_index_names_no_file_elsewhere(folder, name, kind, monkeypatch):
+    name = name.replace("ABSOLUTE", str(folder.parent / "model.safetensors"))
+    index = {"metadata": {}, "weight_map": {"classifier.bias": name}}
+    planted_index(folder, index, kind, "weights.bin" if name.endswith("weights.bin") else "model.safetensors")
+    opened = []
+    monkeypatch.setattr(
+        sys.modules["transformers.modeling_utils"], "safe_open", lambda *args, **_: opened.append(args)
+    )
+    monkeypatch.setattr(torch, "load", lambda *args, **_: opened.append(args))
+    with pytest.raises(ValueError, match=r"`weight_map` of .* must name files in its own folder") as caught:
+        load(folder, variant="fp16" if "fp16" in kind else None)
+    assert repr(name) in str(caught.value)
+    assert not opened
+
+
+def test_shards_may_lie_in_a_folder_of_their_own(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    (tmp_path / "shards").mkdir()
+    for name in set(index["weight_map"].values()):
+        (tmp_path / name).rename(tmp_path / "shards" / name)
+    index["weight_map"] = {tensor: f"shards/{name}" for tensor, name in index["weight_map"].items()}
+    path.write_text(json.dumps(index))
+    assert torch.equal(load(tmp_path).state_dict()[BANK], model.state_dict()[BANK])
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "uint8", "float8_e4m3fn"])
+def test_weights_that_are_no_floating_point_numbers(model, folder, dtype, tmp_path):
+    change(folder, **{BANK: model.state_dict()[BANK].to(getattr(torch, dtype))})
+    words = rf"{BANK} of .*model.safetensors must be stored as one of float64, .* got the dtype"
+    with pytest.raises(ValueError, match=words):
+        load(folder)
+    # A pickle of tensors is checked as well.
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"{BANK} of .*pytorch_model.bin must be stored as .* got the dtype {dtype}"):
+        load(folder)
+
+
+def test_a_trunk_of_integers_is_refused_and_what_is_unknown_is_not(model, folder):
+    change(folder, odd=torch.arange(3))
+    _, found = load(folder, output_loading_info=True)
+    assert found["unexpected_keys"] == {"odd"}
+    model.model.save_pretrained(folder)
+    bank = BANK.removeprefix("model.")
+    change(folder, **{bank: model.state_dict()[BANK].to(torch.int32)})
+    with pytest.raises(ValueError, match=f"^{bank} of .* got the dtype I32"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_other_floating_point_numbers_load(model, folder, dtype):
+    change(folder, **{BANK: model.state_dict()[BANK].to(getattr(torch, dtype))})
+    expected = model.state_dict()[BANK].to(getattr(torch, dtype)).float()
+    assert torch.equal(load(folder, dtype="float32").state_dict()[BANK], expected)
+
+
+def test_quantised_weights_may_be_integers(model, folder, monkeypatch):
+    change(folder, **{BANK: model.state_dict()[BANK].to(torch.int8)})
+    reached = []
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", lambda *args: reached.append(args))
+    arguments = (model, None, [str(folder / "model.safetensors")], None)
+    with pytest.raises(ValueError, match="got the dtype I8"):
+        model._load_pretrained_model(*arguments)
+    # What a quantiser makes of them is its own affair.
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    model._load_pretrained_model(*arguments)
+    assert reached == [arguments]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", "short"], ids=["empty", "garbage", "truncated"])
+def test_damaged_pickles_are_named(model, folder, content):
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path)
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(load(folder).state_dict()[BANK], model.state_dict()[BANK])
+    path.write_bytes(path.read_bytes()[:-50] if content == "short" else content)
+    with pytest.raises(OSError, match=r"^pytorch_model.bin of .* must hold tensors by name, but cannot be read"):
+        load(folder)
+
+
 def test_no_weights_are_an_error(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"no file named model.safetensors"):
@@ -201,7 +326,9 @@ def test_pickled_weights_run_no_code(folder, tmp_path):
     # The test would tell: where it is unpickled, the code runs.
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     (tmp_path / "planted").rmdir()
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(
+        OSError, match=r"^pytorch_model.bin of .* or not without running code: Weights only load failed"
+    ):
         load(folder)
     assert not (tmp_path / "planted").exists()
 

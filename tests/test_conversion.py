@@ -4,7 +4,6 @@
 `sum(logits · Z)` for every parameter.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -19,18 +18,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import convert_original_to_hf as converter  # noqa: E402
+from command import run_command  # noqa: E402
+
+
 REFERENCES = sorted(path.stem for path in (ROOT / "tests/reference").glob("*.safetensors") if "acmix" not in path.stem)
 AUTO_CLASSES = {"image": AutoModelForImageClassification, "text": AutoModelForCausalLM}
-
-
-def _import_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-converter = _import_script("convert_original_to_hf")
 
 
 class Reference:
@@ -102,7 +96,7 @@ def _run_failing(capsys, checkpoint, output, *options):
     """The message of a run that must fail: one line, no traceback, and nothing left behind."""
     before = sorted(output.parent.iterdir())
     with pytest.raises(SystemExit) as raised:
-        _run(checkpoint, output, *options)
+        run_command(converter.main, ["--checkpoint", str(checkpoint), "--output", str(output), *map(str, options)])
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert raised.value.code != 0
     assert "error: " in message

@@ -1,15 +1,18 @@
 """Files to train on: what a folder may hold, what of it is named where it is damaged, and streams of few files."""
 
 import importlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader
 
 
 datasets = pytest.importorskip("datasets")
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
@@ -56,6 +59,43 @@ def test_a_damaged_picture_is_named(scripts, pictures, damage, streaming):
         samples(scripts, pictures, streaming)
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_formats_are_no_pictures_whatever_they_are_called(scripts, pictures, streaming, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("another program was run"))
+    (pictures / "dog" / "2.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(
+        ValueError, match=rf"The picture .*{pictures / 'dog' / '2.png'} cannot be read: cannot identify"
+    ):
+        samples(scripts, pictures, streaming)
+
+
+def test_every_format_that_is_meant_is_read(scripts, tmp_path):
+    Image.init()
+    pictures = scripts("pictures")
+    for name, endings in pictures.FORMATS.items():
+        for ending in endings:
+            Image.new("L", (9, 7), 200).save(tmp_path / f"one{ending}")
+            found = pictures.read_picture(str(tmp_path / f"one{ending}"))
+            assert (found.mode, found.size) == ("RGB", (9, 7)), name
+            # JPEG and WebP are not exact.
+            assert np.abs(np.asarray(found).astype(int) - 200).max() <= 3, name
+
+
+def test_a_picture_is_the_right_way_up(scripts, tmp_path):
+    """As `datasets` turns it, in training and in prediction alike."""
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[0] = 255
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by a quarter to the right
+    picture.save(tmp_path / "turned.png", exif=exif)
+    found = np.asarray(scripts("pictures").read_picture(str(tmp_path / "turned.png")))
+    np.testing.assert_array_equal(found, np.rot90(pixels, -1))
+
+
 @pytest.mark.parametrize("end", ["/", "//", "/."])
 def test_a_folder_may_end_in_a_slash(scripts, pictures, end):
     assert len(samples(scripts, f"{pictures}{end}", streaming=False)) == 8
@@ -94,6 +134,67 @@ def test_a_text_that_is_not_utf8_is_named(scripts, tmp_path, sample_by):
     load = scripts("load_data")
     with pytest.raises(ValueError, match=f"{folder / 'b.txt'} must be text in UTF-8, line 2 is not: "):
         load.load_texts(load.TextDataArguments(train_dir=str(folder), sample_by=sample_by), False)
+
+
+def parquet(**columns):
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+GOOD = '{"text": "good"}\n'
+DAMAGE = [
+    ("jsonl", '{"content": "x"}\n', "FILE must have `text` in every row, line 1 has the fields content"),
+    ("jsonl", GOOD + '\n{"content": "x"}\n', "FILE must have `text` in every row, line 3 has the fields content"),
+    ("json", '[{"text": "x"}, {"n": 1}]', "FILE must have `text` in every row, row 2 has the fields n"),
+    ("jsonl", '{"text": 5}\n', "`text` in line 1 of FILE must be text, got int 5"),
+    ("jsonl", GOOD + '{"text": ["x"]}\n', "`text` in line 2 of FILE must be text, got list"),
+    ("jsonl", "", "FILE must hold rows with `text`, it is empty"),
+    ("jsonl", GOOD + '{"text": "y', "FILE must be JSON, line 2 is not, from column 10 on: Unterminated string"),
+    ("json", '[{"text": "x"},\n{"text": "y"', "FILE must be JSON, line 2 is not, from column 13 on: Expecting"),
+    ("jsonl", GOOD.encode() + b'{"text": "caf\xe9"}\n', "FILE must be text in UTF-8, line 2 is not"),
+    ("jsonl", GOOD + '{"text": "\\ud800"}\n', "`text` in line 2 of FILE must be text in UTF-8"),
+    ("parquet", b"", "FILE must be Parquet, it is not: "),
+    ("parquet", parquet(text=["x"])[:-9], "FILE must be Parquet, it is not: "),
+    ("parquet", parquet(text=pa.array([], pa.string())), "FILE must hold rows with `text`, it is empty"),
+    ("parquet", parquet(text=[1]), "`text` of FILE must be text, got int64"),
+    ("parquet", parquet(content=["x"]), "FILE must have the column `text`, it has content"),
+    ("txt", b"good\ncaf\xe9\n", "FILE must be text in UTF-8, line 2 is not"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("ending", "content", "message"), DAMAGE, ids=range(len(DAMAGE)))
+def test_what_is_wrong_with_a_text_is_named(scripts, tmp_path, ending, content, message, streaming):
+    path = tmp_path / f"bad.{ending}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    load = scripts("load_data")
+    with pytest.raises(ValueError, match=re.escape(message.replace("FILE", str(path)))):
+        load.load_texts(load.TextDataArguments(train_file=[str(path)], streaming=streaming), False)
+
+
+def test_the_one_file_that_is_damaged_is_named(scripts, tmp_path):
+    for name, content in (("a", GOOD), ("b", GOOD + "{"), ("c", GOOD)):
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    load = scripts("load_data")
+    with pytest.raises(ValueError, match=rf"^{tmp_path / 'b.jsonl'} must be JSON, line 2"):
+        load.load_texts(load.TextDataArguments(train_dir=str(tmp_path)), False)
+
+
+def test_texts_of_every_kind_are_read(scripts, tmp_path):
+    load = scripts("load_data")
+    contents = {
+        "lines.jsonl": b'{"text": "a"}\n\n{"text": null}\n{"text": "b", "n": 1}\n',
+        "list.json": b'[{"text": "a"},\n {"text": null}, {"text": "b"}]',
+        "rows.parquet": parquet(text=["a", None, "b"]),
+        "large.parquet": parquet(text=pa.array(["a", None, "b"], pa.large_string())),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        for streaming in (False, True):
+            args = load.TextDataArguments(train_file=[str(tmp_path / name)], streaming=streaming)
+            train, _ = load.load_texts(args, False)
+            assert [row["text"] for row in train] == ["a", None, "b"], name
 
 
 def test_a_folder_that_is_called_like_a_text(scripts, tmp_path):

@@ -39,5 +39,8 @@ def test_nothing_is_timed_after_a_wrong_result(gpu_check, tmp_path, monkeypatch,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(gpu_check, capsys):
-    assert gpu_check.main([]) == 1
-    assert "there is no GPU" in capsys.readouterr().out
+    run_command = importlib.import_module("command").run_command
+    with pytest.raises(SystemExit) as exit_:
+        run_command(gpu_check.main, [])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err.startswith("error: there is no GPU")

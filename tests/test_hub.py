@@ -29,6 +29,7 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import push_to_hub  # noqa: E402
+from command import run_command  # noqa: E402
 from data import train_tokenizer  # noqa: E402
 
 
@@ -98,6 +99,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 def push(run: Path, *options: str):
     push_to_hub.main([str(run), "--repo_id", NAME, *options])
+
+
+def push_as_a_command(run: Path, *options: str):
+    arguments = [str(run), "--repo_id", NAME, *options]
+    run_command(push_to_hub.main, arguments, push_to_hub.explain, push_to_hub.REFUSALS)
 
 
 def logits(model) -> torch.Tensor:
@@ -262,7 +268,7 @@ def fails(run: Path, capsys, *options: str) -> str:
     before = contents(run)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        push(run, *options)
+        push_as_a_command(run, *options)
     printed = capsys.readouterr()
     assert exit_.value.code == 1
     assert "error: " in printed.err
@@ -393,7 +399,8 @@ def test_what_is_no_whole_run_is_not_pushed(hub, run, capsys, tmp_path):
     (run / "pytorch_model.bin").unlink()
     (run / "model.safetensors").unlink()
     assert "has no model.safetensors" in fails(run, capsys)
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = {"metadata": {}, "weight_map": files}
     (run / "model.safetensors.index.json").write_text(json.dumps(index))
     (run / "model-00001-of-00002.safetensors").write_text("here")
     assert "has no model-00002-of-00002.safetensors" in fails(run, capsys)
@@ -419,7 +426,7 @@ def test_damaged_weights_are_not_pushed(hub, run, capsys, sharded):
 
 def fails_for(folder: Path, capsys) -> str:
     with pytest.raises(SystemExit) as exit_:
-        push(folder)
+        push_as_a_command(folder)
     assert exit_.value.code == 1
     return capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from translution import TranslutionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+from command import run_command  # noqa: E402
 from model_card import describe, main, model_card, write_model_card  # noqa: E402
 
 
@@ -209,6 +210,6 @@ def test_bad_input(file, content, words, tmp_path, capsys):
     if content is not None:
         (folder / file).write_text(content)
     with pytest.raises(SystemExit) as exit_:
-        main([str(folder)])
+        run_command(main, [str(folder)])
     assert exit_.value.code == 1
     assert words in capsys.readouterr().err

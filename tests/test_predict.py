@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from transformers import ViTImageProcessorPil as ImageProcessor
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
@@ -16,6 +16,7 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import predict
+from command import run_command
 from data import train_tokenizer
 
 
@@ -70,6 +71,14 @@ def test_grey_of_16_bits(classifier, tmp_path, capsys):
     assert found[0] == found[1]
 
 
+def test_postscript_is_no_picture(classifier, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("another program was run"))
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    printed = fails(capsys, classifier[2], str(path))
+    assert printed == f"error: {str(path)!r} is no picture of the formats PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM\n"
+
+
 def test_several_pictures_and_standard_input(classifier, tmp_path, capsys, monkeypatch):
     _, _, folder = classifier
     for color in ("red", "blue"):
@@ -111,7 +120,7 @@ def test_a_seed_repeats_the_choice(writer, capsys):
 
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as error:
-        predict.main(list(arguments))
+        run_command(predict.main, arguments)
     assert error.value.code in (1, 2)
     return capsys.readouterr().err
 
@@ -119,7 +128,7 @@ def fails(capsys, *arguments):
 def test_errors_say_what_is_wrong(classifier, writer, tmp_path, capsys):
     classifier, writer = classifier[2], writer[2]
     (tmp_path / "note.png").write_text("no picture")
-    assert "note.png' is no picture" in fails(capsys, classifier, str(tmp_path / "note.png"))
+    assert "note.png' is no picture of the formats" in fails(capsys, classifier, str(tmp_path / "note.png"))
     assert "there is no picture 'a cat'" in fails(capsys, classifier, "a cat")
     Image.effect_noise((40, 40), 50).save(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()

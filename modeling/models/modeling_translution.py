@@ -5,14 +5,12 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `V` vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -34,6 +32,7 @@ from ..operators.dispatch import AUTO, EAGER, TRITON
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets, resample_positions
 from ..operators.rotary import image_rotation, text_rotation
+from .weight_files import check_dtypes, check_index
 
 
 logger = logging.get_logger(__name__)
@@ -140,21 +139,6 @@ class TranslutionLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_mixer_layernorm(hidden_states)))
 
 
-def _damaged_files(folder: Path) -> list[str]:
-    """Names of the files of weights in a folder, and of their index, that cannot be read."""
-    names = []
-    for path in sorted(folder.glob("*.safetensors*")):
-        try:
-            if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            else:
-                with safe_open(path, framework="pt"):
-                    pass
-        except (SafetensorError, ValueError):
-            names.append(path.name)
-    return names
-
-
 def _never_called(*args: Any, **kwargs: Any):
     raise RuntimeError(
         f"`attn_implementation` {AUTO!r} or {TRITON!r} belongs to Translution models and cannot serve others."
@@ -190,17 +174,37 @@ class TranslutionPreTrainedModel(PreTrainedModel):
         """Transformers' own; see there for arguments and for the report of tensors that are missing or do not fit.
 
         Raises:
-            OSError: if a file of weights, or their index, is missing or damaged; the message names it.
+            OSError: if a file of weights, or their index, is missing or damaged, or a pickle that would run code; the
+                message names it.
             RuntimeError: if a tensor has another shape than the config's; the report names it.
+            ValueError: if the index of several files is none, or names files outside the folder, or if weights are not
+                stored as floating point numbers.
         """
+        options = ("variant", "use_safetensors", "subfolder", "revision", "cache_dir")
+        where = {name: kwargs[name] for name in options if kwargs.get(name) is not None}
+        # An index can name any file of this machine, so it is checked before Transformers opens what it names. Files of
+        # the Hub stay in their folder; what is wrong with their index is found where reading it fails.
+        if Path(str(pretrained_model_name_or_path)).is_dir():
+            check_index(pretrained_model_name_or_path, **where)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            # Neither says which file it is about.
-            folder = Path(str(pretrained_model_name_or_path)) / (kwargs.get("subfolder") or "")
-            names = ", ".join(_damaged_files(folder)) or "a file of weights, or their index"
-            message = f"{names} of {pretrained_model_name_or_path} must be whole, but cannot be read: {error}."
-            raise OSError(f"{message} Copy or download it again.") from error
+        except (AttributeError, KeyError, TypeError, ValueError):
+            if pretrained_model_name_or_path is not None:
+                check_index(pretrained_model_name_or_path, **where)
+            raise
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # Here the files are known, wherever they are from. Quantised weights are integers by intention.
+        if getattr(model.config, "quantization_config", None) is None:
+            check_dtypes(checkpoint_files or [], model, model.base_model_prefix)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Without a request Transformers would fall back to "eager", which here is the readable reference.

@@ -1,0 +1,58 @@
+"""How every script ends: what the user got wrong is one line and exit status 1, and no traceback; no token is printed."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from huggingface_hub import get_token
+from huggingface_hub.errors import StrictDataclassError
+
+
+# What the scripts, and the libraries that they call, raise for wrong input. Anything else is a fault of the code.
+EXPECTED = (OSError, ValueError, ImportError, StrictDataclassError)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse`'s own; of options that it does not know it repeats the names alone: their values may be tokens."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        parsed, left = self.parse_known_args(args, namespace)
+        if left:
+            self.error(unknown_options(left))
+        return parsed
+
+
+def unknown_options(left: Iterable[str]) -> str:
+    """What is wrong with arguments that no parser took."""
+    found = [match[0] for match in (re.match(r"--?[A-Za-z][\w-]*", text) for text in left) if match]
+    return f"Options must be those that --help lists; {', '.join(found) or 'a value without an option'} is not among them."
+
+
+def run_command(
+    main: Callable[[list[str]], int | None],
+    arguments: Sequence[str] | None = None,
+    explain: Callable[[BaseException], str] = str,
+    expected: tuple[type[BaseException], ...] = EXPECTED,
+) -> NoReturn:
+    """Runs a script and exits. `python -X dev` raises errors as they are.
+
+    Args:
+        main: takes the command line, and returns the exit status if it is not 0.
+        arguments: the command line, by default that of the process.
+        explain: the words for an error.
+        expected: the errors to put in words.
+    """
+    try:
+        status = main(list(sys.argv[1:] if arguments is None else arguments))
+    except expected as error:
+        if sys.flags.dev_mode:
+            raise
+        words = " ".join(explain(error).split()) or type(error).__name__
+        token = get_token()
+        print(f"error: {words.replace(token, '…') if token else words}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
