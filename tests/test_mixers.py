@@ -18,7 +18,7 @@ from translution.modeling.mixers.convolution import ConvolutionMixer
 from translution.modeling.mixers.masks import ALL_VISIBLE, AttentionMask, make_mask
 from translution.modeling.mixers.translution import TranslutionMixer
 from translution.modeling.models.modeling_translution import build_mixer
-from translution.modeling.operators import basis_products, grouped, reference
+from translution.modeling.operators import basis, grouped, reference
 from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 from translution.modeling.operators.resampling import resample_offsets, resample_positions
 
@@ -188,7 +188,7 @@ def test_basis_equals_the_built_bank(modality, subset, rank, clamp):
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_basis_in_parts(modality, elements, monkeypatch):
     """One receiver at a time, several, several inputs: all the same."""
-    monkeypatch.setattr(basis_products, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(basis, "CHUNK_ELEMENTS", elements)
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     config = make_config(modality, relative_projections="qkv", offset_basis=3)
     layout, mixer = layout_of(config), randomise(TranslutionMixer(config, 0))
@@ -204,13 +204,13 @@ def test_basis_in_parts(modality, elements, monkeypatch):
 
 
 def test_products_of_a_basis_never_exist_whole(monkeypatch):
-    monkeypatch.setattr(basis_products, "CHUNK_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(basis, "CHUNK_ELEMENTS", 1 << 11)
     query, weights = torch.randn(1, 1, 60, 4), torch.randn(8, 60, 60)
     keys, pairs = torch.randn(1, 1, 8, 60, 4), torch.randn(1, 1, 60, 60)
     largest = LargestTensor()
-    largest.inside(basis_products._scores)(query, keys, weights)
-    largest.inside(basis_products._values)(pairs, keys, weights)
-    largest.inside(basis_products._backward)(pairs, query, keys, weights, True, True, False)
+    largest.inside(basis._scores)(query, keys, weights)
+    largest.inside(basis._values)(pairs, keys, weights)
+    largest.inside(basis._backward)(pairs, query, keys, weights, True, True, False)
     # The scores are the largest; what is viewed, weights and inputs, is there before.
     assert 60 * 60 <= largest.made <= max(60 * 60, 1 << 11)
 

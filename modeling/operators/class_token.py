@@ -30,8 +30,9 @@ def write_class_scores(
 ) -> None:
     """Writes `<q_ij, k_ij>` of a class token's pairs into `scores`, `[B, A, L, L]`."""
     for receivers, givers, row, reverse in class_blocks(layout):
-        q = _heads(_project(query[:, receivers], query_bank, reverse), scores)
-        k = _heads(_project(key[:, givers], key_bank, row), scores)
+        # Scores are kept in a type that can hold the sum over a head, so they are summed in it.
+        q = _heads(_project(query[:, receivers], query_bank, reverse), scores).to(scores.dtype)
+        k = _heads(_project(key[:, givers], key_bank, row), scores).to(scores.dtype)
         scores[:, :, receivers, givers] = q @ k.transpose(-1, -2)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .class_token import class_blocks
+from .class_token import add_class_gradients, add_class_values, write_class_scores
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
 from .runs import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
@@ -69,13 +69,9 @@ def _scores(
             place = end
         receiver.end_shift()
         giver.end_shift()
-    place //= max(batch, 1)
-    for receivers, givers, row, reverse in class_blocks(layout):
-        product = receiver.project_tokens(receivers, reverse) * giver.project_tokens(givers, row)
-        end = place + product.shape[0]
-        torch.sum(product.unflatten(-1, (num_heads, -1)), -1, dtype=wide, out=grouped[place:end])
-        place = end
-    return _from_grouped(grouped, layout)
+    scores = _from_grouped(grouped, layout)
+    write_class_scores(scores, query, key, query_bank, key_bank, layout)
+    return scores
 
 
 def _scores_backward(
@@ -124,19 +120,12 @@ def _scores_backward(
             place = end
         receiver.end_shift(need_query)
         giver.end_shift(need_key)
-    place //= max(batch, 1)
-    for receivers, givers, row, reverse in class_blocks(layout):
-        count = max(receiver.tokens[receivers].shape[0], giver.tokens[givers].shape[0])
-        weight = grouped[place : place + count].unsqueeze(-1)
-        place += count
-        places = {receiver: (receivers, reverse), giver: (givers, row)}
-        for side, other in sides:
-            piece = other.project_tokens(*places[other]).unflatten(-1, (num_heads, -1)) * weight
-            tokens, side_row = places[side]
-            piece = piece.flatten(-2)
-            if side.tokens[tokens].shape[0] < count:
-                piece = piece.sum(0, keepdim=True)
-            side.accumulate_tokens(tokens, side_row, piece)
+    gradients = [None, None, None, None]
+    if need_query:
+        gradients[:2] = receiver.token_gradient.transpose(0, 1), receiver.bank_gradient
+    if need_key:
+        gradients[2:] = giver.token_gradient.transpose(0, 1), giver.bank_gradient
+    add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
     # Outputs of an operator must not share memory: a gradient nobody asked for is an empty tensor of its own.
     query_gradients = receiver.gradients() if need_query else (query.new_empty(0), query.new_empty(0))
     key_gradients = giver.gradients() if need_key else (query.new_empty(0), query.new_empty(0))
@@ -170,14 +159,9 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
             place = end
         put_columns(output, received, layout, shift.receiver_start, shift.num_columns)
         giver.end_shift()
-    place //= max(batch, 1)
-    for receivers, givers, row, _ in class_blocks(layout):
-        piece = giver.project_tokens(givers, row).unflatten(-1, (num_heads, -1))
-        count = max(output[receivers].shape[0], piece.shape[0])
-        piece = (piece * grouped[place : place + count].unsqueeze(-1)).flatten(-2)
-        place += count
-        output[receivers] += piece.sum(0, keepdim=True) if output[receivers].shape[0] < count else piece
-    return output.transpose(0, 1).to(value.dtype).contiguous()
+    output = output.transpose(0, 1)
+    add_class_values(output, probabilities, value, value_bank, layout)
+    return output.to(value.dtype).contiguous()
 
 
 pair_scores, pair_values = register_pair_operators("", _scores, _scores_backward, _values)

@@ -191,15 +191,12 @@ class PairLayout:
         return _column_shifts(self)
 
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the grouped order keeps each pair.
-
-        Pairs are ordered by column shift, run, receiver row, receiver column; those of a class token follow: with itself,
-        class from patches, patches from class.
+        """Where the grouped order keeps each pair of the grid: by column shift, run, receiver row, receiver column.
 
         Returns:
             `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, `i` counting receivers, and `position`,
-            `[receivers · L]`: the place
-            of pair `(i, j)` in it. Pairs that do not exist have position `pairs`, one past the end.
+            `[receivers · L]`: the place of pair `(i, j)` in it. Pairs that do not exist, and those of a class token, have position
+            `pairs`, one past the end.
         """
         return tuple(torch.from_numpy(places) for places in _pair_order(self))
 
@@ -319,9 +316,6 @@ def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
             receiver = first + (row + run.receiver_start) * layout.width + column + shift.receiver_start
             giver = first + (row + run.giver_start) * layout.width + column + shift.giver_start
             pieces.append((receiver * tokens + giver).ravel())
-    if layout.class_token:
-        patches = np.arange(1, tokens)
-        pieces += [np.zeros(1, dtype=np.int64), patches, patches * tokens]
     order = np.concatenate(pieces).astype(np.int64)
     position = np.full(layout.num_receivers * tokens, order.size, dtype=np.int64)
     position[order] = np.arange(order.size)
