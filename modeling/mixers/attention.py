@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..operators.heads import merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.rotary import rotate
 from .masks import ALL_VISIBLE, AttentionMask
@@ -47,7 +48,9 @@ class AttentionMixer(Mixer):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `[B, A, L, d]`."""
-        query, key, value = (self.split_heads(p(hidden_states)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            split_heads(p(hidden_states), self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return query, key, value
 
     def remember(
@@ -79,13 +82,13 @@ class AttentionMixer(Mixer):
             added = bias if added is None else added + bias
         if eager:
             weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, added)
-            return self.merge_heads(weights.to(value.dtype) @ value), weights
+            return merge_heads(weights.to(value.dtype) @ value), weights
         added = None if added is None else added.to(query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, added, dropout, is_causal=added is None and is_causal, scale=self.scaling
         )
-        return self.merge_heads(output), None
+        return merge_heads(output), None
 
     def score_bias(self, layout: PairLayout | StepLayout) -> Tensor | None:
         """What is added to the scores of each pair, `[A, L, L]`, beside the mask."""
@@ -137,7 +140,7 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         given = weights.to(value.dtype)
         output = given @ value + torch.einsum("baij,ijd->baid", given, relative_value)
         self.choose_path("relative_vector", query, layout, mask, output_attentions)
-        return self.merge_heads(output), weights
+        return merge_heads(output), weights
 
 
 __all__ = ["AttentionMixer", "RelativeBiasAttentionMixer", "RelativeVectorAttentionMixer"]

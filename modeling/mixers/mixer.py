@@ -74,14 +74,6 @@ class Mixer(nn.Module):
         """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
         return resample_offsets(table, self.bank_layout, layout)
 
-    def split_heads(self, tokens: Tensor) -> Tensor:
-        """`[B, L, A·e]` to `[B, A, L, e]`."""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def merge_heads(self, heads: Tensor) -> Tensor:
-        """`[B, A, L, e]` to `[B, L, A·e]`."""
-        return heads.transpose(1, 2).flatten(2)
-
     def additive_mask(self, mask: AttentionMask, layout: PairLayout | StepLayout, like: Tensor) -> Tensor | None:
         """What to add to scores, `[B or 1, A or 1, queries, L]`; `None` where all pairs of an image count."""
         if mask.additive is None and layout.causal:

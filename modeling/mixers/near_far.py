@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis
 from ..operators.dispatch import pair_operators
+from ..operators.heads import merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout, distances
 from .cache import remember, remember_recent
 
@@ -104,7 +105,7 @@ class NearAndFarPairs(AllPairs):
         self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """See `AllPairs.remember`. Of each token its far key and value are remembered, and of the last few their inputs."""
-        far = [_heads(_far(inputs), self.num_heads) for inputs in (self.key, self.value)]
+        far = [_far_heads(inputs, self.num_heads) for inputs in (self.key, self.value)]
         stored, _ = remember(cache, layer_idx, [dense_key, dense_value, *far], [])
         dense_key, dense_value, self.far_key, self.far_value = (
             None if part is None else part[:, :, : self.layout.num_tokens] for part in stored
@@ -119,11 +120,11 @@ class NearAndFarPairs(AllPairs):
 
     def far(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `AllPairs.far`."""
-        return _heads(_far(self.query), self.num_heads), self.far_key, self.far_value
+        return _far_heads(self.query, self.num_heads), self.far_key, self.far_value
 
     def scores(self) -> Tensor:
         """See `AllPairs.scores`."""
-        scores = _heads(_far(self.query), self.num_heads) @ self.far_key.transpose(-1, -2)
+        scores = _far_heads(self.query, self.num_heads) @ self.far_key.transpose(-1, -2)
         if self.distance == 0:
             return scores
         near = pair_operators(self.path).pair_scores(
@@ -144,7 +145,7 @@ class NearAndFarPairs(AllPairs):
         """See `AllPairs.values`."""
         between = distances(self.layout, weights.device)
         far = weights.masked_fill(between < self.distance, 0).to(self.far_value.dtype)
-        output = (far @ self.far_value).transpose(1, 2).flatten(2)
+        output = merge_heads(far @ self.far_value)
         if self.distance == 0:
             return output
         near = weights
@@ -159,19 +160,16 @@ class NearAndFarPairs(AllPairs):
         return output + pair_operators(self.path).pair_values(near, *self.value, self.layout.near(self.window))
 
 
-def _heads(tokens: Tensor | None, num_heads: int) -> Tensor | None:
-    """`[B, L, A·w]` to `[B, A, L, w]`."""
-    return None if tokens is None else tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _far(inputs: PairInputs | None) -> Tensor | None:
-    """The projection that a token has in all far pairs: by the last matrix of its bank, `[B, L, A·e]`."""
-    if inputs is None or inputs.bank is None:
-        return None if inputs is None else inputs.tokens
-    bank = inputs.bank
+def _far_heads(inputs: PairInputs | None, num_heads: int) -> Tensor | None:
+    """The projection that a token has in all far pairs, by the last matrix of its bank, `[B, A, L, e]`."""
+    if inputs is None:
+        return None
+    tokens, bank = inputs
     if isinstance(bank, OffsetBasis):
-        return inputs.tokens @ torch.einsum("m,mcd->cd", bank.coefficients[-1], bank.factors)
-    return inputs.tokens @ bank[-1]
+        tokens = tokens @ torch.einsum("m,mcd->cd", bank.coefficients[-1], bank.factors)
+    elif bank is not None:
+        tokens = tokens @ bank[-1]
+    return split_heads(tokens, num_heads)
 
 
 __all__ = ["AllPairs", "NearAndFarPairs", "PairInputs"]

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis, project_factors
 from ..operators.dispatch import kernels
+from ..operators.heads import merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.rotary import rotate
 from ..operators.streamed import streamed_attention
@@ -140,7 +141,7 @@ class TranslutionMixer(Mixer):
 
         output = None
         if dense_value is not None:
-            output = self.merge_heads(weights.to(dense_value.dtype) @ dense_value)
+            output = merge_heads(weights.to(dense_value.dtype) @ dense_value)
         if "v" in self.relative:
             relative_output = pairs.values(weights)
             output = relative_output if output is None else (output + self.v_up(relative_output)) / 2
@@ -153,7 +154,7 @@ class TranslutionMixer(Mixer):
         relative, dense = (pairs.query, pairs.key, pairs.value), (query, key, value)
         tokens, banks = zip(
             *(
-                PairInputs(self.merge_heads(heads), None) if inputs is None else inputs
+                PairInputs(merge_heads(heads), None) if inputs is None else inputs
                 for inputs, heads in zip(relative, dense, strict=True)
             ),
             strict=True,
@@ -202,8 +203,8 @@ class TranslutionMixer(Mixer):
             scale,
             pairs.layout,
         )
-        output = self.merge_heads(output)
-        return output if dense_output is None else (self.merge_heads(dense_output) + self.v_up(output)) / 2
+        output = merge_heads(output)
+        return output if dense_output is None else (merge_heads(dense_output) + self.v_up(output)) / 2
 
     def _dense(
         self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor] | None
@@ -211,11 +212,11 @@ class TranslutionMixer(Mixer):
         """The queries, keys and values of ordinary attention, `[B, A, L, d]`: LoR's, or those that no bank takes part in."""
         query = key = value = None
         if self.low_rank or not self.scores_are_relative:
-            query, key = self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
+            query, key = (split_heads(p(hidden_states), self.num_heads) for p in (self.q_proj, self.k_proj))
             if self.rotary:
                 query, key = (rotate(heads, rotation).to(heads.dtype) for heads in (query, key))
         if self.low_rank or "v" not in self.relative:
-            value = self.split_heads(self.v_proj(hidden_states))
+            value = split_heads(self.v_proj(hidden_states), self.num_heads)
         return query, key, value
 
     def _pair_inputs(

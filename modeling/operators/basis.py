@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .exporting import is_exporting
+from .heads import merge_heads, split_heads
 from .pair_autograd import accumulation_dtype
 from .pair_layout import PairLayout, StepLayout
 from .registration import define, register_once
@@ -81,7 +82,7 @@ def pair_values(
     probabilities = probabilities.to(value.dtype)
     if layout.causal:
         probabilities = probabilities.masked_fill(rows < 0, 0)
-    return mixed_values(probabilities, heads, _weights(coefficients, rows, value)).transpose(1, 2).flatten(2)
+    return merge_heads(mixed_values(probabilities, heads, _weights(coefficients, rows, value)))
 
 
 def project_factors(tokens: Tensor, basis: OffsetBasis | None, num_heads: int) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +91,7 @@ def project_factors(tokens: Tensor, basis: OffsetBasis | None, num_heads: int) -
     Without a basis the tokens are projections already: one factor, and no coefficients.
     """
     if basis is None:
-        return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)[:, :, None], None
+        return split_heads(tokens, num_heads)[:, :, None], None
     projected = torch.einsum("blc,mcd->bmld", tokens, basis.factors)
     return projected.unflatten(-1, (num_heads, -1)).permute(0, 3, 1, 2, 4), basis.coefficients
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .heads import merge_heads, split_heads
 from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, PairLayout
 
 
@@ -31,8 +32,8 @@ def write_class_scores(
     """Writes `<q_ij, k_ij>` of a class token's pairs into `scores`, `[B, A, L, L]`."""
     for receivers, givers, row, reverse in class_blocks(layout):
         # Scores are kept in a type that can hold the sum over a head, so they are summed in it.
-        q = _heads(_project(query[:, receivers], query_bank, reverse), scores).to(scores.dtype)
-        k = _heads(_project(key[:, givers], key_bank, row), scores).to(scores.dtype)
+        q = split_heads(_project(query[:, receivers], query_bank, reverse), scores.shape[1]).to(scores.dtype)
+        k = split_heads(_project(key[:, givers], key_bank, row), scores.shape[1]).to(scores.dtype)
         scores[:, :, receivers, givers] = q @ k.transpose(-1, -2)
 
 
@@ -41,8 +42,8 @@ def add_class_values(
 ) -> None:
     """Adds `Σ_j p_ij v_ij` over a class token's pairs to `output`, `[B, L, A·e]`."""
     for receivers, givers, row, _ in class_blocks(layout):
-        v = _heads(_project(value[:, givers], value_bank, row), probabilities)
-        output[:, receivers] += _merge(probabilities[:, :, receivers, givers].to(v.dtype) @ v)
+        v = split_heads(_project(value[:, givers], value_bank, row), probabilities.shape[1])
+        output[:, receivers] += merge_heads(probabilities[:, :, receivers, givers].to(v.dtype) @ v)
 
 
 def add_class_gradients(
@@ -63,11 +64,11 @@ def add_class_gradients(
     for receivers, givers, row, reverse in class_blocks(layout):
         weight = gradient[:, :, receivers, givers].to(query.dtype)
         if query_gradient is not None:
-            k = _heads(_project(key[:, givers], key_bank, row), gradient)
-            _add(query_gradient, query_bank_gradient, query, query_bank, receivers, reverse, _merge(weight @ k))
+            k = split_heads(_project(key[:, givers], key_bank, row), gradient.shape[1])
+            _add(query_gradient, query_bank_gradient, query, query_bank, receivers, reverse, merge_heads(weight @ k))
         if key_gradient is not None:
-            q = _heads(_project(query[:, receivers], query_bank, reverse), gradient)
-            projected = _merge(weight.transpose(-1, -2) @ q)
+            q = split_heads(_project(query[:, receivers], query_bank, reverse), gradient.shape[1])
+            projected = merge_heads(weight.transpose(-1, -2) @ q)
             _add(key_gradient, key_bank_gradient, key, key_bank, givers, row, projected)
 
 
@@ -90,15 +91,6 @@ def _add(
 
 def _project(tokens: Tensor, bank: Tensor | None, row: int) -> Tensor:
     return tokens if bank is None else tokens @ bank[row]
-
-
-def _heads(tokens: Tensor, pairs: Tensor) -> Tensor:
-    """`[B, tokens, A·e]` to `[B, A, tokens, e]`, with the heads of `pairs`."""
-    return tokens.unflatten(-1, (pairs.shape[1], -1)).transpose(1, 2)
-
-
-def _merge(heads: Tensor) -> Tensor:
-    return heads.transpose(1, 2).flatten(2)
 
 
 __all__ = ["add_class_gradients", "add_class_values", "class_blocks", "write_class_scores"]
