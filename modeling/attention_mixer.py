@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from .exporting import is_exporting
 from .pair_layout import PairLayout, StepLayout, bank_layout, distances
 from .resampling import resample_offsets
 from .rotary import rotate
@@ -143,12 +144,15 @@ class AttentionMixer(Mixer):
         eager = self.implementation(output_attentions) == "eager"
         # PyTorch's own causal mask begins with the first key, wherever the queries begin.
         is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
-        if eager or bias is not None or not is_causal:
+        # With a learned bias PyTorch's fused attention orders its output in memory one way when a graph is traced, and another way
+        # when ONNX takes the graph apart, which then fails.
+        written_out = eager or (bias is not None and is_exporting())
+        if written_out or bias is not None or not is_causal:
             attention_mask = self.pair_mask(attention_mask, layout, query)
         mask = bias if attention_mask is None else attention_mask if bias is None else attention_mask + bias
-        if eager:
+        if written_out:
             weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, mask)
-            return self.merge_heads(weights.to(value.dtype) @ value), weights
+            return self.merge_heads(weights.to(value.dtype) @ value), weights if eager else None
         mask = None if mask is None else mask.to(query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(

@@ -8,6 +8,7 @@ therefore says which code it belongs to: identical copies share their operators,
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 
 # A checkpoint's copy has the configuration's files beside those of the models. No operator depends on them.
 NOT_OF_MODELS = ("__init__.py", "configuration_translution.py", "self_contained.py")
+# What it adds for Transformers, which has to see which files to copy.
+_ADDED = re.compile(r"    from \.\w+ import \*  # noqa: F403")
 
 
 @lru_cache(maxsize=1)
@@ -38,9 +41,10 @@ def _digest(folder: Path, module: str) -> str:
 
 
 def _own_text(source: Path) -> str:
-    """The text of a file without imports from beside it, which a checkpoint's copy has in another form, and empty lines."""
+    """The text of a file as `self_contained.py` leaves it beside all others: modules without their folders, no empty lines."""
     lines = (line.rstrip() for line in source.read_text(encoding="utf-8").splitlines())
-    return "\n".join(line for line in lines if line and not line.lstrip().startswith(("from .", "if False:")))
+    lines = (re.sub(r"^(\s*from )\.+(?:\w+\.)*(\w+ import)", r"\1.\2", line) for line in lines)
+    return "\n".join(line for line in lines if line and line != "if False:" and not _ADDED.fullmatch(line))
 
 
 def operator(name: str) -> Any:
