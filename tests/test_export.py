@@ -253,12 +253,16 @@ def test_one_graph_for_every_length(form):
         torch.testing.assert_close(compiled(**inputs).logits, reference(model, inputs), **BOUNDS)
 
 
-@pytest.mark.parametrize("form", ["mixers", "full", "basis", "distance", "distance-lor-basis"])
-def test_several_tokens_into_a_static_cache(form):
+@pytest.mark.parametrize(
+    "fields",
+    [{"mixer_types": ["rope_attention", "acmix"]}, FORMS["full"], FORMS["distance"], FORMS["distance-lor-basis"]],
+    ids=["attention", "full", "distance", "distance-lor-basis"],
+)
+def test_several_tokens_into_a_static_cache(fields):
     """A graph cannot look at the cache's position, and so serves them all."""
-    model = make_model("text", **FORMS[form])
+    model = make_model("text", **fields)
     inputs = make_inputs("text", length=10)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     cache, found = StaticCache(config=model.config, max_cache_len=12), []
     with torch.no_grad():
         for ids in inputs["input_ids"].split(5, dim=1):
