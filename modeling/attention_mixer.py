@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from .exporting import is_exporting
 from .masks import ALL_VISIBLE, AttentionMask, causal_mask
 from .pair_layout import PairLayout, StepLayout, bank_layout
 from .resampling import resample_offsets
@@ -142,14 +143,17 @@ class AttentionMixer(Mixer):
         eager = self.implementation(output_attentions) == "eager"
         # PyTorch's own causal mask begins with the first key, wherever the queries begin.
         is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
+        # With a learned bias PyTorch's fused attention orders its output in memory one way when a graph is traced, and another way
+        # when ONNX takes the graph apart, which then fails.
+        written_out = eager or (bias is not None and is_exporting())
         added = mask.additive
-        if eager or bias is not None or not is_causal:
+        if written_out or bias is not None or not is_causal:
             added = self.additive_mask(mask, layout, query)
         if bias is not None:
             added = bias if added is None else added + bias
-        if eager:
+        if written_out:
             weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, added)
-            return self.merge_heads(weights.to(value.dtype) @ value), weights
+            return self.merge_heads(weights.to(value.dtype) @ value), weights if eager else None
         added = None if added is None else added.to(query.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         output = nn.functional.scaled_dot_product_attention(

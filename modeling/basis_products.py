@@ -16,7 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .pair_autograd import accumulation_dtype, is_registered
+from .exporting import is_exporting
+from .pair_autograd import accumulation_dtype
+from .registration import define, register_once
 
 
 # Products kept at a time: few enough for a processor's cache, and enough that each reads many keys once.
@@ -127,11 +129,11 @@ def _backward(
     return query_gradient, keys_gradient.to(keys.dtype), weights_gradient.to(weights.dtype)
 
 
-NAMES = [f"translution::basis_{name}" for name in ("scores", "backward", "values")]
+NAMES = ("basis_scores", "basis_backward", "basis_values")
 
 
 def _register() -> None:
-    @torch.library.custom_op(NAMES[0], mutates_args=())
+    @define(NAMES[0])
     def scores_operator(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
         return _scores(query, keys, weights)
 
@@ -139,7 +141,7 @@ def _register() -> None:
     def _(query, keys, weights):
         return query.new_empty(*query.shape[:3], keys.shape[3], dtype=accumulation_dtype(query.dtype))
 
-    @torch.library.custom_op(NAMES[1], mutates_args=())
+    @define(NAMES[1])
     def backward_operator(
         pairs: Tensor,
         query: Tensor,
@@ -156,7 +158,7 @@ def _register() -> None:
         needed = zip((query, keys, weights), (need_query, need_keys, need_weights), strict=True)
         return tuple(torch.empty_like(tensor) if need else query.new_empty(0) for tensor, need in needed)
 
-    @torch.library.custom_op(NAMES[2], mutates_args=())
+    @define(NAMES[2])
     def values_operator(probabilities: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
         return _values(probabilities, keys, weights)
 
@@ -187,9 +189,7 @@ def _register() -> None:
     values_operator.register_autograd(differentiate_values, setup_context=save)
 
 
-# See `pair_autograd.py`: a checkpoint's own copy of this code must not register again.
-if not is_registered(NAMES[-1]):
-    _register()
+_scores_operator, _, _values_operator = register_once(NAMES, _register)
 
 
 def mixed_scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
@@ -200,12 +200,16 @@ def mixed_scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
         keys: `[B, A, n, L, e]`.
         weights: `[n, receivers, L]`.
     """
-    return torch.ops.translution.basis_scores(query, keys, weights)
+    if is_exporting():
+        return (query.unsqueeze(2) @ keys.transpose(-1, -2) * weights).sum(2, dtype=accumulation_dtype(query.dtype))
+    return _scores_operator(query, keys, weights)
 
 
 def mixed_values(probabilities: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     """`Σ_m Σ_j w_m,ij p_ij v_mj`, `[B, A, receivers, e]`, from `[B, A, receivers, L]`, `[B, A, n, L, e]`, `[n, receivers, L]`."""
-    return torch.ops.translution.basis_values(probabilities, values, weights)
+    if is_exporting():
+        return (probabilities.unsqueeze(2) * weights @ values).sum(2)
+    return _values_operator(probabilities, values, weights)
 
 
 __all__ = ["mixed_scores", "mixed_values"]

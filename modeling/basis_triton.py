@@ -29,8 +29,9 @@ from .basis_kernels_triton import (
     key_value_gradient_kernel,
     query_gradient_kernel,
 )
-from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
+from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import NUM_CLASS_ROWS, PairLayout
+from .registration import define, register_once
 from .triton_launch import dot_precision, launch, next_power_of_2
 
 
@@ -85,7 +86,7 @@ def basis_attention(
     coefficients = [
         None if c is None else c.to(wide) for c in (query_coefficients, key_coefficients, value_coefficients)
     ]
-    output, dense_output, _ = torch.ops.translution.basis_attention(
+    output, dense_output, _ = _operator(
         query, key, value, *coefficients, dense_query, dense_key, dense_value, mask, scale, pack(layout)
     )
     return output, None if dense_value is None else dense_output
@@ -330,26 +331,25 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, output_gradient, dense_output_gradient, normaliser_gradient):
     *tensors, mask, output, dense_output, normaliser = ctx.saved_tensors
-    gradients = torch.ops.translution.basis_attention_backward(
+    gradients = _backward_operator(
         output_gradient, dense_output_gradient, output, dense_output, normaliser, *tensors, mask, ctx.scale, ctx.layout
     )
     gradients = [None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=True)]
     return *gradients, None, None, None
 
 
+NAMES = ("basis_attention", "basis_attention_backward")
+
+
 def _register() -> None:
-    operator = torch.library.custom_op("translution::basis_attention", _basis_attention, mutates_args=())
+    operator = define(NAMES[0])(_basis_attention)
     operator.register_fake(_fake_basis_attention)
     operator.register_autograd(_differentiate, setup_context=_save)
-    backward = torch.library.custom_op(
-        "translution::basis_attention_backward", _basis_attention_backward, mutates_args=()
-    )
+    backward = define(NAMES[1])(_basis_attention_backward)
     backward.register_fake(_fake_basis_attention_backward)
 
 
-# Once, see `register_pair_operators`.
-if not is_registered("translution::basis_attention"):
-    _register()
+_operator, _backward_operator = register_once(NAMES, _register)
 
 
 __all__ = ["basis_attention"]

@@ -5,6 +5,8 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,8 @@ class TranslutionPatchEmbeddings(nn.Module):
         if channels != self.num_channels:
             raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
         grid = self.grid(height, width, interpolate_pos_encoding)
-        (patch_height, patch_width), dtype = self.patch_size, self.projection.weight.dtype
+        # A quantised Linear has no tensor of weights.
+        (patch_height, patch_width), dtype = self.patch_size, self.cls_token.dtype
         patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         tokens = self.norm(self.projection(self.patch_norm(patches)))
@@ -273,6 +276,20 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
 
 
+def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the first positional argument of a trunk's forward pass `pixel_values` where the model is one for images."""
+
+    @wraps(forward)
+    def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
+        if args and self.config.modality == "image":
+            if kwargs.get("pixel_values") is not None:
+                raise TypeError("`pixel_values` must be given once, got a positional argument as well.")
+            args, kwargs = (None, *args[1:]), {**kwargs, "pixel_values": args[0]}
+        return forward(self, *args, **kwargs)
+
+    return called
+
+
 class TranslutionModel(TranslutionPreTrainedModel):
     """The trunk: embeddings, blocks and a final LayerNorm, without a head. Returns `[B, L, C]`.
 
@@ -334,6 +351,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
             mixer.bank_layout = layout
         self.config.image_size = image_size
 
+    @_first_is_main_input
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -489,12 +507,14 @@ class TranslutionModel(TranslutionPreTrainedModel):
                     f"A text must have at most `max_position_embeddings` {config.max_position_embeddings} tokens, got {length}."
                 )
         grouped = config._attn_implementation != "eager" and not wants_weights
-        if new == 1 and cache is not None and grouped:
+        counted = isinstance(past, Tensor)
+        # Nor could a graph of several new tokens look.
+        if cache is not None and ((new == 1 and grouped) or (counted and torch.compiler.is_compiling())):
             # The static cache counts on in place.
-            position = past.clone() if isinstance(past, Tensor) else past
-            slots = cache.get_mask_sizes(1, 0)[0]
+            position = past.clone() if counted else past
+            slots = cache.get_mask_sizes(new, 0)[0]
             bank = bank_layout(config)
-            return StepLayout(position, slots, bank.bank_height, bank.clamp)
+            return StepLayout(position, slots, bank.bank_height, bank.clamp, num_receivers=new)
         past, length, distance = int(past), config.max_position_embeddings, config.max_relative_distance
         # A row of packed texts may be longer than the bank: pairs that far apart are of different texts.
         band = length if packed is not None and distance is None and new > length else None

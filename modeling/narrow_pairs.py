@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,34 +37,33 @@ def is_narrow(layout: PairLayout, batch: int, *banks: Tensor | None) -> bool:
     return widest <= WIDEST and 0 < elements <= MOST_ELEMENTS
 
 
+# See `pair_layout.py`: arrays are kept, and no tensors.
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _order(layout: PairLayout) -> tuple[Tensor, Tensor]:
+def _order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
     """Places of pairs in the order of this file, as `PairLayout.pair_order`; a class token's are at some place or other."""
     first, width, tokens = int(layout.class_token), layout.width, layout.num_tokens
-    row = torch.arange(layout.height, device="cpu")
+    row = np.arange(layout.height)
     pieces = []
     for shift in layout.column_shifts():
-        column = torch.arange(shift.num_columns, device="cpu")
+        column = np.arange(shift.num_columns)
         receiver = first + row * width + column[:, None] + shift.receiver_start  # [w, x]
         giver = first + row[:, None, None] * width + column[:, None] + shift.giver_start  # [x', w, 1]
-        pieces.append((receiver * tokens + giver).flatten())
-    order = torch.cat(pieces)
-    position = torch.zeros(tokens * tokens, dtype=torch.long, device="cpu")
-    position[order] = torch.arange(order.numel(), device="cpu")
+        pieces.append((receiver * tokens + giver).ravel())
+    order = np.concatenate(pieces).astype(np.int64)
+    position = np.zeros(tokens * tokens, dtype=np.int64)
+    position[order] = np.arange(order.size)
     return order, position
 
 
 @lru_cache(maxsize=1024)
-@torch.inference_mode(False)
-def _bank_rows(layout: PairLayout, column_offset: int, receives: bool) -> Tensor:
+def _bank_rows(layout: PairLayout, column_offset: int, receives: bool) -> np.ndarray:
     """Rows of a bank in the order in which `_Side` keeps projections: as the other row grows."""
     offsets = range(1 - layout.height, layout.height)
     if receives:
         rows = [layout.row(offset, -column_offset) for offset in offsets]
     else:
         rows = [layout.row(offset, column_offset) for offset in offsets]
-    return torch.tensor(rows, device="cpu")
+    return np.array(rows, dtype=np.int64)
 
 
 class _Side:
@@ -78,7 +78,8 @@ class _Side:
         self.place = slice(start, start + shift.num_columns)
         self.columns = self.tokens[:, :, self.place].contiguous()
         if self.bank is not None:
-            self.rows = _bank_rows(self.layout, shift.offset, self.receives).to(self.bank.device)
+            rows = _bank_rows(self.layout, shift.offset, self.receives)
+            self.rows = torch.from_numpy(rows).to(self.bank.device)
             matrices = self.bank.index_select(0, self.rows)  # [K, in, F]
             self.matrix = matrices.transpose(0, 1).flatten(1)  # [in, K·F]
 
@@ -134,7 +135,7 @@ def _space(layout: PairLayout, batch: int, features: int, copies: int, like: Ten
 def _chosen(pairs: Tensor, layout: PairLayout) -> Tensor:
     """`[B, A, L, L]` to `[B, pairs, A]` in the order of this file."""
     order, _ = _order(layout)
-    chosen = pairs.flatten(2).flatten(0, 1).index_select(1, order.to(pairs.device))
+    chosen = pairs.flatten(2).flatten(0, 1).index_select(1, torch.from_numpy(order).to(pairs.device))
     return chosen.unflatten(0, pairs.shape[:2]).transpose(1, 2).contiguous()
 
 
@@ -171,7 +172,7 @@ def scores(
         heads.sum(product.view(-1, features), sums)
         found[:, place] = sums.view(batch, -1, num_heads)
     _, position = _order(layout)
-    square = found.transpose(1, 2).flatten(0, 1).index_select(1, position.to(found.device))
+    square = found.transpose(1, 2).flatten(0, 1).index_select(1, torch.from_numpy(position).to(found.device))
     square = square.view(batch, num_heads, tokens, tokens)
     if layout.class_token:
         write_class_scores(square, query, key, query_bank, key_bank, layout)

@@ -9,12 +9,13 @@ values is made of the other two.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from .pair_layout import PairLayout
+from .registration import define, register_once
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,7 +29,7 @@ def register_pair_operators(
     scores_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     values: Callable[..., Tensor],
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Registers `translution::{prefix}pair_scores`, `…pair_scores_backward` and `…pair_values` with `torch.library`.
+    """Registers `{prefix}pair_scores`, `…pair_scores_backward` and `…pair_values` with PyTorch, see `registration.py`.
 
     Args:
         prefix: of the operators' names.
@@ -41,12 +42,10 @@ def register_pair_operators(
     Returns:
         `pair_scores` and `pair_values`, with the signatures of `translution_reference.py`.
     """
-    names = [f"translution::{prefix}{name}" for name in ("pair_scores", "pair_scores_backward", "pair_values")]
-    # A checkpoint that carries this code may bring another copy of it into the process. To register again would take the
-    # operators from under the first copy's feet.
-    if not is_registered(names[-1]):
-        _register(names, scores, scores_backward, values)
-    scores_operator, _, values_operator = (getattr(torch.ops.translution, name.split("::")[1]) for name in names)
+    names = tuple(f"{prefix}{name}" for name in ("pair_scores", "pair_scores_backward", "pair_values"))
+    scores_operator, _, values_operator = register_once(
+        names, lambda: _register(names, scores, scores_backward, values)
+    )
 
     def pair_scores(
         query: Tensor,
@@ -64,18 +63,13 @@ def register_pair_operators(
     return pair_scores, pair_values
 
 
-def is_registered(name: str) -> bool:
-    """Whether PyTorch knows the operator `translution::…`."""
-    return hasattr(torch.ops.translution, name.split("::")[1])
-
-
 def _register(
-    names: list[str],
+    names: tuple[str, ...],
     scores: Callable[..., Tensor],
     scores_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     values: Callable[..., Tensor],
 ) -> None:
-    @torch.library.custom_op(names[0], mutates_args=())
+    @define(names[0])
     def scores_operator(
         query: Tensor,
         key: Tensor,
@@ -91,7 +85,7 @@ def _register(
         shape = (query.shape[0], num_heads, query.shape[1], key.shape[1])
         return query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
 
-    @torch.library.custom_op(names[1], mutates_args=())
+    @define(names[1])
     def scores_backward_operator(
         gradient: Tensor,
         query: Tensor,
@@ -133,7 +127,7 @@ def _register(
 
     scores_operator.register_autograd(differentiate_scores, setup_context=save_scores)
 
-    @torch.library.custom_op(names[2], mutates_args=())
+    @define(names[2])
     def values_operator(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: list[int]) -> Tensor:
         return values(probabilities, value, value_bank, unpack(layout))
 
@@ -162,8 +156,9 @@ def _register(
 
 
 def pack(layout: PairLayout) -> list[int]:
-    """A layout as an operator can take it."""
-    return [-1 if field is None else int(field) for field in astuple(layout)]
+    """A layout as an operator can take it. Sizes that are symbolic stay so: each is handed on as it is."""
+    values = (getattr(layout, field.name) for field in fields(layout))
+    return [-1 if value is None else int(value) if isinstance(value, bool) else value for value in values]
 
 
 def unpack(layout: list[int]) -> PairLayout:
@@ -182,4 +177,4 @@ def unpack(layout: list[int]) -> PairLayout:
     )
 
 
-__all__ = ["accumulation_dtype", "is_registered", "pack", "register_pair_operators", "unpack"]
+__all__ = ["accumulation_dtype", "pack", "register_pair_operators", "unpack"]

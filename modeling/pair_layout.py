@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 
@@ -134,7 +135,7 @@ class PairLayout:
 
     def rows(self, device: torch.device) -> torch.Tensor:
         """Bank row of keys and values of every pair, `[receivers, L]`, on a device; 0 where there is no pair."""
-        return self.offsets()[0].clamp(min=0).to(device)
+        return self.offsets(device)[0].clamp(min=0)
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """Slot of each receiver of a text, `[receivers]`."""
@@ -158,15 +159,32 @@ class PairLayout:
         dx, dy = max(-reach_x, min(dx, reach_x)), max(-reach_y, min(dy, reach_y))
         return dx if self.causal else (dx + reach_x) * (2 * self.bank_width - 1) + dy + reach_y
 
-    def offsets(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def offsets(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Bank row of every pair.
 
+        Made anew for every call: what a graph is traced through must not outlive the trace, and its sizes may be symbolic.
+
         Returns:
-            Two `[receivers, L]` integer tensors on the CPU: the row that pair `(i, j)` uses in the banks of keys and values, `o(i, j)`,
-            and in the bank of queries: `o(j, i)` for images, the distance itself for text. Pairs that a causal layout does
-            not have are −1.
+            Two `[receivers, L]` integer tensors on a device: the row that pair `(i, j)` uses in the banks of keys and values,
+            `o(i, j)`, and in the bank of queries: `o(j, i)` for images, the distance itself for text. Pairs that a causal layout
+            does not have are −1.
         """
-        return _offsets(self)
+        if self.causal:
+            rows = _distance_rows(self, self.band, device)
+            return rows, rows
+        x = torch.arange(self.height, device=device).repeat_interleave(self.width)
+        y = torch.arange(self.width, device=device).repeat(self.height)
+        reach_x, reach_y = self.bank_height - 1, self.bank_width - 1
+        dx = (x[:, None] - x).clamp(-reach_x, reach_x)
+        dy = (y[:, None] - y).clamp(-reach_y, reach_y)
+        rows = (dx + reach_x) * (2 * self.bank_width - 1) + dy + reach_y
+        if self.class_token:
+            first, patches = self.num_grid_offsets, self.height * self.width
+            above = rows.new_full((1, patches), first + CLASS_FROM_PATCH)
+            beside = rows.new_full((patches, 1), first + PATCH_FROM_CLASS)
+            corner = rows.new_full((1, 1), first + CLASS_TO_CLASS)
+            rows = torch.cat((torch.cat((corner, above), dim=1), torch.cat((beside, rows), dim=1)))
+        return rows, rows.T
 
     def column_shifts(self) -> tuple[ColumnShift, ...]:
         """The grid's pairs grouped by offset: by column offset, then by row offset."""
@@ -183,17 +201,20 @@ class PairLayout:
             `[receivers · L]`: the place
             of pair `(i, j)` in it. Pairs that do not exist have position `pairs`, one past the end.
         """
-        return _pair_order(self)
+        return tuple(torch.from_numpy(places) for places in _pair_order(self))
 
 
 @dataclass(frozen=True)
 class StepLayout:
-    """The pairs of one new token with the slots of a cache, some of which may not be filled yet.
+    """The pairs of new tokens with the slots of a cache, some of which may not be filled yet.
+
+    One new token is what `translution_step.py` serves. There are several where a graph has to serve every position.
 
     Args:
-        position: the new token's slot, an integer or a tensor of no dimensions, so that a compiled step serves every slot.
-        num_tokens: slots, of which the first `position + 1` are filled.
+        position: the first new token's slot, an integer or a tensor of no dimensions, so that a compiled step serves every slot.
+        num_tokens: slots, of which the first `position + num_receivers` are filled.
         bank_height: distances a bank tells apart.
+        num_receivers: new tokens.
     """
 
     position: int | torch.Tensor
@@ -204,15 +225,24 @@ class StepLayout:
     class_token: bool = False
     bank_width: int = 1
     num_receivers: int = 1
+    # Lives as long as a forward pass.
     known: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
-    def near(self, past: int) -> StepLayout:
+    def near(self, past: int) -> StepLayout | PairLayout:
         """See `PairLayout.near`."""
-        return replace(self, position=past, num_tokens=past + 1, known={})
+        if self.num_receivers == 1:
+            return replace(self, position=past, num_tokens=past + 1, known={})
+        whole = PairLayout.for_text(self.num_receivers + past, self.bank_height, self.bank_height - 1, past)
+        return whole.near(past)
+
+    def offsets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PairLayout.offsets`; slots that are not filled are −1."""
+        rows = _distance_rows(self, None, device)
+        return rows, rows
 
     def rows(self, device: torch.device) -> torch.Tensor:
-        """Bank row of every slot, `[1, slots]`; 0 where it is not filled."""
-        return self._once("rows", lambda: distances(self, device).clamp(0, self.bank_height - 1))
+        """Bank row of every slot, `[receivers, slots]`; 0 where it is not filled."""
+        return self._once("rows", lambda: self.offsets(device)[0].clamp(min=0))
 
     def slot_distances(self, device: torch.device) -> torch.Tensor:
         """Distance of every slot, `[slots]`, clamped to those of `by_distance`; 0 where it is not filled."""
@@ -231,13 +261,21 @@ class StepLayout:
         return self.known[name]
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """Slot of the receiver, `[1]`."""
-        return torch.as_tensor(self.position, device=device).view(1)
+        """Slot of each receiver, `[receivers]`."""
+        first = torch.as_tensor(self.position, device=device).view(1)
+        return first if self.num_receivers == 1 else first + torch.arange(self.num_receivers, device=device)
 
 
 def distances(layout: PairLayout | StepLayout, device: torch.device) -> torch.Tensor:
     """Distance of every pair of a text, `[receivers, L]`; negative where the giver comes later or is not there yet."""
     return layout.positions(device)[:, None] - torch.arange(layout.num_tokens, device=device)
+
+
+def _distance_rows(layout: PairLayout | StepLayout, band: int | None, device: torch.device | str) -> torch.Tensor:
+    """Bank row of every pair of a text, `[receivers, L]`; −1 where there is none, at the distance `band` or further too."""
+    between = distances(layout, device)
+    missing = between < 0 if band is None else (between < 0) | (between >= band)
+    return between.clamp(max=layout.bank_height - 1).masked_fill(missing, -1)
 
 
 def bank_layout(config) -> PairLayout:
@@ -249,32 +287,8 @@ def bank_layout(config) -> PairLayout:
     return PairLayout.for_image(height, width, height, width, config.max_relative_distance)
 
 
-# Index tensors are made once a geometry. They must not belong to the mode of the call that happened to come first: tensors
-# made under `inference_mode` cannot be saved for a backward pass, and the default device may be `meta`.
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _offsets(layout: PairLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.arange(layout.height, device="cpu").repeat_interleave(layout.width)
-    y = torch.arange(layout.width, device="cpu").repeat(layout.height)
-    reach_x, reach_y = layout.bank_height - 1, layout.bank_width - 1
-    dx = (x[:, None] - x[None, :]).clamp(-reach_x, reach_x)
-    dy = (y[:, None] - y[None, :]).clamp(-reach_y, reach_y)
-    if layout.causal:
-        distance = x[:, None] - x[None, :]
-        missing = (distance < 0) | (distance >= layout.num_distances)
-        distance = dx.masked_fill(missing, -1)[layout.past :]
-        return distance, distance
-    grid = (dx + reach_x) * (2 * layout.bank_width - 1) + dy + reach_y
-    if not layout.class_token:
-        return grid, grid.T.contiguous()
-    offsets = grid.new_empty(layout.num_tokens, layout.num_tokens)
-    offsets[1:, 1:] = grid
-    offsets[0, 0] = layout.num_grid_offsets + CLASS_TO_CLASS
-    offsets[0, 1:] = layout.num_grid_offsets + CLASS_FROM_PATCH
-    offsets[1:, 0] = layout.num_grid_offsets + PATCH_FROM_CLASS
-    return offsets, offsets.T.contiguous()
-
-
+# Only integers and arrays are kept for later calls. A tensor would belong to the mode of the call that came first, and one
+# made while a graph was traced would be no tensor at all.
 @lru_cache(maxsize=64)
 def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     shifts = []
@@ -295,23 +309,22 @@ def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _pair_order(layout: PairLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
     tokens, first = layout.num_tokens, int(layout.class_token)
     pieces = []
     for shift in layout.column_shifts():
-        column = torch.arange(shift.num_columns, device="cpu")
+        column = np.arange(shift.num_columns)
         for run in shift.runs:
-            row = torch.arange(run.num_rows, device="cpu")[:, None]
+            row = np.arange(run.num_rows)[:, None]
             receiver = first + (row + run.receiver_start) * layout.width + column + shift.receiver_start
             giver = first + (row + run.giver_start) * layout.width + column + shift.giver_start
-            pieces.append((receiver * tokens + giver).flatten())
+            pieces.append((receiver * tokens + giver).ravel())
     if layout.class_token:
-        patches = torch.arange(1, tokens, device="cpu")
-        pieces += [torch.zeros(1, dtype=torch.long, device="cpu"), patches, patches * tokens]
-    order = torch.cat(pieces)
-    position = torch.full((layout.num_receivers * tokens,), order.numel(), device="cpu")
-    position[order] = torch.arange(order.numel(), device="cpu")
+        patches = np.arange(1, tokens)
+        pieces += [np.zeros(1, dtype=np.int64), patches, patches * tokens]
+    order = np.concatenate(pieces).astype(np.int64)
+    position = np.full(layout.num_receivers * tokens, order.size, dtype=np.int64)
+    position[order] = np.arange(order.size)
     return order, position
 
 

@@ -185,7 +185,8 @@ class Heads:
         self.num_heads, self.size = num_heads, features // num_heads
         self.wide = accumulation_dtype(like.dtype)
         self.narrow = self.size < NARROW
-        self.ones, self.ones_across = _ones(num_heads, self.size, like.dtype, like.device)
+        self.ones = torch.eye(num_heads, dtype=like.dtype, device=like.device).repeat_interleave(self.size, 0)
+        self.ones_across = self.ones.t().contiguous()
 
     def sum(self, product: Tensor, out: Tensor) -> None:
         """Sums `[rows, A·e]` to `[rows, A]`, in the wider type."""
@@ -212,13 +213,6 @@ class Heads:
     def apart(self, rows: Tensor) -> Tensor:
         """`[rows, A·e]` to `[rows, A, e]`, and `[rows, A]` to `[rows, A, 1]`."""
         return rows.unflatten(-1, (self.num_heads, -1))
-
-
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def _ones(num_heads: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    ones = torch.eye(num_heads, dtype=dtype, device=device).repeat_interleave(size, 0)
-    return ones, ones.t().contiguous()
 
 
 class Side:

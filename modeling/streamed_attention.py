@@ -35,7 +35,7 @@ from .far_columns import (
     near_shifts,
 )
 from .online_softmax import OnlineSoftmax, by_head
-from .pair_autograd import accumulation_dtype, is_registered, pack, unpack
+from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import PairLayout
 from .pair_runs import (
     Block,
@@ -51,6 +51,7 @@ from .pair_runs import (
     tokens_first,
     workspace,
 )
+from .registration import define, register_once
 
 
 # Smaller squares of an image's scores are cheaper to keep for the backward pass than to compute again.
@@ -320,11 +321,11 @@ def _room(space: Tensor, block: Block, features: int) -> Tensor:
     return space[: block.num_rows * features].view(-1, features)
 
 
-NAMES = ["translution::streamed_attention", "translution::streamed_attention_backward"]
+NAMES = ("streamed_attention", "streamed_attention_backward")
 
 
 def _register() -> None:
-    @torch.library.custom_op(NAMES[0], mutates_args=())
+    @define(NAMES[0])
     def operator(
         query: Tensor,
         key: Tensor,
@@ -351,7 +352,7 @@ def _register() -> None:
         logsumexp = query.new_empty(query.shape[1], query.shape[0], num_heads, dtype=accumulation_dtype(query.dtype))
         return value.new_empty(*query.shape[:2], features), logsumexp
 
-    @torch.library.custom_op(NAMES[1], mutates_args=())
+    @define(NAMES[1])
     def backward_operator(
         gradient: Tensor,
         output: Tensor,
@@ -406,9 +407,7 @@ def _register() -> None:
     operator.register_autograd(differentiate, setup_context=save)
 
 
-# See `pair_autograd.py`: a checkpoint's own copy of this code must not register again.
-if not is_registered(NAMES[1]):
-    _register()
+_operator, _ = register_once(NAMES, _register)
 
 
 def streamed_attention(
@@ -438,7 +437,7 @@ def streamed_attention(
         far = (None, None, None)
     if layout.causal and layout.clamp:
         layout = layout.near(0)
-    output, _ = torch.ops.translution.streamed_attention(
+    output, _ = _operator(
         query,
         key,
         value,

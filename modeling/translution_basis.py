@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .basis_products import mixed_scores, mixed_values
 from .pair_autograd import accumulation_dtype
-from .pair_layout import PairLayout
+from .pair_layout import PairLayout, StepLayout
 
 
 class OffsetBasis(NamedTuple):
@@ -43,10 +43,10 @@ def pair_scores(
     query_bank: OffsetBasis | None,
     key_bank: OffsetBasis | None,
     num_heads: int,
-    layout: PairLayout,
+    layout: PairLayout | StepLayout,
 ) -> Tensor:
     """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `translution_reference.pair_scores`."""
-    rows, reverse_rows = layout.offsets()
+    rows, reverse_rows = layout.offsets(query.device)
     query_heads, query_coefficients = project_factors(query, query_bank, num_heads)
     key_heads, key_coefficients = project_factors(key, key_bank, num_heads)
     key_weights = _weights(key_coefficients, rows, key)
@@ -61,16 +61,18 @@ def pair_scores(
         scores = 0
         for one_query, weight in zip(query_heads.unbind(2), query_weights.unbind(0), strict=True):
             scores = scores + mixed_scores(one_query, key_heads, key_weights * weight)
-    return scores.masked_fill((rows < 0).to(scores.device), 0) if layout.causal else scores
+    return scores.masked_fill(rows < 0, 0) if layout.causal else scores
 
 
-def pair_values(probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout) -> Tensor:
+def pair_values(
+    probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout | StepLayout
+) -> Tensor:
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `translution_reference.pair_values`."""
-    rows, _ = layout.offsets()
+    rows, _ = layout.offsets(value.device)
     heads, coefficients = project_factors(value, value_bank, probabilities.shape[1])
     probabilities = probabilities.to(value.dtype)
     if layout.causal:
-        probabilities = probabilities.masked_fill((rows < 0).to(probabilities.device), 0)
+        probabilities = probabilities.masked_fill(rows < 0, 0)
     return mixed_values(probabilities, heads, _weights(coefficients, rows, value)).transpose(1, 2).flatten(2)
 
 
@@ -92,7 +94,7 @@ def _weights(coefficients: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
     # Pairs that do not exist have no row; whatever weight they get is multiplied by zero. A coefficient's gradient sums over
     # many pairs: in a type that can hold the sum.
     wide = coefficients.to(accumulation_dtype(coefficients.dtype))
-    weights = torch.nn.functional.embedding(rows.clamp(min=0).to(like.device), wide).to(coefficients.dtype)
+    weights = torch.nn.functional.embedding(rows.clamp(min=0), wide).to(coefficients.dtype)
     return weights.permute(2, 0, 1).contiguous()
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from . import translution_basis, translution_grouped, translution_reference, translution_step
+from . import translution_basis, translution_gathered, translution_grouped, translution_reference, translution_step
 from .attention_mixer import GROUPED, Mixer
+from .exporting import is_exporting, say_what_serves
 from .kernel_choice import kernels, use_kernels
 from .masks import ALL_VISIBLE, AttentionMask
 from .pair_layout import PairLayout, StepLayout
@@ -139,9 +140,15 @@ class TranslutionMixer(Mixer):
         return self.o_proj(output), weights if implementation == "eager" else None
 
     def _operators(self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor) -> ModuleType:
-        """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `kernel_choice.py`."""
-        if isinstance(layout, StepLayout):
+        """The functions over pairs that serve such tokens: CUDA kernels wherever they can, see `kernel_choice.py`.
+
+        An exported model has to run where this package is not, so that plain operations serve it, whatever the implementation.
+        """
+        step = isinstance(layout, StepLayout)
+        if step and layout.num_receivers == 1:
             return translution_step
+        if step or (is_exporting() and say_what_serves()):
+            return translution_gathered if self.offset_basis is None else translution_basis
         head_size = self.config.head_dim if self.config.relative_rank is None else self.config.relative_rank
         if implementation == "eager":
             chosen = self.config._attn_implementation or GROUPED
@@ -171,7 +178,7 @@ class TranslutionMixer(Mixer):
         self, implementation: str, layout: PairLayout | StepLayout, tokens: Tensor, cache: Cache | None
     ) -> bool:
         """Whether one kernel shall do the whole attention: with a basis, wherever it can, see `kernel_choice.py`."""
-        if self.offset_basis is None or implementation == "eager" or isinstance(layout, StepLayout):
+        if self.offset_basis is None or implementation == "eager" or isinstance(layout, StepLayout) or is_exporting():
             return False
         obstacle = ""
         if self.training and self.attention_dropout > 0:

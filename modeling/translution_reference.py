@@ -31,7 +31,7 @@ def pair_scores(
     Returns:
         `[B, A, receivers, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
     """
-    rows, reverse_rows = (offsets.to(query.device) for offsets in layout.offsets())
+    rows, reverse_rows = layout.offsets(query.device)
     scores = []
     for i in range(layout.num_receivers):
         q_i = query[:, i]
@@ -57,7 +57,7 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
     Returns:
         `[B, receivers, A·e]` of the tokens' dtype.
     """
-    rows = layout.offsets()[0].to(value.device)
+    rows, _ = layout.offsets(value.device)
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
     num_heads = probabilities.shape[1]
     outputs = []

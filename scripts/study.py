@@ -60,6 +60,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+from translution.modeling import registration
 from translution.modeling.pair_layout import PairLayout
 
 
@@ -266,11 +267,11 @@ def forward_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     is therefore taken apart.
     """
     formulas = {
-        torch.ops.translution.pair_scores: pair_scores_flops,
-        torch.ops.translution.pair_values: pair_values_flops,
-        torch.ops.translution.streamed_attention: streamed_attention_flops,
-        torch.ops.translution.basis_scores: basis_scores_flops,
-        torch.ops.translution.basis_values: basis_values_flops,
+        registration.operator("pair_scores"): pair_scores_flops,
+        registration.operator("pair_values"): pair_values_flops,
+        registration.operator("streamed_attention"): streamed_attention_flops,
+        registration.operator("basis_scores"): basis_scores_flops,
+        registration.operator("basis_values"): basis_values_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

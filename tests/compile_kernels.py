@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from translution.modeling import basis_triton, translution_triton
+from translution.modeling import basis_triton, registration, translution_triton
 from translution.modeling.pair_autograd import pack
 from translution.modeling.pair_layout import PairLayout
 
@@ -46,8 +46,8 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
     coefficients = torch.zeros(layout.num_offsets, 4)
     given = (one, heads, heads, None, coefficients, coefficients, None, None, None, None, 1.0, pack(layout))
     output = one[:, :, 0]
-    torch.ops.translution.basis_attention(*given)
-    torch.ops.translution.basis_attention_backward(
+    registration.operator("basis_attention")(*given)
+    registration.operator("basis_attention_backward")(
         output, output.new_empty(0), output, output.new_empty(0), sums, *given
     )
     return noted

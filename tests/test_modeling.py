@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification, TranslutionModel
 from translution.configuration import configuration_translution
-from translution.modeling import modeling_translution, pair_layout, translution_mixer
+from translution.modeling import modeling_translution, pair_layout, registration, translution_mixer
 from translution.modeling.pair_autograd import pack
 
 
@@ -1032,7 +1032,7 @@ def test_operators_keep_the_rules_of_torch(operator, layout, banks):
         "pair_scores_backward": (pairs, query, key, query_bank, key_bank, packed, True, True),
         "pair_values": (pairs, tensor(2, tokens, 5), tensor(layout.num_offsets, 5, 6), packed),
     }[operator]
-    torch.library.opcheck(getattr(torch.ops.translution, operator).default, arguments)
+    torch.library.opcheck(registration.operator(operator).default, arguments)
 
 
 # Pipelines and Trainer

@@ -9,7 +9,7 @@ from test_pair_layout import LAYOUTS, every_layout, expected_rows, layout_id
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig
-from translution.modeling import narrow_pairs, pair_runs, translution_grouped, translution_reference
+from translution.modeling import narrow_pairs, pair_runs, registration, translution_grouped, translution_reference
 from translution.modeling.masks import AttentionMask
 from translution.modeling.pair_autograd import register_pair_operators
 from translution.modeling.pair_layout import PairLayout
@@ -381,9 +381,9 @@ def test_a_second_copy_of_the_code_leaves_the_operators_of_the_first():
     query, key = torch.randn(2, 1, 3, 4, dtype=torch.float64)
     bank = torch.randn(3, 4, 4, dtype=torch.float64)
     first = translution_grouped.pair_scores
-    held = torch.ops.translution.pair_scores.default
+    held = registration.operator("pair_scores").default
     expected = first(query, key, None, bank, 2, layout)
     second, _ = register_pair_operators("", None, None, None)
-    assert torch.ops.translution.pair_scores.default is held
+    assert registration.operator("pair_scores").default is held
     assert first(query, key, None, bank, 2, layout).equal(expected)
     assert second(query, key, None, bank, 2, layout).equal(expected)

@@ -87,8 +87,8 @@ def test_unclamped_bank_that_is_too_small_is_refused():
 def test_tables_made_in_inference_mode_serve_training():
     layout = PairLayout.for_image(2, 7, 2, 7)
     with torch.inference_mode(), torch.device("meta"):
-        offsets, _ = layout.offsets()
-        order, _ = layout.pair_order()
-    assert not offsets.is_inference()
-    assert not order.is_inference()
-    assert offsets.device.type == order.device.type == "cpu"
+        layout.offsets()
+        layout.pair_order()
+    for index in (*layout.offsets(), *layout.pair_order()):
+        assert not index.is_inference()
+        assert index.device.type == "cpu"

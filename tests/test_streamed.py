@@ -5,7 +5,7 @@ import torch
 from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
 from test_pair_layout import every_layout
 
-from translution.modeling import far_columns, pair_autograd, pair_layout, pair_runs, streamed_attention
+from translution.modeling import far_columns, pair_autograd, pair_layout, pair_runs, registration, streamed_attention
 from translution.modeling.masks import AttentionMask
 from translution.modeling.pair_layout import PairLayout
 
@@ -271,11 +271,11 @@ def test_the_operator_is_one_that_pytorch_knows():
     tokens = torch.randn(2, 7, 4, requires_grad=True)
     bank = torch.randn(layout.num_offsets, 4, 6, requires_grad=True)
     arguments = (tokens, tokens, tokens, bank, bank, bank, None, None, None, 2, 0.5, pair_autograd.pack(layout))
-    torch.library.opcheck(torch.ops.translution.streamed_attention.default, arguments)
+    torch.library.opcheck(registration.operator("streamed_attention").default, arguments)
     layout = PairLayout.for_text(9, 9, 3)
     bank = torch.randn(layout.num_offsets, 4, 6, requires_grad=True)
     far = [torch.randn(2, 2, 9, 3, requires_grad=True) for _ in range(3)]
     arguments = (tokens, tokens, tokens, bank, bank, bank, *far, 2, 0.5, pair_autograd.pack(layout.near(0)))
     tokens = torch.randn(2, 9, 4, requires_grad=True)
     arguments = (tokens, tokens, tokens, *arguments[3:])
-    torch.library.opcheck(torch.ops.translution.streamed_attention.default, arguments)
+    torch.library.opcheck(registration.operator("streamed_attention").default, arguments)

@@ -22,7 +22,7 @@ from test_operators import (
 from test_pair_layout import layout_id
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-from translution.modeling import kernel_choice
+from translution.modeling import kernel_choice, registration
 from translution.modeling.attention_mixer import GROUPED, TRITON
 from translution.modeling.pair_autograd import pack
 from translution.modeling.pair_layout import PairLayout
@@ -236,7 +236,7 @@ def test_opcheck_of_the_basis():
     factors = (tensor(1, 2, 1, tokens, 3), tensor(1, 2, 2, tokens, 3), tensor(1, 2, 2, tokens, 4))
     coefficients = (None, tensor(layout.num_offsets, 2), tensor(layout.num_offsets, 2))
     arguments = (*factors, *coefficients, *(tensor(1, 2, tokens, 4) for _ in range(3)), None, 0.5, pack(layout))
-    torch.library.opcheck(torch.ops.translution.basis_attention.default, arguments)
+    torch.library.opcheck(registration.operator("basis_attention").default, arguments)
 
 
 @pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
@@ -254,7 +254,7 @@ def test_opcheck(operator):
         "pair_scores_backward": (pairs, query, key, *banks, pack(layout), True, True),
         "pair_values": (pairs, key, banks[1], pack(layout)),
     }[operator]
-    torch.library.opcheck(getattr(torch.ops.translution, f"triton_{operator}").default, arguments)
+    torch.library.opcheck(registration.operator(f"triton_{operator}").default, arguments)
 
 
 def image_model(**fields):

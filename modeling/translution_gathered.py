@@ -1,0 +1,58 @@
+"""Translution in a few plain operations, for graphs that others run or whose sizes are not known yet: exported models.
+
+The signatures are those of `translution_reference.py`. Every token is projected by every matrix, and each pair gathers the
+projection it needs: no loop depends on the number of tokens, and every operation is one that ONNX has. That takes `O·L`
+projections, and memory for one per pair; where PyTorch runs the model itself, `translution_grouped.py` needs neither.
+
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `O` offsets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pair_autograd import accumulation_dtype
+from .pair_layout import PairLayout, StepLayout
+
+
+def pair_scores(
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    num_heads: int,
+    layout: PairLayout | StepLayout,
+) -> Tensor:
+    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `translution_reference.pair_scores`."""
+    rows, reverse_rows = layout.offsets(query.device)
+    products = _of_pairs(query, query_bank, reverse_rows, layout, True) * _of_pairs(key, key_bank, rows, layout, False)
+    scores = products.unflatten(-1, (num_heads, -1)).sum(-1, dtype=accumulation_dtype(query.dtype))
+    return scores.permute(0, 3, 1, 2).masked_fill(rows < 0, 0)
+
+
+def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout | StepLayout) -> Tensor:
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `translution_reference.pair_values`."""
+    rows, _ = layout.offsets(value.device)
+    probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
+    projected = _of_pairs(value, value_bank, rows, layout, False).unflatten(-1, (probabilities.shape[1], -1))
+    return torch.einsum("baij,bijae->biae", probabilities, projected).flatten(2)
+
+
+def _of_pairs(
+    tokens: Tensor, bank: Tensor | None, rows: Tensor, layout: PairLayout | StepLayout, receives: bool
+) -> Tensor:
+    """The projection that each pair has of one of its tokens, `[B, receivers, L, A·e]`, or what broadcasts to it."""
+    if bank is None:
+        return tokens.unsqueeze(2 if receives else 1)
+    if layout.causal and not layout.clamp:
+        bank = bank[: layout.num_tokens]
+    num_rows, _, features = bank.shape
+    projected = tokens @ bank.transpose(0, 1).flatten(1)
+    projected = projected.unflatten(-1, (num_rows, features)).flatten(1, 2)  # [B, L·O, A·e]
+    token = torch.arange(tokens.shape[1], device=rows.device)
+    place = (token[:, None] if receives else token) * num_rows + rows.clamp(min=0)
+    return projected.index_select(1, place.flatten()).unflatten(1, place.shape)
+
+
+__all__ = ["pair_scores", "pair_values"]
