@@ -209,8 +209,9 @@ def draw_mask(rng: random.Random, batch: int, heads: int, tokens: int) -> Tensor
     visible &= torch.rand(shape[0], 1, 1, shape[3]) < 0.8
     if form == "bool":
         return visible
-    hidden = rng.choice([-math.inf, torch.finfo(torch.float64).min, -1e4])
-    return torch.randn(shape, dtype=torch.float64).masked_fill(~visible, hidden)
+    dtype = rng.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16])
+    hidden = rng.choice([-math.inf, torch.finfo(dtype).min, -1e4])
+    return torch.randn(shape, dtype=dtype).masked_fill(~visible, hidden)
 
 
 def draw_case(seed: int, number: int) -> Case:
@@ -326,7 +327,14 @@ def packed_texts(case: Case) -> list[list[tuple[int, int]]]:
 
 def check_reference(case: Case, rng: random.Random):
     """The default path computes what the readable reference does, and so do its gradients."""
-    actual, expected = (results(case.model, case.inputs, name) for name in ("grouped", "eager"))
+    frozen = rng.choice([0, 0, 0.3, 0.7])
+    for parameter in case.model.parameters():
+        parameter.requires_grad_(rng.random() >= frozen)
+    next(reversed(list(case.model.parameters()))).requires_grad_()
+    try:
+        actual, expected = (results(case.model, case.inputs, name) for name in ("grouped", "eager"))
+    finally:
+        case.model.requires_grad_()
     for what, found in zip(("logits", "gradients"), error(actual, expected), strict=True):
         assert found <= BOUND, f"{what}: {found:.3g} apart, relative to the largest"
 
@@ -391,6 +399,10 @@ def check_cache(case: Case, rng: random.Random):
     length, slots = case.num_tokens, case.num_tokens + rng.randint(0, 3)
     static = rng.random() < 0.4
     cache = StaticCache(config=case.config, max_cache_len=slots) if static else DynamicCache(config=case.config)
+    if rng.random() < 0.2:
+        # A cache that was used before and reset is as good as new.
+        case.model(case.inputs["input_ids"][:, :1], past_key_values=cache)
+        cache.reset()
     place, found, sizes = 0, [], []
     prefill = rng.randint(0, length)
     with torch.set_grad_enabled(rng.random() < 0.3):
@@ -428,6 +440,16 @@ def check_packed(case: Case, rng: random.Random):
             )
 
 
+def check_resizing(case: Case, rng: random.Random):
+    """A model resized for images of another size does what it did for them by interpolation."""
+    if not case.is_text:
+        resized = copy.deepcopy(case.model)
+        resized.model.resize_image(list(case.inputs["pixel_values"].shape[2:]))
+        inputs = {**case.inputs, "interpolate_pos_encoding": False}
+        with torch.no_grad():
+            assert_close("logits", resized(**inputs).logits, logits(case))
+
+
 def check_saving(case: Case, rng: random.Random):
     """A saved model comes back with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
@@ -440,16 +462,27 @@ def check_saving(case: Case, rng: random.Random):
         assert_close("logits", loaded(**case.inputs).logits, logits(case))
 
 
+def forget_what_is_cached():
+    """Empties the caches of indices, so that an export is the first to ask for them."""
+    for name, module in list(sys.modules.items()):
+        for function in list(vars(module).values()) if name.startswith("translution.modeling.") else ():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
 def check_export(case: Case, rng: random.Random):
     """Exporting a model leaves it as it was, and the program gives the same."""
     inputs = {**case.inputs, "use_cache": False} if case.is_text else case.inputs
     before = logits(case, **inputs)
+    forget_what_is_cached()
     try:
         program = torch.export.export(case.model, (), inputs, strict=False)
-    finally:
         after = logits(case, **inputs)
-        assert type(after) is Tensor, f"after an export the model returns a {type(after).__name__}"
-        assert_close("logits after an export", after, before)
+    finally:
+        # What goes wrong here must not show in other cases.
+        forget_what_is_cached()
+    assert type(after) is Tensor, f"after an export the model returns a {type(after).__name__}"
+    assert_close("logits after an export", after, before)
     assert_close("logits of the exported program", program.module()(**inputs).logits, before)
 
 
@@ -515,6 +548,7 @@ CHECKS: dict[str, tuple[Callable[[Case, random.Random], None], float]] = {
     "rows": (check_rows, 1),
     "cache": (check_cache, 1),
     "packed": (check_packed, 1),
+    "resizing": (check_resizing, 0.5),
     "saving": (check_saving, 0.03),
     "export": (check_export, 0.05),
     "invalid": (check_invalid, 0.2),
