@@ -1,6 +1,7 @@
 """Random models with random inputs, and what has to hold whatever was drawn.
 
     python tests/fuzz.py --seed 1 --minutes 5
+    python tests/fuzz.py --seed 1 --minutes 5 --checks=-export
     python tests/fuzz.py --seed 1 --case 17 --checks cache
 
 A case is a model in float64 whose weights are wide enough for every path to matter, with inputs and a mask of some form, see
@@ -45,14 +46,13 @@ SECONDS_PER_CHECK = 120
 # What is compared
 
 
-def assert_close(what: str, actual: Tensor, expected: Tensor, bound: float = BOUND, size: float | None = None):
-    """Two tensors differ by at most `bound`, relative to `size` or to the largest expected number."""
+def assert_close(what: str, actual: Tensor, expected: Tensor):
+    """Two tensors differ by at most `BOUND`."""
     assert actual.shape == expected.shape, f"{what}: shape {list(actual.shape)} instead of {list(expected.shape)}"
-    if not expected.numel():
-        return
-    size = max(1.0, expected.abs().max().item()) if size is None else size
-    difference = (actual.double() - expected.double()).abs().max().item()
-    assert difference <= bound * size, f"{what}: {difference:.3g} apart, where numbers are up to {size:.3g}"
+    if expected.numel():
+        size = max(1.0, expected.abs().max().item())
+        difference = (actual - expected).abs().max().item()
+        assert difference <= BOUND * size, f"{what}: {difference:.3g} apart, where numbers are up to {size:.3g}"
 
 
 def hidden_states(case: Case, **inputs: Any) -> Tensor:
@@ -85,11 +85,9 @@ def error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
     """Of the logits and of all gradients, the largest difference relative to the largest number."""
     errors = []
     for names in (["logits"], [name for name in expected if name != "logits"]):
-        size = max([1.0, *(expected[name].abs().max().item() for name in names if expected[name].numel())])
-        apart = [(actual[name].double() - expected[name].double()).abs() for name in names if expected[name].numel()]
-        errors.append(
-            max((part.max().item() if part.isfinite().all() else math.inf for part in apart), default=0) / size
-        )
+        found, exact = (torch.cat([part[name].double().flatten() for name in names]) for part in (actual, expected))
+        size = torch.cat((exact.abs(), torch.ones(1))).max()
+        errors.append(torch.cat(((found - exact).abs(), torch.zeros(1))).max().item() / size.item())
     return errors[0], errors[1]
 
 
@@ -137,8 +135,8 @@ def check_precision(case: Case, rng: random.Random):
     exact = results(copy.deepcopy(model).double(), wide, "eager")
     actual, reference = (error(results(model, inputs, name), exact) for name in ("grouped", "eager"))
     for what, found, usual in zip(("logits", "gradients"), actual, reference, strict=True):
-        # Which roundings fall together is chance, and large where a LayerNorm divides by little.
-        allowed = 8 * usual + 64 * torch.finfo(dtype).eps
+        # Which roundings fall together is chance, and how much a LayerNorm that divides by little makes of them.
+        allowed = 4 * usual + 16 * torch.finfo(dtype).eps
         assert math.isfinite(found), f"{what}: not finite in {dtype}"
         assert found <= allowed, f"{what}: {found:.3g} from float64 in {dtype}, and the reference {usual:.3g}"
 
@@ -443,7 +441,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument("--case", type=int, help="run this one alone, with every check that is named")
-    parser.add_argument("--checks", default="all", help=f"all, or some of {','.join(CHECKS)}; -name leaves one out")
+    parser.add_argument(
+        "--checks", default="all", help=f"all, or some of {','.join(CHECKS)}; --checks=-NAME leaves one out"
+    )
     options = parser.parse_args(arguments)
     names = options.checks.split(",")
     unknown = [name for name in names if name.removeprefix("-") not in ("all", *CHECKS)]

@@ -5,12 +5,13 @@ import json
 
 import fuzz
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from translution import TranslutionConfig
-from translution.modeling import convolution_mixer, masks, modeling_translution, pair_layout, translution_step
+from translution.modeling import masks, modeling_translution, pair_layout, translution_step
 from translution.modeling.modeling_translution import TranslutionPreTrainedModel
 
 
@@ -33,6 +34,10 @@ def mixed_rows(layer_norm):
     return lambda module, tokens: layer_norm(module, tokens + 0.1 * tokens.mean(0))
 
 
+def hides_nothing(fit_length):
+    return lambda mask, length: torch.ones_like(fit_length(mask, length))
+
+
 def save_half(model, folder):
     PreTrainedModel.save_pretrained(copy.deepcopy(model).bfloat16(), folder)
 
@@ -42,16 +47,20 @@ MISTAKES = {
     "reference": ((F, "scaled_dot_product_attention", scaled(F.scaled_dot_product_attention)), "logits: "),
     "precision": ((F, "scaled_dot_product_attention", scaled(F.scaled_dot_product_attention)), "float64 in torch."),
     "causality": ((masks, "distances", lambda *arguments: pair_layout.distances(*arguments) + 1), "logits before"),
-    "hidden": ((convolution_mixer, "visible_tokens", lambda tokens, mask: tokens), "states that do not read"),
+    "hidden": ((masks, "_fit_length", hides_nothing(masks._fit_length)), "states that do not read"),
     "rows": ((nn.LayerNorm, "forward", mixed_rows(nn.LayerNorm.forward)), "logits of row"),
     "cache": ((translution_step, "pair_scores", scaled(translution_step.pair_scores)), "cache"),
     "packed": ((modeling_translution, "find_packed_texts", lambda position_ids: None), "logits of the text"),
+    "resizing": (
+        (modeling_translution, "resample_offsets", scaled(modeling_translution.resample_offsets)),
+        "logits: ",
+    ),
     "saving": ((TranslutionPreTrainedModel, "save_pretrained", save_half), "is not what was saved"),
     "invalid": ((TranslutionConfig, "_validate_mixers", lambda config: None), "mixer_types="),
 }
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", list(MISTAKES))
 def test_each_check_finds_a_mistake(check, monkeypatch):
     mistake, words = MISTAKES[check]
     monkeypatch.setattr(*mistake)
