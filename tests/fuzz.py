@@ -399,6 +399,8 @@ def run_case(seed: int, number: int, checks: list[str], always: bool = False) ->
             continue
         made.append(name)
         try:
+            # A check draws the same alone as after others.
+            torch.manual_seed(rng.getrandbits(60))
             with case.switched(), time_limit(SECONDS_PER_CHECK):
                 check(case, rng)
         except Exception as problem:
