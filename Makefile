@@ -5,6 +5,8 @@ RUN := $(VENV)/bin/python
 DEMO_DIR ?= runs/demo
 # More options for pip, such as another index.
 PIP_FLAGS ?=
+# Two processes share the tests, and each starts others: more threads would wait for one another.
+TEST_THREADS ?= 1
 
 .PHONY: install demo test benchmark quality style clean
 
@@ -21,7 +23,7 @@ demo: install
 test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest --numprocesses 2 --quiet
+	OMP_NUM_THREADS=$(TEST_THREADS) TRANSLUTION_TEST_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses 2 --quiet
 
 benchmark: install
 	$(RUN) scripts/benchmark.py

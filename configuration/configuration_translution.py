@@ -2,8 +2,8 @@
 
 # No `from __future__ import annotations` here: `@strict` reads the field types and skips those that are strings.
 
-import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ ADDED_BY_TRANSFORMERS = {
 
 # More layers are a mistake, and would be built for minutes before anything else says so.
 MAX_LAYERS = 10_000
+# No machine holds more of anything, and PyTorch cannot count much more. Tokenizers write 10**30 where a length has no limit.
+MAX_SIZE = 2**31 - 1
 # Hidden size, layers, heads and MLP size of the paper's models; the head size is always 64.
 SIZES = {
     "tiny": (192, 6, 3, 768),
@@ -271,19 +273,21 @@ class TranslutionConfig(PreTrainedConfig):
             "vocab_size",
             "max_position_embeddings",
         ):
-            _check_at_least(field, getattr(self, field), 1)
+            _check_between(field, getattr(self, field), 1)
         for field, least in (("relative_rank", 1), ("offset_basis", 1), ("max_relative_distance", 0)):
             if getattr(self, field) is not None:
-                _check_at_least(field, getattr(self, field), least)
+                _check_between(field, getattr(self, field), least)
         for field in ("hidden_dropout_prob", "attention_dropout"):
             value = getattr(self, field)
             if not 0 <= value < 1:
                 raise ValueError(f"`{field}` must be at least 0 and less than 1, got {value}.")
         for field in ("rope_theta", "layer_norm_eps"):
-            if not 0 < getattr(self, field) < math.inf:
+            if not 0 < getattr(self, field) <= sys.float_info.max:
                 raise ValueError(f"`{field}` must be positive and finite, got {getattr(self, field)}.")
-        if self.initializer_range is not None and not 0 <= self.initializer_range < math.inf:
-            raise ValueError(f"`initializer_range` must be None or at least 0, got {self.initializer_range}.")
+        if self.initializer_range is not None and not 0 <= self.initializer_range <= sys.float_info.max:
+            raise ValueError(
+                f"`initializer_range` must be None or at least 0 and finite, got {self.initializer_range}."
+            )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"`kernel_size` must be odd, got {self.kernel_size}.")
         self._validate_activation()
@@ -329,8 +333,10 @@ class TranslutionConfig(PreTrainedConfig):
         for field in ("image_size", "patch_size"):
             value = getattr(self, field)
             sides = [value] if isinstance(value, int) else list(value)
-            if len(sides) not in (1, 2) or any(side < 1 for side in sides):
-                raise ValueError(f"`{field}` must be a positive int or [height, width] of such, got {value}.")
+            if len(sides) not in (1, 2) or not all(1 <= side <= MAX_SIZE for side in sides):
+                raise ValueError(
+                    f"`{field}` must be a positive int or [height, width] of such, each at most {MAX_SIZE}, got {value}."
+                )
             if not isinstance(value, int) and len(sides) != 2:
                 raise ValueError(f"`{field}` must be an int or [height, width], got {value}.")
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
@@ -353,12 +359,7 @@ def _check_choice(field: str, value: Any, allowed: tuple[str, ...]):
         raise ValueError(f"`{field}` must be one of {_choices(allowed)}, got {value!r}.")
 
 
-def _check_at_least(field: str, value: int, least: int):
-    if isinstance(value, bool) or value < least:
-        raise ValueError(f"`{field}` must be an integer of at least {least}, got {value!r}.")
-
-
-def _check_between(field: str, value: int, least: int, most: int):
+def _check_between(field: str, value: int, least: int, most: int = MAX_SIZE):
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ValueError(f"`{field}` must be an integer of at least {least} and at most {most}, got {value!r}.")
 

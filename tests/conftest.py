@@ -1,17 +1,35 @@
-"""Every test starts from the same seed and uses one thread. Without a GPU Triton's kernels are interpreted on the CPU."""
+"""Every test starts from the same seed and the same number of threads.
+
+Without a GPU Triton's kernels are interpreted on the CPU. The results of matrix products hang on the processor, the
+threads and the addresses of weights (see `closeness.py`); to see that no test does, run the suite in other settings too:
+
+    python -m pytest                                  # the processor's own kernels, one thread
+    ATEN_CPU_CAPABILITY=default python -m pytest      # PyTorch's kernels for any processor
+    ATEN_CPU_CAPABILITY=avx2 python -m pytest         # PyTorch's kernels for processors without AVX-512
+    MKL_CBWR=COMPATIBLE python -m pytest              # MKL's products for any processor
+    TRANSLUTION_TEST_UNALIGNED=1 python -m pytest     # loaded weights at addresses that are no multiple of 64 bytes
+    TRANSLUTION_TEST_THREADS=4 python -m pytest       # four threads in the process of the tests
+"""
 
 import os
 
 import pytest
 import torch
+import unaligned
 
 
 if not torch.cuda.is_available():
     # Read when Triton is imported. The models choose the kernels by themselves on GPUs alone.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+THREADS = os.environ.get("TRANSLUTION_TEST_THREADS", "1")
+if not THREADS.isdecimal() or int(THREADS) < 1:
+    raise ValueError(f"`TRANSLUTION_TEST_THREADS` must be a whole number of at least 1, got {THREADS!r}")
+
+unaligned.follow_switch()
+
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(THREADS))

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import unaligned
 from transformers import TrainerCallback, trainer
 
 
@@ -141,6 +142,7 @@ def run(script, arguments, patch=None):
 
 def main(kind, folder):
     torch.set_num_threads(1)
+    unaligned.follow_switch()
     script = {"image": "run_image_classification", "text": "run_clm"}[kind]
     importlib.import_module(script)
     importlib.import_module("model_card")

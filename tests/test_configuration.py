@@ -271,6 +271,26 @@ BAD_VALUES = {
             "max_position_embeddings",
         )
     },
+    **{
+        f"{field}-astronomical": ({field: 10**30 + 1}, (f"`{field}`", "at most 2147483647", f"got {10**30 + 1}"))
+        for field in (
+            "hidden_size",
+            "num_attention_heads",
+            "head_dim",
+            "intermediate_size",
+            "relative_rank",
+            "offset_basis",
+            "max_relative_distance",
+            "kernel_size",
+            "num_channels",
+            "vocab_size",
+            "max_position_embeddings",
+            "image_size",
+            "patch_size",
+        )
+    },
+    "theta-astronomical": ({"rope_theta": 10**310}, ("`rope_theta`", "finite")),
+    "initializer-astronomical": ({"initializer_range": 10**310}, ("`initializer_range`", "finite")),
     "num_hidden_layers-ten-million": (
         {"num_hidden_layers": 10**7},
         ("`num_hidden_layers`", "at most 10000", "10000000"),

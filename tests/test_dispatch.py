@@ -58,6 +58,7 @@ ROWS = {
     "grouped-dropout": (call(layout=TEXT, drops=True), "grouped", "dropout"),
     "grouped-past": (call(layout=PairLayout.for_text(9, 9, past=2), cached=True), "grouped", "a cache"),
     "attention": (call("attention"), "sdpa", "PyTorch"),
+    "relative-bias": (call("relative_bias"), "sdpa", "PyTorch"),
     "attention-eager": (call("attention", wish=EAGER), "reference", "eager"),
     "attention-weights": (call("attention", layout=STEP, wants_weights=True), "reference", "attention weights"),
     "relative-vector": (call("relative_vector"), "products", "vectors"),
@@ -104,6 +105,8 @@ def test_an_exported_model_has_plain_operations(kind, path, monkeypatch):
     assert choose_path(call(kind)).path == path
     assert choose_path(call(kind, TEXT)).path == path
     assert choose_path(call("convolution", masked=True, hides_pairs=True)).path == "gathered"
+    assert choose_path(call("relative_bias")).path == "reference"
+    assert choose_path(call("attention")).path == "sdpa"
 
 
 def test_without_pytorchs_attention_far_pairs_of_a_text_take_the_square(monkeypatch):

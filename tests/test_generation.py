@@ -130,6 +130,14 @@ def test_every_step_equals_the_full_forward(variant, static):
         assert (logits - expected)[real].abs().max().item() < 1e-10, sizes
 
 
+@each_variant
+def test_steps_of_an_empty_batch(variant):
+    model = make_model(variant)
+    inputs = {name: tensor[:0] for name, tensor in make_prompts(length=6).items()}
+    with torch.no_grad():
+        assert logits_in_steps(model, inputs, DynamicCache(config=model.config), [3, 1, 1, 1]).shape == (0, 6, 19)
+
+
 def test_every_length_up_to_the_bank():
     for variant in ("full-qkv", "lor-qkv", "basis-kv"):
         model = make_model(variant, max_position_embeddings=9)

@@ -619,3 +619,17 @@ def test_a_convolution_to_one_channel_has_gradients(modality):
     tokens = tokens_of(layout).requires_grad_()
     parameters = [tokens, *mixer.parameters()]
     assert torch.autograd.gradcheck(lambda *_: mixer(tokens, layout)[0], parameters, fast_mode=True)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_rotary_base_may_be_an_integer_of_any_size(modality):
+    fields = {"modality": modality, "mixer_types": "rope_attention", "num_hidden_layers": 1}
+    like = torch.empty(1, 7, 4, dtype=torch.float64)
+    layout = PairLayout.for_text(7, 7) if modality == "text" else PairLayout.for_image(3, 2, 3, 2)
+    places = torch.arange(7)[None] if modality == "text" else None
+    found, expected = (
+        TranslutionModel(TranslutionConfig(**fields, rope_theta=theta))._rotation(like, layout, places)
+        for theta in (10**30, 1e30)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

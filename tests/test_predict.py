@@ -30,6 +30,8 @@ def classifier(tmp_path):
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
     model = TranslutionForImageClassification(TranslutionConfig(image_size=8, patch_size=4, **labels, **TINY)).eval()
     torch.nn.init.normal_(model.classifier.weight)
+    # In float64 no rounding reaches what is printed.
+    model.double()
     processor = ImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     model.save_pretrained(tmp_path / "classifier")
     processor.save_pretrained(tmp_path / "classifier")
@@ -41,7 +43,7 @@ def writer(tmp_path):
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["the cat sat on the mat"], 260, 12)
     config = TranslutionConfig(modality="text", vocab_size=260, max_position_embeddings=24, pad_token_id=0, **TINY)
-    model = TranslutionForCausalLM(config).eval()
+    model = TranslutionForCausalLM(config).double().eval()
     model.save_pretrained(tmp_path / "writer")
     tokenizer.save_pretrained(tmp_path / "writer")
     return model, tokenizer, str(tmp_path / "writer")

@@ -1,4 +1,8 @@
-"""A run that is killed again and again ends with exactly the weights and figures of one that was left alone."""
+"""A run that is killed again and again ends with exactly the weights and figures of one that was left alone.
+
+Bit for bit, on any processor: each run trains in one thread of a process of the same kind, and what it resumes from is
+copied into memory that PyTorch aligns as it does that of a new model.
+"""
 
 import json
 import os

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close_in_rounding
 from test_operators import (
     BATCH,
     HEAD_DIM,
@@ -219,6 +220,7 @@ def test_lower_precision_within_twice_plain_pytorch(subset, rank, basis, dtype):
 
 
 def test_the_same_twice():
+    """Bit for bit, from the same tensors: no sum depends on which program came first."""
     layout = LAYOUTS[1]
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN)
@@ -282,9 +284,15 @@ def test_models_train_and_generate_with_the_kernels(fields):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
     config = small_config(
-        modality="text", vocab_size=11, max_position_embeddings=12, relative_projections="kv", **fields
+        modality="text",
+        vocab_size=11,
+        max_position_embeddings=12,
+        relative_projections="kv",
+        # Wide enough for the most likely token to be far from the next.
+        initializer_range=0.5,
+        **fields,
     )
-    model = TranslutionForCausalLM(config).to(DEVICE).eval()
+    model = TranslutionForCausalLM(config).to(DEVICE, EXACT).eval()
     ids = torch.randint(1, 11, (2, 5), device=DEVICE)
     wanted = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     model.set_attn_implementation(TRITON)
@@ -304,7 +312,8 @@ def test_autocast_and_checkpointing_with_the_kernels():
             model(pixel_values=pixels, labels=labels).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     assert all(gradient.dtype == torch.float32 for gradient in gradients[0].values())
-    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert_close_in_rounding(gradients[1][name], gradient, 4, torch.bfloat16)
     model.set_attn_implementation(AUTO)
     model.zero_grad()
     model(pixel_values=pixels, labels=labels).loss.backward()

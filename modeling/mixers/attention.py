@@ -72,15 +72,16 @@ class AttentionMixer(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
         bias = self.score_bias(layout)
-        eager = self.choose_path("attention", query, layout, mask, output_attentions).path == "reference"
+        kind = "attention" if bias is None else "relative_bias"
+        path = self.choose_path(kind, query, layout, mask, output_attentions).path
         # PyTorch's own causal mask begins with the first key, wherever the queries begin.
         is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
         added = mask.additive
-        if eager or bias is not None or not is_causal:
+        if path == "reference" or bias is not None or not is_causal:
             added = self.additive_mask(mask, layout, query)
         if bias is not None:
             added = bias if added is None else added + bias
-        if eager:
+        if path == "reference":
             weights = self.probabilities(query @ key.transpose(-1, -2) * self.scaling, added)
             return merge_heads(weights.to(value.dtype) @ value), weights
         added = None if added is None else added.to(query.dtype)

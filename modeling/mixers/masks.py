@@ -124,10 +124,10 @@ def check_mask(mask: Any, batch: int, num_heads: int, layout: PairLayout | StepL
     """
     if mask is None:
         return
-    queries, lengths = layout.num_receivers, {layout.num_tokens, slots}
+    queries, lengths = layout.num_receivers, [layout.num_tokens, slots]
     if isinstance(layout, StepLayout) and not torch.compiler.is_compiling():
         # Slots of a static cache that are not filled need no entry in a mask of tokens.
-        lengths.add(int(layout.position) + 1)
+        lengths.append(int(layout.position) + 1)
     shape = list(mask.shape)
     if mask.ndim == 2:
         fits = shape[0] == batch and shape[1] in lengths

@@ -415,7 +415,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
         layout = PairLayout.for_image(height, width, height, width, config.max_relative_distance)
-        check_mask(attention_mask, len(hidden_states), config.num_attention_heads, layout, layout.num_tokens)
+        check_mask(attention_mask, hidden_states.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         mask = make_mask(attention_mask, layout, hidden_states)
         rotation = self._rotation(hidden_states, layout)
         return hidden_states, {"layout": layout, "mask": mask, "rotation": rotation, "past_key_values": None}
@@ -603,7 +603,7 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         config = self.config
         if labels is None:
             return
-        batch, indices = len(tokens), not labels.is_floating_point()
+        batch, indices = tokens.shape[0], not labels.is_floating_point()
         if config.problem_type == "single_label_classification" or (
             config.problem_type is None and config.num_labels > 1 and indices
         ):

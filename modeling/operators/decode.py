@@ -86,7 +86,8 @@ def _basis_scores(
     each = each.unflatten(-1, (num_heads, -1))  # [B, queries, A, e]
     # z = q U[m]ᵀ, head by head: a head's columns of all factors are one matrix that no product has to copy.
     absorbed = [each[:, :, head].flatten(0, 1) @ _columns(key_bank, head, num_heads).T for head in range(num_heads)]
-    absorbed = torch.cat(absorbed, dim=-1).view(batch, -1, key.shape[-1])  # [B, queries·A·n, in]
+    num_products = each.shape[1] * num_heads * len(key_bank.factors)
+    absorbed = torch.cat(absorbed, dim=-1).view(batch, num_products, key.shape[-1])  # [B, queries·A·n, in]
     products = absorbed @ key.transpose(-1, -2)
     products = products.unflatten(1, (-1, len(key_bank.factors)))  # [B, queries·A, n, L]
     scores = (products * key_bank.coefficients.index_select(0, rows).T).sum(2)

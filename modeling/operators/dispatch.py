@@ -12,7 +12,7 @@
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve |
 | | `streamed` | `streamed.py` | full Translution, nothing masked, no attention dropout, no cached tokens; a text, a large image, or one with a small distance |
 | | `grouped` | `grouped.py` | everything else |
-| attention, relative bias | `reference` | the mixer | as above |
+| attention, relative bias | `reference` | the mixer | as above; relative bias in an exported model |
 | | `sdpa` | PyTorch | everything else |
 | relative vectors | `products` | the mixer | always |
 | convolution | `window` | the mixer | text with a cache, or whose mask hides pairs |
@@ -64,7 +64,7 @@ class Call(NamedTuple):
     """What is known of a layer's call when its path is chosen.
 
     Fields:
-        kind: `"full"`, `"low_rank"` or `"basis"` for Translution; `"attention"` (relative bias as well), `"relative_vector"`,
+        kind: `"full"`, `"low_rank"` or `"basis"` for Translution; `"attention"`, `"relative_bias"`, `"relative_vector"`,
             `"convolution"`.
         layer: index of the layer.
         layout: the pairs.
@@ -125,9 +125,14 @@ def _choose_path(call: Call) -> Choice:
     if call.kind == "relative_vector":
         return Choice("products", "vectors are added for each pair, so that the square of scores is computed")
     one_token = isinstance(call.layout, StepLayout)
-    if (call.wish == EAGER or call.wants_weights) and (call.kind == "attention" or not one_token):
+    is_attention = call.kind in ("attention", "relative_bias")
+    if (call.wish == EAGER or call.wants_weights) and (is_attention or not one_token):
         return _reference(call)
-    if call.kind == "attention":
+    if call.kind == "relative_bias" and is_exporting():
+        # PyTorch's fused attention orders its output in memory one way when a graph is traced, and another way when ONNX takes
+        # the graph apart, which then fails.
+        return Choice("reference", "fused attention with a learned bias cannot be exported to ONNX")
+    if is_attention:
         return Choice("sdpa", "PyTorch's fused attention")
     if one_token and call.layout.num_receivers == 1:
         return Choice("decode", "one new token with a cache")
@@ -153,7 +158,7 @@ def _reference(call: Call) -> Choice:
     if call.wish == EAGER:
         return Choice("reference", f"`attn_implementation={EAGER!r}`")
     reason = "attention weights are asked for, which the readable reference returns"
-    if call.kind != "attention":
+    if call.kind in ("full", "low_rank", "basis"):
         # Whoever insists on the kernels is to know.
         _kernels_serve(call, reason)
     return Choice("reference", reason)

@@ -20,8 +20,10 @@ import torch
 # A checkpoint's copy lies in one folder, beside the configuration's files. No operator depends on those.
 FLAT_NAME = "operators_registration"
 NOT_OF_MODELS = ("__init__", "configuration_translution", "configuration_remote_code")
-# Imports within the package have another form in such a copy.
-OWN_IMPORTS = re.compile(r"^[ \t]*from \.[\w.]* import (\([^)]*\)|[^\n]*)$|^if False:$", flags=re.MULTILINE)
+# Imports within the package, and what `remote_code.py` makes of them there.
+_IMPORT = re.compile(r"^[ \t]*from \.[\w.]* import (?:\([^)]*\)|[^\n]*)$", flags=re.MULTILINE)
+_ADDED = re.compile(r"^if False:\n(?:    from \.\w+ import \*  # noqa: F403\n)+", flags=re.MULTILINE)
+_FOLDERS = "models|mixers|operators|kernels|configuration"
 
 
 @lru_cache(maxsize=1)
@@ -43,9 +45,16 @@ def _digest(sources: Iterable[Path], module: str) -> str:
 
 
 def _own_text(source: Path) -> str:
-    """The text of a file without imports from the package and empty lines."""
-    lines = (line.rstrip() for line in OWN_IMPORTS.sub("", source.read_text(encoding="utf-8")).splitlines())
+    """The text of a file without empty lines, and with imports that do not say in which folder a module lies."""
+    text = _IMPORT.sub(_without_folders, _ADDED.sub("", source.read_text(encoding="utf-8")))
+    lines = (line.rstrip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
+
+
+def _without_folders(statement: re.Match[str]) -> str:
+    text = re.sub(r"[\s()]+", " ", statement.group()).strip(" ,")
+    text = re.sub(rf"from \.+(?:(?:{_FOLDERS})[._]?)?(\w*) import", r"from \1 import", text)
+    return re.sub(rf"\b(?:{_FOLDERS})_(\w+) as \1\b", r"\1", text)
 
 
 def operator(name: str) -> Any:

@@ -39,7 +39,8 @@ def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def _frequencies(count: int, span: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Angles of long texts do not fit half precision, so they are never computed in less than float32.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return theta ** (-2 * torch.arange(count, dtype=wide, device=device) / span)
+    # PyTorch takes no integer of more than 64 bits.
+    return float(theta) ** (-2 * torch.arange(count, dtype=wide, device=device) / span)
 
 
 def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
