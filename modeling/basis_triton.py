@@ -169,7 +169,7 @@ def _basis_attention(
     normaliser = query.new_empty(batch, heads, receivers, dtype=accumulation_dtype(query.dtype))
     launch(
         forward_kernel,
-        lambda option: (-(-receivers // option["RECEIVERS"]), batch * heads),
+        lambda option: (-(-receivers // option["RECEIVERS"]) * batch * heads,),
         _tile_options(query),
         lambda option: {},
         output=output,
@@ -226,7 +226,7 @@ def _basis_attention_backward(
     }
     launch(
         query_gradient_kernel,
-        lambda option: (-(-geometry.num_receivers // option["RECEIVERS"]), query.shape[2], groups),
+        lambda option: (-(-geometry.num_receivers // option["RECEIVERS"]) * query.shape[2] * groups,),
         _tile_options(query),
         lambda option: {},
         query_gradient=gradients["query"],
@@ -236,7 +236,7 @@ def _basis_attention_backward(
     factors = max(key.shape[2], value.shape[2])
     launch(
         key_value_gradient_kernel,
-        lambda option: (-(-geometry.num_tokens // option["GIVERS"]), factors, groups),
+        lambda option: (-(-geometry.num_tokens // option["GIVERS"]) * factors * groups,),
         _tile_options(query),
         lambda option: {},
         key_gradient=gradients["key"],
@@ -282,7 +282,7 @@ def _coefficient_gradients(
         rows = 1 if layout.causal else 2 * height - 1
         launch(
             coefficient_gradient_kernel,
-            lambda option: (3 if class_pairs else rows * -(-num_dy // option["OFFSETS"]), groups),
+            lambda option: ((NUM_CLASS_ROWS if class_pairs else rows * -(-num_dy // option["OFFSETS"])) * groups,),
             options,
             lambda option: {},
             **outputs,
