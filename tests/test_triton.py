@@ -377,8 +377,7 @@ class TightDevice:
         return start
 
 
-def test_a_device_with_little_shared_memory_gets_smaller_tiles(monkeypatch):
-    monkeypatch.setattr(launch, "_fitting", {})
+def test_a_device_with_little_shared_memory_gets_smaller_tiles():
     options = [{"ROWS": rows} for rows in (128, 64, 32)]
     kernel = TightDevice(64)
     for _ in range(2):

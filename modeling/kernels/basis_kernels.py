@@ -21,6 +21,14 @@ _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 
 @triton.jit
+def _program(blocks, FACTORS: tl.constexpr):
+    """Block, factor and group of a program. All lie on the grid's first axis: the others hold 65,535 programs at most."""
+    program = tl.program_id(0)
+    rest = program // blocks
+    return program % blocks, rest % FACTORS, (rest // FACTORS).to(tl.int64)
+
+
+@triton.jit
 def _bank_rows(
     i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL: tl.constexpr, REVERSE: tl.constexpr
 ):
@@ -137,7 +145,7 @@ def _scores(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scaled and masked scores of a tile of pairs; minus infinity where there is no pair."""
+    """Scaled and masked scores of a tile of pairs, minus infinity where there is no pair."""
     total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
     for m in tl.static_range(NQ):
         product = _products(
@@ -157,7 +165,8 @@ def _scores(
         exists = exists & (i[:, None] + past >= j[None, :])
     if MASKED:
         place = group // num_heads * mask_stride_b + group % num_heads * mask_stride_a
-        place = place + (i * mask_stride_i)[:, None] + (j * mask_stride_j)[None, :]
+        # In 64 bits: a mask may have more than 2³¹ elements.
+        place = place + (i.to(tl.int64) * mask_stride_i)[:, None] + (j.to(tl.int64) * mask_stride_j)[None, :]
         total += tl.load(mask + place, mask=exists, other=0.0)
     return tl.where(exists, total, float("-inf"))
 
@@ -214,8 +223,8 @@ def forward_kernel(
     RECEIVERS: tl.constexpr,
     GIVERS: tl.constexpr,
 ):
-    group = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * RECEIVERS + tl.arange(0, RECEIVERS)
+    block, _, group = _program(tl.cdiv(receivers, RECEIVERS), 1)
+    i = block * RECEIVERS + tl.arange(0, RECEIVERS)
     i_exists = i < receivers
     greatest = tl.full((RECEIVERS,), float("-inf"), WIDE)
     total = tl.zeros((RECEIVERS,), WIDE)
@@ -223,7 +232,7 @@ def forward_kernel(
     dense = tl.zeros((RECEIVERS, D_WIDTH), WIDE)
     end = tokens
     if CAUSAL:
-        end = tl.minimum(tokens, (tl.program_id(0) + 1) * RECEIVERS + past)
+        end = tl.minimum(tokens, (block + 1) * RECEIVERS + past)
     for start in range(0, end, GIVERS):
         j = start + tl.arange(0, GIVERS)
         j_exists = j < tokens
@@ -234,12 +243,12 @@ def forward_kernel(
             mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens,
             past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
-        # Rows past the end have no pair at all: any finite number will do.
-        higher = tl.maximum(greatest, tl.max(scores, axis=1))
-        higher = tl.where(i_exists, higher, 0.0)
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(greatest - higher)
-        greatest = higher
+        greatest_before = greatest
+        greatest = tl.maximum(greatest, tl.max(scores, axis=1))
+        # Before a receiver's first visible pair its weights are 0, whatever finite number is taken off.
+        shift = tl.where(greatest == float("-inf"), 0.0, greatest)
+        weights = tl.exp(scores - shift[:, None])
+        shrink = tl.exp(greatest_before - shift)
         total = total * shrink + tl.sum(weights, axis=1)
         mixed *= shrink[:, None]
         for m in tl.static_range(NV):
@@ -253,6 +262,7 @@ def forward_kernel(
             dense = tl.dot(
                 weights.to(one.dtype), one, dense * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
             )
+    # A receiver that sees nothing has no weights: 0 / 0, as in any softmax. What is past the end is not stored.
     total = tl.where(i_exists, total, 1.0)
     _store_tokens(output, group, i, i_exists, receivers, mixed / total[:, None], V, V_WIDTH)
     if DENSE_VALUES:
@@ -387,15 +397,14 @@ def query_gradient_kernel(
     GIVERS: tl.constexpr,
 ):
     """Gradients of some receivers' queries by one factor, and of their dense queries."""
-    m = tl.program_id(1)
-    group = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0) * RECEIVERS + tl.arange(0, RECEIVERS)
+    block, m, group = _program(tl.cdiv(receivers, RECEIVERS), NQ)
+    i = block * RECEIVERS + tl.arange(0, RECEIVERS)
     i_exists = i < receivers
     total = tl.zeros((RECEIVERS, E_WIDTH), WIDE)
     dense = tl.zeros((RECEIVERS, D_WIDTH), WIDE)
     end = tokens
     if CAUSAL:
-        end = tl.minimum(tokens, (tl.program_id(0) + 1) * RECEIVERS + past)
+        end = tl.minimum(tokens, (block + 1) * RECEIVERS + past)
     for start in range(0, end, GIVERS):
         j = start + tl.arange(0, GIVERS)
         j_exists = j < tokens
@@ -483,9 +492,8 @@ def key_value_gradient_kernel(
     GIVERS: tl.constexpr,
 ):
     """Gradients of some givers' keys and values by one factor, and of their dense keys and values."""
-    n = tl.program_id(1)
-    group = tl.program_id(2).to(tl.int64)
-    j = tl.program_id(0) * GIVERS + tl.arange(0, GIVERS)
+    block, n, group = _program(tl.cdiv(tokens, GIVERS), max(NK, NV))
+    j = block * GIVERS + tl.arange(0, GIVERS)
     j_exists = j < tokens
     keys = tl.zeros((GIVERS, E_WIDTH), WIDE)
     values = tl.zeros((GIVERS, V_WIDTH), WIDE)
@@ -493,7 +501,7 @@ def key_value_gradient_kernel(
     dense_values = tl.zeros((GIVERS, D_WIDTH), WIDE)
     first = 0
     if CAUSAL:
-        first = tl.maximum(tl.program_id(0) * GIVERS - past, 0)
+        first = tl.maximum(block * GIVERS - past, 0)
     for start in range(first, receivers, RECEIVERS):
         i = start + tl.arange(0, RECEIVERS)
         i_exists = i < receivers
@@ -621,13 +629,17 @@ def coefficient_gradient_kernel(
     """
     SPAN: tl.constexpr = 2 * OFFSETS
     place, span, factor = tl.arange(0, OFFSETS), tl.arange(0, SPAN), tl.arange(0, FACTORS)
-    group = tl.program_id(1).to(tl.int64)
     diagonal = place[:, None] - place[None, :] + OFFSETS - 1
-    kind = tl.program_id(0)
     dx, least, num_dy, first = 0, 0, width, 0
     if not CAUSAL:
         least, num_dy, first = 1 - width, 2 * width - 1, 1
     blocks = tl.cdiv(num_dy, OFFSETS)
+    kinds = blocks
+    if not CAUSAL:
+        kinds = blocks * (2 * height - 1)
+    if CLASS_PAIRS:
+        kinds = 3
+    kind, _, group = _program(kinds, 1)
     lowest = least
     # A class token's pairs: receivers and givers are one token or all patches.
     rows_of_grid, low, high, other_steps = 1, 0, 1, 1

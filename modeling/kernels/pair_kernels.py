@@ -29,7 +29,10 @@ def _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y):
 
 @triton.jit
 def _pairs_of_offset(rows, dx, dy, batch, height, width, first, past):
-    """Batch entry, receiver and giver of the pairs of an offset, numbered by grid row, column and batch, and which exist."""
+    """Batch entry, receiver and giver of the pairs of an offset, numbered by grid row, column and batch, and which exist.
+
+    What is multiplied by a stride has 64 bits, here and below: a tensor may have more than 2³¹ elements.
+    """
     first_x, first_y = tl.maximum(dx, 0), tl.maximum(dy, past)
     columns = tl.maximum(width + tl.minimum(dy, 0) - first_y, 0)
     count = (height - tl.abs(dx)) * columns * batch
@@ -38,7 +41,7 @@ def _pairs_of_offset(rows, dx, dy, batch, height, width, first, past):
     x, y = first_x + pair // columns, first_y + pair % columns
     receiver = first + x * width + y - past
     giver = first + (x - dx) * width + y - dy
-    return entry.to(tl.int64), receiver, giver, rows < count
+    return entry.to(tl.int64), receiver.to(tl.int64), giver.to(tl.int64), rows < count
 
 
 @triton.jit
@@ -50,11 +53,18 @@ def _columns(block, num_heads, E: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def _load_heads(pointers, exists, block, num_heads, stride, HEADS: tl.constexpr):
+def _heads(block, num_heads, stride, HEADS: tl.constexpr):
+    """Of a block of heads: the place of the first, those of all after it, and which exist."""
+    head = tl.arange(0, HEADS)
+    return block.to(tl.int64) * HEADS * stride, head.to(tl.int64) * stride, block * HEADS + head < num_heads
+
+
+@triton.jit
+def _load_heads(pointer, place, exists, block, num_heads, stride, HEADS: tl.constexpr):
     """One number a row and head, `[rows, HEADS]`."""
-    head = block * HEADS + tl.arange(0, HEADS)
+    start, heads, head_exists = _heads(block, num_heads, stride, HEADS)
     return tl.load(
-        pointers[:, None] + head[None, :] * stride, mask=exists[:, None] & (head < num_heads)[None, :], other=0.0
+        pointer + start + place[:, None] + heads[None, :], mask=exists[:, None] & head_exists[None, :], other=0.0
     )
 
 
@@ -175,12 +185,12 @@ def scores_kernel(
         PRECISION,
     )
     by_head = tl.sum(tl.reshape(product, (ROWS, HEADS, WIDTH)), axis=2)
-    head = block * HEADS + tl.arange(0, HEADS)
-    place = entry * score_strides_b + receiver.to(tl.int64) * score_strides_i + giver
+    start, heads, head_exists = _heads(block, num_heads, score_strides_a, HEADS)
+    place = entry * score_strides_b + receiver * score_strides_i + giver
     tl.store(
-        scores + place[:, None] + head[None, :] * score_strides_a,
+        scores + start + place[:, None] + heads[None, :],
         by_head,
-        mask=exists[:, None] & (head < num_heads)[None, :],
+        mask=exists[:, None] & head_exists[None, :],
     )
 
 
@@ -224,7 +234,7 @@ def _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES: tl.c
         giver = first + x * width + y
         receiver = first + other_x * width + other_y - past
         other = receiver
-    return receiver, giver, other, exists
+    return receiver.to(tl.int64), giver.to(tl.int64), other.to(tl.int64), exists
 
 
 @_jit
@@ -300,11 +310,11 @@ def sum_kernel(
         )
         product = tl.dot(other_tokens, matrix, product, input_precision=PRECISION, out_dtype=WIDE)
         if part == SLICES - 1:
-            place = entry * weight_strides_b + receiver.to(tl.int64) * weight_strides_i + giver * weight_strides_j
-            weight = _load_heads(weights + place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+            place = entry * weight_strides_b + receiver * weight_strides_i + giver * weight_strides_j
+            weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
             total += _times_heads(product, weight, HEADS, WIDTH)
             product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
-    own = first + x * width + y
+    own = (first + x * width + y).to(tl.int64)
     if RECEIVES:
         own = own - past
     tl.store(
@@ -390,8 +400,8 @@ def token_gradient_kernel(
             OTHER_BLOCK_C,
             PRECISION,
         )
-        place = entry * weight_strides_b + receiver.to(tl.int64) * weight_strides_i + giver * weight_strides_j
-        weight = _load_heads(weights + place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+        place = entry * weight_strides_b + receiver * weight_strides_i + giver * weight_strides_j
+        weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
         row = _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y)
         matrix = tl.load(
             bank + row * C * out_size + inner[None, :] * out_size + columns[:, None],
@@ -400,7 +410,7 @@ def token_gradient_kernel(
         )
         scaled = _times_heads(tile, weight, HEADS, WIDTH).to(bank.dtype.element_ty)
         total = tl.dot(scaled, matrix, total, input_precision=PRECISION, out_dtype=WIDE)
-    own = first + x * width + y
+    own = (first + x * width + y).to(tl.int64)
     if RECEIVES:
         own = own - past
     tl.store(
@@ -499,8 +509,8 @@ def bank_gradient_kernel(
                     OTHER_BLOCK_C,
                     PRECISION,
                 )
-                place = entry * weight_strides_b + receiver.to(tl.int64) * weight_strides_i + giver * weight_strides_j
-                weight = _load_heads(weights + place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+                place = entry * weight_strides_b + receiver * weight_strides_i + giver * weight_strides_j
+                weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
                 own_tokens = tl.load(
                     tokens + (entry * token_strides_b + own * token_strides_l)[None, :] + inner[:, None],
                     mask=exists[None, :] & (inner < C)[:, None],

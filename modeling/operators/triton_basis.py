@@ -169,7 +169,7 @@ def _basis_attention(
     normaliser = query.new_empty(batch, heads, receivers, dtype=accumulation_dtype(query.dtype))
     launch(
         forward_kernel,
-        lambda option: (-(-receivers // option["RECEIVERS"]), batch * heads),
+        lambda option: (-(-receivers // option["RECEIVERS"]) * batch * heads,),
         _tile_options(query),
         lambda option: {},
         output=output,
@@ -226,7 +226,7 @@ def _basis_attention_backward(
     }
     launch(
         query_gradient_kernel,
-        lambda option: (-(-geometry.num_receivers // option["RECEIVERS"]), query.shape[2], groups),
+        lambda option: (-(-geometry.num_receivers // option["RECEIVERS"]) * query.shape[2] * groups,),
         _tile_options(query),
         lambda option: {},
         query_gradient=gradients["query"],
@@ -236,7 +236,7 @@ def _basis_attention_backward(
     factors = max(key.shape[2], value.shape[2])
     launch(
         key_value_gradient_kernel,
-        lambda option: (-(-geometry.num_tokens // option["GIVERS"]), factors, groups),
+        lambda option: (-(-geometry.num_tokens // option["GIVERS"]) * factors * groups,),
         _tile_options(query),
         lambda option: {},
         key_gradient=gradients["key"],
@@ -276,18 +276,18 @@ def _coefficient_gradients(
         for tile in _OFFSET_TILES[query.element_size()]
     ]
 
-    def sums(count: int, class_token: bool) -> dict[str, Tensor]:
+    def sums(count: int, class_pairs: bool) -> dict[str, Tensor]:
         made = {name: query.new_empty(groups, count, arguments[sizes[name]], dtype=wide) for name in wanted}
         outputs = {name.replace("coefficients", "sums"): made.get(name, arguments["normaliser"]) for name in sizes}
         rows = 1 if layout.causal else 2 * height - 1
         launch(
             coefficient_gradient_kernel,
-            lambda option: (3 if class_token else rows * -(-num_dy // option["OFFSETS"]), groups),
+            lambda option: ((NUM_CLASS_ROWS if class_pairs else rows * -(-num_dy // option["OFFSETS"])) * groups,),
             options,
             lambda option: {},
             **outputs,
             **arguments,
-            CLASS_PAIRS=class_token,
+            CLASS_PAIRS=class_pairs,
             FACTORS=next_power_of_2(max(arguments["NQ"], arguments["NK"], arguments["NV"])),
         )
         return {name: sum_.sum(0) for name, sum_ in made.items()}

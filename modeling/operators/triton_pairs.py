@@ -53,7 +53,15 @@ class _Geometry(NamedTuple):
     query_sign: int  # a query's matrix is the one of the reverse offset, in text that of the distance
 
 
-def _geometry(layout: PairLayout) -> _Geometry:
+# Kernels number the tokens of a batch, and with them the pairs of an offset, in 32 bits.
+MAX_TOKENS = 2**31 - 1
+
+
+def _geometry(layout: PairLayout, batch: int) -> _Geometry:
+    if batch * layout.num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"A batch of {batch} × {layout.num_tokens} tokens is larger than the {MAX_TOKENS} tokens that the kernels can number."
+        )
     if layout.causal:
         last = layout.num_distances - 1
         return _Geometry(1, layout.height, 0, layout.past, 0, last, 0, layout.bank_height - 1, 0, 0, 1)
@@ -149,9 +157,9 @@ def _tile_table(geometry: _Geometry, batch: int, rows: int, device: torch.device
 def _scores(
     query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
 ) -> Tensor:
-    geometry = _geometry(layout)
-    receiver, giver = _sides(query, key, query_bank, key_bank, geometry)
     batch = len(query)
+    geometry = _geometry(layout, batch)
+    receiver, giver = _sides(query, key, query_bank, key_bank, geometry)
     # A causal layout lacks pairs, and their scores are 0. All others are written.
     allocate = query.new_zeros if layout.causal else query.new_empty
     scores = allocate(batch, num_heads, layout.num_receivers, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
@@ -314,7 +322,7 @@ def _scores_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    geometry = _geometry(layout)
+    geometry = _geometry(layout, len(query))
     receiver, giver = _sides(query, key, query_bank, key_bank, geometry)
     gradients = []
     for own, other, needed in ((receiver, giver, need_query), (giver, receiver, need_key)):
@@ -340,7 +348,7 @@ def _scores_backward(
 
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-    geometry = _geometry(layout)
+    geometry = _geometry(layout, len(value))
     giver = _Side(_rows(value), value_bank.contiguous(), 1, False)
     receiver = _Side(giver.tokens, None, geometry.query_sign, True)
     shape = (len(value), layout.num_receivers, value_bank.shape[-1])

@@ -1,0 +1,423 @@
+"""The Triton kernels where sizes are extreme: hidden receivers, numbers past 32 bits, grids past CUDA's, tiles that do not fit."""
+
+import inspect
+import math
+import mmap
+
+import pytest
+import torch
+from test_operators import HIDDEN, make_mixer, run
+from test_pair_layout import layout_id
+from test_triton import DEVICE, EXACT, TOLERANCE, TightDevice, assert_same
+from transformers.utils.import_utils import enable_tf32
+
+from translution.modeling.kernels import basis_kernels, pair_kernels
+from translution.modeling.operators import reference
+from translution.modeling.operators.dispatch import TRITON
+from translution.modeling.operators.pair_autograd import pack
+from translution.modeling.operators.pair_layout import PairLayout
+
+
+pytest.importorskip("triton")
+
+from triton.runtime import interpreter
+
+from translution.modeling.kernels import launch
+from translution.modeling.operators import triton_basis, triton_pairs
+
+
+KERNELS = {
+    name: kernel
+    for module in (pair_kernels, basis_kernels)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
+# Givers of a tile of the kernels with a basis, of the type that the comparison is made in.
+GIVERS = 32 if DEVICE == "cuda" else 16
+IMAGE, TEXT = PairLayout.for_image(1, GIVERS + 2, 1, GIVERS + 2), PairLayout.for_text(GIVERS + 4, GIVERS + 4)
+
+
+def tensor(*shape, dtype=EXACT):
+    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def brute_force(query, key, value, query_coefficients, key_coefficients, value_coefficients, mask, scale, layout):
+    """Attention with a basis, pair by pair as the formulas say it, without dense parts."""
+    rows, reverse_rows = (offsets.to(query.device) for offsets in layout.offsets())
+    ones = query.new_ones(layout.num_offsets, 1)
+    bq, bk, bv = (
+        (ones if coefficients is None else coefficients)[where.clamp(min=0)]
+        for coefficients, where in (
+            (query_coefficients, reverse_rows),
+            (key_coefficients, rows),
+            (value_coefficients, rows),
+        )
+    )
+    scores = scale * torch.einsum("ijm,ijn,bamie,banje->baij", bq, bk, query, key)
+    scores = (scores if mask is None else scores + mask).masked_fill(rows < 0, -math.inf)
+    return torch.einsum("baij,ijn,banje->baie", scores.softmax(-1), bv, value)
+
+
+# What is hidden
+
+
+@pytest.mark.parametrize(
+    ("layout", "subset", "rank"),
+    [(IMAGE, "kv", None), (TEXT, "qk", 3)],
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+def test_a_first_tile_that_nobody_sees(layout, subset, rank):
+    """Minus infinity for all givers of some receivers' first tile; those of the next are seen."""
+    assert triton_basis._TILES[EXACT.itemsize][0][1] == GIVERS
+    mixer = make_mixer(layout, subset, rank, offset_basis=2)
+    receivers = torch.arange(layout.num_tokens)[:, None]
+    mask = torch.zeros(2, 1, layout.num_tokens, layout.num_tokens, dtype=torch.float64)
+    mask[0, :, :, :GIVERS].masked_fill_(receivers >= GIVERS, -math.inf)
+    mask.masked_fill_(layout.offsets()[0] < 0, -math.inf)
+    hidden_states, weight = torch.randn(2, 2, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    expected = run(mixer.to(DEVICE), "eager", hidden_states.to(DEVICE), layout, mask.to(DEVICE), weight.to(DEVICE))  # fmt: skip
+    mixer, hidden_states, weight = mixer.to(DEVICE, EXACT), hidden_states.to(DEVICE, EXACT), weight.to(DEVICE, EXACT)
+    actual = run(mixer, TRITON, hidden_states, layout, mask.to(DEVICE, EXACT), weight)
+    assert all(value.isfinite().all() for value in actual.values())
+    assert_same(actual, expected, TOLERANCE)
+
+
+def test_a_receiver_that_sees_nothing_is_as_in_the_reference():
+    """NaN, as any softmax over nothing, in its row and in what its gradient reaches; not in the rest of its tile or batch."""
+    mixer = make_mixer(IMAGE, "kv", offset_basis=2)
+    mask = torch.zeros(2, 1, IMAGE.num_tokens, IMAGE.num_tokens, dtype=torch.float64)
+    mask[0, :, [3, GIVERS + 1]] = -math.inf
+    hidden_states, weight = torch.randn(2, 2, IMAGE.num_tokens, HIDDEN, dtype=torch.float64)
+    results = []
+    for implementation, dtype in (("eager", torch.float64), (TRITON, EXACT)):
+        moved = (t.to(DEVICE, dtype) for t in (hidden_states, mask, weight))
+        hidden, seen, by = moved
+        results.append(run(mixer.to(DEVICE, dtype), implementation, hidden, IMAGE, seen, by))
+    expected, actual = results
+    for name in ("output", "input"):
+        assert expected[name].isnan().any(), name
+        assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
+        assert expected[name].isfinite().any(), name
+        torch.testing.assert_close(
+            actual[name].double(), expected[name].double(), rtol=100 * TOLERANCE, atol=TOLERANCE, equal_nan=True
+        )
+    for name, parameter in expected.items():
+        assert (actual[name].isnan() | ~parameter.isnan()).all(), name
+
+
+# Corners of the operator with a basis
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes"),
+    [
+        (PairLayout.for_image(1, 2, 1, 2), "baij"),
+        (PairLayout.for_text(1, 1), ""),
+        (PairLayout.for_text(7, 9, past=3), ""),
+        (PairLayout.for_text(7, 9, past=3), "j"),
+        (PairLayout.for_text(7, 9, past=3), "ij"),
+        (PairLayout.for_text(7, 9, past=3), "bij"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else layout_id(value),
+)
+def test_masks_of_every_shape_and_tokens_of_any_strides(layout, axes):
+    """Sizes that are no power of two, memory in another order, masks that are the same along some axes."""
+    batch, heads, receivers, tokens = 2, 3, layout.num_receivers, layout.num_tokens
+    query = tensor(5, receivers, batch, 1, heads).permute(2, 4, 3, 1, 0).requires_grad_()
+    key = tensor(batch, tokens, 2, heads, 5).permute(0, 3, 2, 1, 4).requires_grad_()
+    value = tensor(batch, 2, heads, 2 * tokens, 7)[:, :, :, ::2].transpose(1, 2).requires_grad_()
+    key_coefficients, value_coefficients = (
+        tensor(2, layout.num_offsets).t().requires_grad_(),
+        tensor(layout.num_offsets, 2).requires_grad_(),
+    )
+    sizes = {"b": batch, "a": heads, "i": receivers, "j": tokens}
+    mask = tensor(*(sizes[axis] for axis in axes)) if axes else None
+    if axes == "bij":
+        mask = mask[:, None]
+    inputs = (query, key, value, key_coefficients, value_coefficients)
+    weight = tensor(heads, batch, receivers, 7).transpose(0, 1)
+    coefficients = (None, key_coefficients, value_coefficients)
+    expected = brute_force(query, key, value, *coefficients, mask, 0.5, layout)
+    actual, _ = triton_basis.basis_attention(query, key, value, *coefficients, None, None, None, mask, 0.5, layout)
+    gradients = [torch.autograd.grad((result * weight).sum(), inputs) for result in (actual, expected)]
+    # Where a receiver sees one pair alone its probability is 1, and some gradients are rounding about 0.
+    bound = {"rtol": 100 * TOLERANCE, "atol": 10 * TOLERANCE}
+    for one, other in zip((actual, *gradients[0]), (expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, other, **bound)
+
+
+@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(4, 4)], ids=layout_id)
+def test_an_empty_batch(layout):
+    tokens = layout.num_tokens
+    bank = tensor(layout.num_offsets, 4, 6).requires_grad_()
+    hidden = tensor(0, tokens, 4).requires_grad_()
+    scores = triton_pairs.pair_scores(hidden, hidden, bank, bank, 2, layout)
+    assert scores.shape == (0, 2, tokens, tokens)
+    values = triton_pairs.pair_values(scores, hidden, bank, layout)
+    assert values.shape == (0, tokens, 6)
+    coefficients = tensor(layout.num_offsets, 2).requires_grad_()
+    heads = tensor(0, 2, 2, tokens, 3)
+    output, _ = triton_basis.basis_attention(heads[:, :, :1], heads, heads, None, coefficients, coefficients, None, None, None, None, 1.0, layout)  # fmt: skip
+    assert output.shape == (0, 2, tokens, 3)
+    (values.sum() + output.sum()).backward()
+    assert not bank.grad.any()
+    assert not coefficients.grad.any()
+
+
+# Numbers past 32 bits
+
+
+def spread(dense: torch.Tensor, axes: int) -> torch.Tensor:
+    """The same numbers far apart: of each of the first axes the last element lies 2³¹ elements behind the first.
+
+    In memory of which only the pages that are touched exist. A stride itself has 31 bits.
+    """
+    apart, inner = [], math.prod(dense.shape[axes:])
+    for axis, size in enumerate(dense.shape[:axes]):
+        apart.append(2**31 // (size - 1) + 1 + 16**axis * inner)
+        assert size >= 3  # of two the stride would have to have 32 bits, and Triton would take 64
+    strides = (*apart, *dense.contiguous().stride()[axes:])
+    size = 1 + sum(stride * (size - 1) for stride, size in zip(strides, dense.shape, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = torch.frombuffer(mmap.mmap(-1, size * dense.element_size(), flags=flags), dtype=dense.dtype)
+    places = torch.zeros(1, dtype=torch.int64)
+    for stride, length in zip(strides, dense.shape, strict=True):
+        places = (places[:, None] + stride * torch.arange(length)).flatten()
+    assert len(places.unique()) == dense.numel()
+    return memory.as_strided(dense.shape, strides).copy_(dense)
+
+
+@pytest.fixture
+def checked_integers(monkeypatch):
+    """Triton's interpreter, which raises an error where 32 bits do not hold a sum or a product."""
+    if DEVICE == "cuda":
+        pytest.skip(
+            "memory of which only the touched pages exist is a processor's; the interpreter runs without a GPU"
+        )
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True, sanitize_overflow=True)
+    )
+
+
+def launch_with_tensors_far_apart(kernel, grid, options, derived, **arguments):
+    """`launch`, with all tensors that have strides spread over more than 2³¹ elements."""
+    results = {}
+    for name, dense in list(arguments.items()):
+        prefix = {"scores": "score", "weights": "weight", "tokens": "token", "others": "other"}.get(name, name)
+        axes = sum(f"{prefix}_strides_{axis}" in arguments for axis in "baijl")
+        if axes and isinstance(dense, torch.Tensor):
+            arguments[name] = results[name] = spread(dense, axes)
+            for axis, stride in zip("bl" if f"{prefix}_strides_l" in arguments else "baij", results[name].stride(), strict=False):  # fmt: skip
+                if f"{prefix}_strides_{axis}" in arguments:
+                    arguments[f"{prefix}_strides_{axis}"] = stride
+            results[name] = (dense, results[name])
+    assert results
+    launch.launch(kernel, grid, options, derived, **arguments)
+    written = {"scores", "output"} & set(results)
+    for dense, apart in (results[name] for name in written):
+        dense.copy_(apart)
+
+
+@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(5, 5)], ids=layout_id)
+def test_pairs_with_more_than_2_to_31_elements(layout, checked_integers, monkeypatch):
+    monkeypatch.setattr(triton_pairs, "launch", launch_with_tensors_far_apart)
+    heads, tokens = 3, layout.num_tokens
+    query, key = (tensor(3, tokens, 4).requires_grad_() for _ in range(2))
+    banks = [tensor(layout.num_offsets, 4, heads * 2).requires_grad_() for _ in range(2)]
+    pairs = tensor(3, heads, tokens, tokens)
+    results = []
+    for module in (triton_pairs, reference):
+        scores = module.pair_scores(query, key, *banks, heads, layout)
+        values = module.pair_values(pairs, key, banks[1], layout)
+        gradients = torch.autograd.grad((scores * pairs).sum() + values.square().sum(), (query, key, *banks))
+        results.append((scores, values, *gradients))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=100 * TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", [PairLayout.for_image(1, 2, 1, 2), PairLayout.for_text(3, 3)], ids=layout_id)
+def test_a_mask_with_more_than_2_to_31_elements(layout, checked_integers):
+    tokens = layout.num_tokens
+    query, key = tensor(3, 3, 1, tokens, 4).requires_grad_(), tensor(3, 3, 2, tokens, 4).requires_grad_()
+    coefficients = tensor(layout.num_offsets, 2).requires_grad_()
+    mask = tensor(3, 3, tokens, tokens)
+    inputs, given = (query, key, coefficients), (query, key, key, None, coefficients, coefficients)
+    far, _ = triton_basis.basis_attention(*given, None, None, None, spread(mask, 4), 0.5, layout)
+    expected = brute_force(*given, mask, 0.5, layout)
+    gradients = [torch.autograd.grad(result.square().sum(), inputs) for result in (far, expected)]
+    for actual, wanted in zip((far, *gradients[0]), (expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=100 * TOLERANCE, atol=TOLERANCE)
+
+
+def test_more_tokens_than_kernels_can_number():
+    layout = PairLayout.for_text(2, 2)
+    hidden = torch.empty(1, 2, 4, device="meta").expand(2**30, -1, -1)
+    bank = torch.empty(2, 4, 4, device="meta")
+    for call in (
+        lambda: triton_pairs._scores(hidden, hidden, bank, bank, 1, layout),
+        lambda: triton_pairs._values(torch.empty(1, 1, 2, 2, device="meta"), hidden, bank, layout),
+    ):
+        with pytest.raises(ValueError, match=r"batch of 1073741824 × 2 tokens is larger than the 2147483647"):
+            call()
+
+
+# Grids
+
+
+class Launches:
+    """Takes the place of `launch`, and keeps the grid of every option."""
+
+    def __init__(self, monkeypatch):
+        self.grids = {}
+        for module in (triton_pairs, triton_basis):
+            monkeypatch.setattr(module, "launch", self)
+
+    def __call__(self, kernel, grid, options, derived, **arguments):
+        self.grids.setdefault(kernel.__name__, []).extend(grid(option) for option in options)
+
+    def assert_allowed(self):
+        for name, grids in self.grids.items():
+            for grid in grids:
+                assert grid[0] < 2**31, name
+                assert all(programs <= 65535 for programs in grid[1:]), (name, grid)
+
+
+def empty(*shape):
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+
+def launch_pairs(batch, layout):
+    hidden, bank = empty(batch, layout.num_tokens, 64), empty(layout.num_offsets, 64, 64)
+    pairs = empty(batch, 8, layout.num_tokens, layout.num_tokens)
+    triton_pairs._scores(hidden, hidden, bank, bank, 8, layout)
+    triton_pairs._values(pairs, hidden, bank, layout)
+    triton_pairs._scores_backward(pairs, hidden, hidden, bank, bank, layout, True, True)
+
+
+def launch_basis(batch, layout):
+    one, factors = empty(batch, 8, 1, layout.num_tokens, 8), empty(batch, 8, 4, layout.num_tokens, 8)
+    coefficients = empty(layout.num_offsets, 4).float()
+    given = (one, factors, factors, None, coefficients, coefficients, None, None, None, None, 1.0, pack(layout))
+    output, dense, normaliser = triton_basis._basis_attention(*given)
+    triton_basis._basis_attention_backward(output, dense, output, dense, normaliser, *given)
+
+
+@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(4, 4)], ids=layout_id)
+def test_grids_of_many_inputs_are_as_cuda_allows(layout, monkeypatch):
+    launches = Launches(monkeypatch)
+    launch_pairs(70_000, layout)
+    launch_basis(70_000, layout)
+    assert set(launches.grids) == set(KERNELS)
+    launches.assert_allowed()
+
+
+@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 600_000, 2, 600_000), PairLayout.for_text(1_200_000, 1_200_000)], ids=layout_id)  # fmt: skip
+def test_grids_of_many_tokens_are_as_cuda_allows(layout, monkeypatch):
+    """With a basis: without, the pairs of so many could not be held."""
+    launches = Launches(monkeypatch)
+    launch_basis(1, layout)
+    assert set(launches.grids) == {name for name in KERNELS if hasattr(basis_kernels, name)}
+    launches.assert_allowed()
+
+
+def test_a_grid_that_cuda_does_not_allow_is_an_error_that_says_so():
+    kernel = TightDevice(16)
+    for grid in ((2**31,), (1, 65536), (1, 1, 65536)):
+        with pytest.raises(RuntimeError, match=r"tight needs \(.*\) programs .* `TRANSLUTION_TRITON=0`"):
+            launch.launch(
+                kernel, lambda option, grid=grid: grid, [{"ROWS": 16}], lambda option: {}, tokens=torch.zeros(1)
+            )
+    assert kernel.tried == []
+
+
+# Tiles that do not fit, and precision
+
+
+class Picky(TightDevice):
+    """A kernel that fits in tiles of any size, but for wide heads in small ones alone."""
+
+    def __getitem__(self, programs):
+        start = super().__getitem__(programs)
+
+        def choose(ROWS, WIDTH, **arguments):  # noqa: N803
+            self.tried.append((ROWS, WIDTH)) if WIDTH <= 64 else start(ROWS)
+
+        return choose
+
+
+@pytest.mark.parametrize("where", ["arguments", "derived"])
+def test_what_does_not_fit_is_known_for_what_is_compiled(where):
+    """One shape's tiles say nothing of another's, whichever comes first; lengths and strides do not count."""
+    options = [{"ROWS": rows} for rows in (128, 64, 32)]
+    kernel = Picky(64)
+    kernel.__name__ = f"picky_by_{where}"
+
+    def launch(width, length=1001, tokens=None):
+        kernel.tried = []
+        shape = {"WIDTH": width}
+        given = shape if where == "arguments" else {}
+        tokens = torch.zeros(4) if tokens is None else tokens
+        derived = {} if where == "arguments" else shape
+        launch.launch(kernel, lambda option: (1,), options, lambda option: derived, tokens=tokens, length=length, scale=length / 7, **given)  # fmt: skip
+        return kernel.tried
+
+    assert launch(256) == [128, 64]
+    assert launch(64) == [(128, 64)]
+    assert launch(256) == [64]
+    assert launch(256, length=2003) == [64]
+    assert launch(64) == [(128, 64)]
+    assert launch(256, tokens=torch.zeros(4, dtype=torch.bfloat16)) == [128, 64]
+    assert launch(512) == [128, 64]
+
+
+def test_constants_of_kernels_have_names_in_capitals():
+    """`launch` tells by their names what a kernel is compiled for."""
+    for name, kernel in KERNELS.items():
+        parameters = inspect.signature(kernel.fn).parameters.values()
+        assert {p.name for p in parameters if "constexpr" in str(p.annotation)} == {
+            p.name for p in parameters if p.name.isupper()
+        }, name
+
+
+@pytest.fixture
+def tf32_restored():
+    """Whatever a test says of float32's precision is forgotten after it."""
+    yield
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_precision_is_what_the_trainer_asks_of_pytorch(tf32_restored):
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert launch.dot_precision(single) == "ieee"
+    enable_tf32(True)  # `TrainingArguments(tf32=True)` calls this
+    assert launch.dot_precision(single) == "tf32"
+    assert launch.dot_precision(double) == "ieee"
+    enable_tf32(False)
+    assert launch.dot_precision(single) == "ieee"
+
+
+def test_precision_by_the_older_switches(tf32_restored, monkeypatch):
+    single = torch.zeros(1)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert launch.dot_precision(single) == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert launch.dot_precision(single) == "ieee"
+
+    class Older:
+        """The settings before PyTorch 2.9."""
+
+        allow_tf32 = True
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Older())
+    assert launch.dot_precision(single) == "tf32"
+
+
+def test_rocm_computes_float32_as_it_is(tf32_restored, monkeypatch):
+    """Triton refuses TF32 on most of AMD's GPUs, and PyTorch computes without it there."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch.dot_precision(torch.zeros(1)) == "ieee"
