@@ -28,9 +28,9 @@ from measuring import hardware
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
-from translution.modeling.mixers.attention import TRITON
 from translution.modeling.mixers.masks import ALL_VISIBLE, AttentionMask, causal_mask
 from translution.modeling.mixers.translution import TranslutionMixer
+from translution.modeling.operators.dispatch import TRITON
 from translution.modeling.operators.pair_layout import PairLayout
 
 

@@ -135,7 +135,9 @@ def test_the_floor_of_a_distance_has_a_row_for_each_token_of_a_matrix(monkeypatc
     )
     floor(False)
     # Offset 0 takes all tokens; -1 and 1, for which all distances beyond stand too, all rows or columns but one.
-    expected = [(5 - abs(dx)) * (4 - abs(dy)) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]
+    expected = [
+        (5 - abs(row_offset)) * (4 - abs(column_offset)) for row_offset in (-1, 0, 1) for column_offset in (-1, 0, 1)
+    ]
     assert [len(left) for left in products] == [*expected, 1, 20, 1]
 
 

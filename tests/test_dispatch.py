@@ -17,7 +17,7 @@ from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TEXT, IMAGE = PairLayout.for_text(9, 9), PairLayout.for_image(3, 4, 3, 4)
 LARGE = PairLayout.for_image(23, 24, 23, 24)
-STEP, SEVERAL = StepLayout(4, 9, 9, False), StepLayout(4, 9, 9, False, num_receivers=3)
+STEP, SEVERAL = StepLayout(4, 9, 9, False), StepLayout(4, 9, 9, False, num_queries=3)
 
 
 def call(kind="full", layout=IMAGE, device=CPU, **fields):

@@ -100,18 +100,18 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_gathered_pairs_equal_the_reference(layout):
-    rows, tokens, receivers = layout.num_offsets, layout.num_tokens, layout.num_receivers
+    rows, tokens, queries = layout.num_offsets, layout.num_tokens, layout.num_queries
 
     def double(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
     plain, inputs, banks = double(2, tokens, 6), double(2, tokens, 5), [double(rows, 5, 6) for _ in range(2)]
     for query_bank, key_bank in ((None, banks[1]), (banks[0], None), banks):
-        query = (plain if query_bank is None else inputs)[:, tokens - receivers :]
+        query = (plain if query_bank is None else inputs)[:, tokens - queries :]
         arguments = (query, plain if key_bank is None else inputs, query_bank, key_bank, 2, layout)
         found, expected = (way.pair_scores(*arguments) for way in (gathered, reference))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    arguments = (double(2, 2, receivers, tokens), inputs, banks[0], layout)
+    arguments = (double(2, 2, queries, tokens), inputs, banks[0], layout)
     found, expected = (way.pair_values(*arguments) for way in (gathered, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -120,7 +120,7 @@ def test_gathered_pairs_equal_the_reference(layout):
 def test_new_tokens_at_a_position_in_a_tensor(distance):
     """As with a position that is known, for the slots that are filled; the others have no pairs."""
     expected = PairLayout.for_text(6, 9, distance, past=3)
-    layout = StepLayout(torch.tensor(3), 8, expected.bank_height, expected.clamp, num_receivers=3)
+    layout = StepLayout(torch.tensor(3), 8, expected.bank_height, expected.clamp, num_queries=3)
     found, rows = layout.offsets(torch.device("cpu"))[0], expected.offsets()[0]
     assert torch.equal(found[:, :6], rows)
     assert (found[:, 6:] == -1).all()

@@ -87,9 +87,9 @@ def test_uniform_window_is_conv2d(operators, grid, kernel_size):
     output = operators.pair_values(window.double().expand(BATCH, 1, -1, -1), tokens, bank, layout)
     # The kernel's taps, from the same bank: an offset that the grid does not have is never read.
     kernel = torch.zeros(5, HIDDEN, kernel_size, kernel_size, dtype=torch.float64)
-    for dx in range(-min(reach, height - 1), min(reach, height - 1) + 1):
-        for dy in range(-min(reach, width - 1), min(reach, width - 1) + 1):
-            kernel[:, :, reach - dx, reach - dy] = bank[layout.row(dx, dy)].T
+    for row_offset in range(-min(reach, height - 1), min(reach, height - 1) + 1):
+        for column_offset in range(-min(reach, width - 1), min(reach, width - 1) + 1):
+            kernel[:, :, reach - row_offset, reach - column_offset] = bank[layout.row(row_offset, column_offset)].T
     expected = F.conv2d(tokens.transpose(1, 2).unflatten(2, grid), kernel, padding=reach).flatten(2).transpose(1, 2)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
@@ -123,9 +123,12 @@ def test_convolution_mixer_is_translution_with_uniform_weights(modality, kernel_
         bank[:kernel_size], weight[:kernel_size] = mixer.window_weight, 1
     else:
         taps = mixer.window_weight.unflatten(0, (kernel_size, kernel_size))
-        for dx in range(-min(reach, 2), min(reach, 2) + 1):
-            for dy in range(-min(reach, 3), min(reach, 3) + 1):
-                bank[layout.row(dx, dy)], weight[layout.row(dx, dy)] = taps[dx + reach, dy + reach], 1
+        for row_offset in range(-min(reach, 2), min(reach, 2) + 1):
+            for column_offset in range(-min(reach, 3), min(reach, 3) + 1):
+                bank[layout.row(row_offset, column_offset)], weight[layout.row(row_offset, column_offset)] = (
+                    taps[row_offset + reach, column_offset + reach],
+                    1,
+                )
         bank[layout.num_grid_offsets], weight[layout.num_grid_offsets] = mixer.class_proj.weight.T, 1
     rows, _ = layout.offsets()
     pairs = (weight[rows.clamp(min=0)] * (rows >= 0)).expand(BATCH, 1, -1, -1)
@@ -277,14 +280,14 @@ def test_relative_attention_pair_by_pair(modality, mixer_class, implementation):
     query, key, value = (p(tokens[0]).unflatten(-1, (HEADS, -1)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     expected = []
     for i in range(layout.num_tokens):
-        givers = [j for j in range(layout.num_tokens) if rows[i][j] >= 0]
+        visible = [j for j in range(layout.num_tokens) if rows[i][j] >= 0]
         heads = []
         for h in range(HEADS):
-            keys = [key[j, h] + (mixer.relative_key[rows[i][j]] if vectors else 0) for j in givers]
-            values = [value[j, h] + (mixer.relative_value[rows[i][j]] if vectors else 0) for j in givers]
+            keys = [key[j, h] + (mixer.relative_key[rows[i][j]] if vectors else 0) for j in visible]
+            values = [value[j, h] + (mixer.relative_value[rows[i][j]] if vectors else 0) for j in visible]
             scores = [query[i, h] @ k * HEAD_DIM**-0.5 for k in keys]
             if not vectors:
-                scores = [s + mixer.relative_bias[rows[i][j], h] for s, j in zip(scores, givers, strict=True)]
+                scores = [s + mixer.relative_bias[rows[i][j], h] for s, j in zip(scores, visible, strict=True)]
             heads.append(torch.stack(scores).softmax(0) @ torch.stack(values))
         expected.append(mixer.o_proj(torch.cat(heads)))
     torch.testing.assert_close(output[0], torch.stack(expected), rtol=1e-11, atol=1e-12)
@@ -427,9 +430,11 @@ def test_distance_as_large_as_the_grid_changes_nothing():
             state = free.state_dict()
             for parameter in mixer.offset_parameters():
                 table = torch.randn(layout.num_offsets, *state[parameter].shape[1:], dtype=torch.float64)
-                for dx in range(-2, 3):
-                    for dy in range(-3, 4):
-                        table[layout.row(dx, dy)] = state[parameter][free_layout.row(dx, dy)]
+                for row_offset in range(-2, 3):
+                    for column_offset in range(-3, 4):
+                        table[layout.row(row_offset, column_offset)] = state[parameter][
+                            free_layout.row(row_offset, column_offset)
+                        ]
                 table[-3:] = state[parameter][-3:]
                 state[parameter] = table
             mixer.load_state_dict(state)
@@ -584,11 +589,11 @@ def test_shifted_content_moves_the_outputs(name):
 
 @pytest.mark.parametrize("mixer_type", ["attention", "relative_bias_attention", "relative_vector_attention"])
 @pytest.mark.parametrize(
-    ("layout", "receivers"),
+    ("layout", "queries"),
     [(PairLayout.for_text(9, 9), 9), (PairLayout.for_text(9, 9, past=3), 6), (StepLayout(8, 9, 9, False), 1)],
     ids=["whole", "past", "step"],
 )
-def test_attention_without_a_mask_looks_back_from_where_it_is(mixer_type, layout, receivers):
+def test_attention_without_a_mask_looks_back_from_where_it_is(mixer_type, layout, queries):
     torch.manual_seed(0)
     config = TranslutionConfig(
         modality="text",
@@ -605,8 +610,8 @@ def test_attention_without_a_mask_looks_back_from_where_it_is(mixer_type, layout
     query, key, value = mixer.project(torch.randn(2, 9, 12, dtype=torch.float64))
     config._attn_implementation = "auto"
     whole, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), ALL_VISIBLE, False)
-    part, _ = mixer.attend(query[:, :, -receivers:], key, value, layout, ALL_VISIBLE, False)
-    torch.testing.assert_close(part, whole[:, -receivers:])
+    part, _ = mixer.attend(query[:, :, -queries:], key, value, layout, ALL_VISIBLE, False)
+    torch.testing.assert_close(part, whole[:, -queries:])
     mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e300)
     masked, _ = mixer.attend(query, key, value, PairLayout.for_text(9, 9), AttentionMask(mask[None, None]), False)
     torch.testing.assert_close(whole, masked)

@@ -124,11 +124,11 @@ def by_the_formulas(mixer: TranslutionMixer, tokens: torch.Tensor, layout: PairL
 
     outputs = []
     for i in range(length):
-        givers = [j for j in range(length) if expected_rows(layout, i, j)[0] >= 0]
+        keys = [j for j in range(length) if expected_rows(layout, i, j)[0] >= 0]
         merged = []
         for head in range(HEADS):
             scores, values, relative_values = [], [], []
-            for j in givers:
+            for j in keys:
                 row, reverse = expected_rows(layout, i, j)
                 score = 0
                 part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)

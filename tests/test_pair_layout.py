@@ -45,9 +45,9 @@ def expected_rows(layout: PairLayout, i: int, j: int) -> tuple[int, int]:
         return grid + row, grid + reverse
     (x, y), (u, v) = divmod(i - 1, layout.width), divmod(j - 1, layout.width)
 
-    def index(dx, dy):
-        dx, dy = max(-clamp_x, min(clamp_x, dx)), max(-clamp_y, min(clamp_y, dy))
-        return (dx + clamp_x) * (2 * clamp_y + 1) + dy + clamp_y
+    def index(row_offset, column_offset):
+        row_offset, column_offset = max(-clamp_x, min(clamp_x, row_offset)), max(-clamp_y, min(clamp_y, column_offset))
+        return (row_offset + clamp_x) * (2 * clamp_y + 1) + column_offset + clamp_y
 
     return index(x - u, y - v), index(u - x, v - y)
 

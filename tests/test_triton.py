@@ -137,13 +137,13 @@ def test_every_edge_of_a_tile(layout, small_tiles):
 @pytest.mark.parametrize(("past", "band"), [(0, 2), (3, 3), (2, None)])
 def test_text_with_a_past_and_a_band(past, band):
     layout = PairLayout(6, 1, False, True, 4 if band else 6, 1, band is not None, past, band)
-    receivers, tokens = layout.num_receivers, layout.num_tokens
+    queries, tokens = layout.num_queries, layout.num_tokens
 
     def tensor(*shape):
         return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
 
-    inputs = (tensor(2, receivers, 4), tensor(2, tokens, 4), *(tensor(layout.num_offsets, 4, 6) for _ in range(2)))
-    pairs = tensor(2, 2, receivers, tokens).detach()
+    inputs = (tensor(2, queries, 4), tensor(2, tokens, 4), *(tensor(layout.num_offsets, 4, 6) for _ in range(2)))
+    pairs = tensor(2, 2, queries, tokens).detach()
     results = [m.pair_scores(*inputs, 2, layout) for m in (triton_pairs, reference)]
     gradients = [torch.autograd.grad((result * pairs).sum(), inputs) for result in results]
     for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):

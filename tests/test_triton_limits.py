@@ -1,4 +1,4 @@
-"""The Triton kernels where sizes are extreme: hidden receivers, numbers past 32 bits, grids past CUDA's, tiles that do not fit."""
+"""The Triton kernels where sizes are extreme: hidden queries, numbers past 32 bits, grids past CUDA's, tiles that do not fit."""
 
 import inspect
 import math
@@ -32,9 +32,9 @@ KERNELS = {
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
-# Givers of a tile of the kernels with a basis, of the type that the comparison is made in.
-GIVERS = 32 if DEVICE == "cuda" else 16
-IMAGE, TEXT = PairLayout.for_image(1, GIVERS + 2, 1, GIVERS + 2), PairLayout.for_text(GIVERS + 4, GIVERS + 4)
+# Keys of a tile of the kernels with a basis, of the type that the comparison is made in.
+KEYS = 32 if DEVICE == "cuda" else 16
+IMAGE, TEXT = PairLayout.for_image(1, KEYS + 2, 1, KEYS + 2), PairLayout.for_text(KEYS + 4, KEYS + 4)
 
 
 def tensor(*shape, dtype=EXACT):
@@ -67,12 +67,12 @@ def brute_force(query, key, value, query_coefficients, key_coefficients, value_c
     ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
 )
 def test_a_first_tile_that_nobody_sees(layout, subset, rank):
-    """Minus infinity for all givers of some receivers' first tile; those of the next are seen."""
-    assert triton_basis._TILES[EXACT.itemsize][0][1] == GIVERS
+    """Minus infinity for all keys of some queries' first tile; those of the next are seen."""
+    assert triton_basis._TILES[EXACT.itemsize][0][1] == KEYS
     mixer = make_mixer(layout, subset, rank, offset_basis=2)
-    receivers = torch.arange(layout.num_tokens)[:, None]
+    queries = torch.arange(layout.num_tokens)[:, None]
     mask = torch.zeros(2, 1, layout.num_tokens, layout.num_tokens, dtype=torch.float64)
-    mask[0, :, :, :GIVERS].masked_fill_(receivers >= GIVERS, -math.inf)
+    mask[0, :, :, :KEYS].masked_fill_(queries >= KEYS, -math.inf)
     mask.masked_fill_(layout.offsets()[0] < 0, -math.inf)
     hidden_states, weight = torch.randn(2, 2, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer.to(DEVICE), "eager", hidden_states.to(DEVICE), layout, mask.to(DEVICE), weight.to(DEVICE))  # fmt: skip
@@ -86,7 +86,7 @@ def test_a_receiver_that_sees_nothing_is_as_in_the_reference():
     """NaN, as any softmax over nothing, in its row and in what its gradient reaches; not in the rest of its tile or batch."""
     mixer = make_mixer(IMAGE, "kv", offset_basis=2)
     mask = torch.zeros(2, 1, IMAGE.num_tokens, IMAGE.num_tokens, dtype=torch.float64)
-    mask[0, :, [3, GIVERS + 1]] = -math.inf
+    mask[0, :, [3, KEYS + 1]] = -math.inf
     hidden_states, weight = torch.randn(2, 2, IMAGE.num_tokens, HIDDEN, dtype=torch.float64)
     results = []
     for implementation, dtype in (("eager", torch.float64), (TRITON, EXACT)):
@@ -122,20 +122,20 @@ def test_a_receiver_that_sees_nothing_is_as_in_the_reference():
 )
 def test_masks_of_every_shape_and_tokens_of_any_strides(layout, axes):
     """Sizes that are no power of two, memory in another order, masks that are the same along some axes."""
-    batch, heads, receivers, tokens = 2, 3, layout.num_receivers, layout.num_tokens
-    query = tensor(5, receivers, batch, 1, heads).permute(2, 4, 3, 1, 0).requires_grad_()
+    batch, heads, queries, tokens = 2, 3, layout.num_queries, layout.num_tokens
+    query = tensor(5, queries, batch, 1, heads).permute(2, 4, 3, 1, 0).requires_grad_()
     key = tensor(batch, tokens, 2, heads, 5).permute(0, 3, 2, 1, 4).requires_grad_()
     value = tensor(batch, 2, heads, 2 * tokens, 7)[:, :, :, ::2].transpose(1, 2).requires_grad_()
     key_coefficients, value_coefficients = (
         tensor(2, layout.num_offsets).t().requires_grad_(),
         tensor(layout.num_offsets, 2).requires_grad_(),
     )
-    sizes = {"b": batch, "a": heads, "i": receivers, "j": tokens}
+    sizes = {"b": batch, "a": heads, "i": queries, "j": tokens}
     mask = tensor(*(sizes[axis] for axis in axes)) if axes else None
     if axes == "bij":
         mask = mask[:, None]
     inputs = (query, key, value, key_coefficients, value_coefficients)
-    weight = tensor(heads, batch, receivers, 7).transpose(0, 1)
+    weight = tensor(heads, batch, queries, 7).transpose(0, 1)
     coefficients = (None, key_coefficients, value_coefficients)
     expected = brute_force(query, key, value, *coefficients, mask, 0.5, layout)
     actual, _ = triton_basis.basis_attention(query, key, value, *coefficients, None, None, None, mask, 0.5, layout)
@@ -298,8 +298,8 @@ def launch_basis(batch, layout):
     one, factors = empty(batch, 8, 1, layout.num_tokens, 8), empty(batch, 8, 4, layout.num_tokens, 8)
     coefficients = empty(layout.num_offsets, 4).float()
     given = (one, factors, factors, None, coefficients, coefficients, None, None, None, None, 1.0, pack(layout))
-    output, dense, normaliser = triton_basis._basis_attention(*given)
-    triton_basis._basis_attention_backward(output, dense, output, dense, normaliser, *given)
+    output, dense, logsumexp = triton_basis._basis_attention(*given)
+    triton_basis._basis_attention_backward(output, dense, output, dense, logsumexp, *given)
 
 
 @pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(4, 4)], ids=layout_id)

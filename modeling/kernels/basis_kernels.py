@@ -2,7 +2,7 @@
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 
-Legend: `i` receivers, `j` givers, `m` and `n` factors; a group is a head of a batch entry.
+Legend: `i` queries, `j` keys, `m` and `n` factors; a group is a head of a batch entry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ except ImportError as error:
 
 
 # Lengths must not be compiled in: each new one would compile again.
-_LENGTHS = ["receivers", "tokens", "height", "width", "past", "reach_x", "reach_y", "stride_x", "base_y", "class_row"]
+_LENGTHS = [
+    "queries",
+    "tokens",
+    "height",
+    "width",
+    "past",
+    "max_row_distance",
+    "max_column_distance",
+    "stride_x",
+    "base_y",
+    "class_row",
+]
 _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 
@@ -30,22 +41,32 @@ def _program(blocks, FACTORS: tl.constexpr):
 
 @triton.jit
 def _bank_rows(
-    i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL: tl.constexpr, REVERSE: tl.constexpr
+    i,
+    j,
+    width,
+    past,
+    max_row_distance,
+    max_column_distance,
+    stride_x,
+    base_y,
+    class_row,
+    CAUSAL: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):
-    """Rows of the coefficients of pairs of receivers `i` and givers `j`; of the reverse offset for queries."""
+    """Rows of the coefficients of pairs of queries `i` and keys `j`; of the reverse offset for queries."""
     if CAUSAL:
-        return tl.minimum(tl.maximum(i[:, None] + past - j[None, :], 0), reach_y)
+        return tl.minimum(tl.maximum(i[:, None] + past - j[None, :], 0), max_column_distance)
     # Token 0 is the class token: its rows follow those of the grid.
     i_patch, j_patch = tl.maximum(i - 1, 0), tl.maximum(j - 1, 0)
-    dx = (i_patch // width)[:, None] - (j_patch // width)[None, :]
-    dy = (i_patch % width)[:, None] - (j_patch % width)[None, :]
+    row_offset = (i_patch // width)[:, None] - (j_patch // width)[None, :]
+    column_offset = (i_patch % width)[:, None] - (j_patch % width)[None, :]
     from_patch, from_class = 1, 2
     if REVERSE:
-        dx, dy = -dx, -dy
+        row_offset, column_offset = -row_offset, -column_offset
         from_patch, from_class = 2, 1
-    dx = tl.minimum(tl.maximum(dx, -reach_x), reach_x)
-    dy = tl.minimum(tl.maximum(dy, -reach_y), reach_y)
-    rows = (dx + reach_x) * stride_x + dy + base_y
+    row_offset = tl.minimum(tl.maximum(row_offset, -max_row_distance), max_row_distance)
+    column_offset = tl.minimum(tl.maximum(column_offset, -max_column_distance), max_column_distance)
+    rows = (row_offset + max_row_distance) * stride_x + column_offset + base_y
     i_class, j_class = (i == 0)[:, None], (j == 0)[None, :]
     rows = tl.where(j_class, class_row + from_class, rows)
     rows = tl.where(i_class, class_row + from_patch, rows)
@@ -84,7 +105,7 @@ def _products(
     i_exists,
     j,
     j_exists,
-    receivers,
+    queries,
     tokens,
     LEFT_N: tl.constexpr,
     RIGHT_N: tl.constexpr,
@@ -95,7 +116,7 @@ def _products(
     PRECISION: tl.constexpr,
 ):
     """`Σ_n b[row, n] <left_mi, right_nj>`, `[i, j]`."""
-    one = _tokens(left, group * LEFT_N + m, i, i_exists, receivers, SIZE, WIDTH)
+    one = _tokens(left, group * LEFT_N + m, i, i_exists, queries, SIZE, WIDTH)
     total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
     for n in tl.static_range(RIGHT_N):
         other = _tokens(right, group * RIGHT_N + n, j, j_exists, tokens, SIZE, WIDTH)
@@ -128,7 +149,7 @@ def _scores(
     j_exists,
     rows,
     reverse,
-    receivers,
+    queries,
     tokens,
     past,
     NQ: tl.constexpr,
@@ -149,14 +170,14 @@ def _scores(
     total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
     for m in tl.static_range(NQ):
         product = _products(
-            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, receivers, tokens,
+            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, queries, tokens,
             NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
         if Q_BASIS:
             product *= _coefficient(query_coefficients, reverse, m, NQ)
         total += product
     if DENSE_SCORES:
-        one = _tokens(dense_query, group, i, i_exists, receivers, D, D_WIDTH)
+        one = _tokens(dense_query, group, i, i_exists, queries, D, D_WIDTH)
         other = _tokens(dense_key, group, j, j_exists, tokens, D, D_WIDTH)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION, out_dtype=WIDE)
     total *= scale
@@ -175,7 +196,7 @@ def _scores(
 def forward_kernel(
     output,
     dense_output,
-    normaliser,
+    logsumexp,
     query,
     key,
     value,
@@ -192,13 +213,13 @@ def forward_kernel(
     mask_stride_j,
     scale,
     num_heads,
-    receivers,
+    queries,
     tokens,
     height,
     width,
     past,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     class_row,
@@ -220,35 +241,39 @@ def forward_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    RECEIVERS: tl.constexpr,
-    GIVERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    block, _, group = _program(tl.cdiv(receivers, RECEIVERS), 1)
-    i = block * RECEIVERS + tl.arange(0, RECEIVERS)
-    i_exists = i < receivers
-    greatest = tl.full((RECEIVERS,), float("-inf"), WIDE)
-    total = tl.zeros((RECEIVERS,), WIDE)
-    mixed = tl.zeros((RECEIVERS, V_WIDTH), WIDE)
-    dense = tl.zeros((RECEIVERS, D_WIDTH), WIDE)
+    block, _, group = _program(tl.cdiv(queries, QUERIES), 1)
+    i = block * QUERIES + tl.arange(0, QUERIES)
+    i_exists = i < queries
+    running_max = tl.full((QUERIES,), float("-inf"), WIDE)
+    total = tl.zeros((QUERIES,), WIDE)
+    mixed = tl.zeros((QUERIES, V_WIDTH), WIDE)
+    dense = tl.zeros((QUERIES, D_WIDTH), WIDE)
     end = tokens
     if CAUSAL:
-        end = tl.minimum(tokens, (block + 1) * RECEIVERS + past)
-    for start in range(0, end, GIVERS):
-        j = start + tl.arange(0, GIVERS)
+        end = tl.minimum(tokens, (block + 1) * QUERIES + past)
+    for start in range(0, end, KEYS):
+        j = start + tl.arange(0, KEYS)
         j_exists = j < tokens
-        rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
-        reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+        rows = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, False
+        )
+        reverse = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+        )
         scores = _scores(
             query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-            mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens,
+            mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
             past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
-        greatest_before = greatest
-        greatest = tl.maximum(greatest, tl.max(scores, axis=1))
-        # Before a receiver's first visible pair its weights are 0, whatever finite number is taken off.
-        shift = tl.where(greatest == float("-inf"), 0.0, greatest)
+        running_max_before = running_max
+        running_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        # Before a query's first visible pair its weights are 0, whatever finite number is taken off.
+        shift = tl.where(running_max == float("-inf"), 0.0, running_max)
         weights = tl.exp(scores - shift[:, None])
-        shrink = tl.exp(greatest_before - shift)
+        shrink = tl.exp(running_max_before - shift)
         total = total * shrink + tl.sum(weights, axis=1)
         mixed *= shrink[:, None]
         for m in tl.static_range(NV):
@@ -262,12 +287,12 @@ def forward_kernel(
             dense = tl.dot(
                 weights.to(one.dtype), one, dense * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
             )
-    # A receiver that sees nothing has no weights: 0 / 0, as in any softmax. What is past the end is not stored.
+    # A query that sees nothing has no weights: 0 / 0, as in any softmax. What is past the end is not stored.
     total = tl.where(i_exists, total, 1.0)
-    _store_tokens(output, group, i, i_exists, receivers, mixed / total[:, None], V, V_WIDTH)
+    _store_tokens(output, group, i, i_exists, queries, mixed / total[:, None], V, V_WIDTH)
     if DENSE_VALUES:
-        _store_tokens(dense_output, group, i, i_exists, receivers, dense / total[:, None], D, D_WIDTH)
-    tl.store(normaliser + group * receivers + i, greatest + tl.log(total), mask=i_exists)
+        _store_tokens(dense_output, group, i, i_exists, queries, dense / total[:, None], D, D_WIDTH)
+    tl.store(logsumexp + group * queries + i, running_max + tl.log(total), mask=i_exists)
 
 
 @triton.jit
@@ -288,8 +313,8 @@ def _weights(
     mask_stride_j,
     output_gradient,
     dense_output_gradient,
-    normaliser,
-    product_sum,
+    logsumexp,
+    delta,
     scale,
     group,
     num_heads,
@@ -299,7 +324,7 @@ def _weights(
     j_exists,
     rows,
     reverse,
-    receivers,
+    queries,
     tokens,
     past,
     NQ: tl.constexpr,
@@ -324,20 +349,20 @@ def _weights(
     """Probabilities of a tile of pairs, and the gradients of their unscaled scores."""
     scores = _scores(
         query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-        mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens,
+        mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
         past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
     )  # fmt: skip
-    shift = tl.load(normaliser + group * receivers + i, mask=i_exists, other=0.0)
+    shift = tl.load(logsumexp + group * queries + i, mask=i_exists, other=0.0)
     probabilities = tl.exp(scores - shift[:, None])
     gradient = _products(
-        output_gradient, value, value_coefficients, rows, group, 0, i, i_exists, j, j_exists, receivers, tokens,
+        output_gradient, value, value_coefficients, rows, group, 0, i, i_exists, j, j_exists, queries, tokens,
         1, NV, V_BASIS, V, V_WIDTH, WIDE, PRECISION,
     )  # fmt: skip
     if DENSE_VALUES:
-        one = _tokens(dense_output_gradient, group, i, i_exists, receivers, D, D_WIDTH)
+        one = _tokens(dense_output_gradient, group, i, i_exists, queries, D, D_WIDTH)
         other = _tokens(dense_value, group, j, j_exists, tokens, D, D_WIDTH)
         gradient = tl.dot(one, tl.trans(other), gradient, input_precision=PRECISION, out_dtype=WIDE)
-    mean = tl.load(product_sum + group * receivers + i, mask=i_exists, other=0.0)
+    mean = tl.load(delta + group * queries + i, mask=i_exists, other=0.0)
     return probabilities, probabilities * (gradient - mean[:, None]) * scale
 
 
@@ -361,17 +386,17 @@ def query_gradient_kernel(
     mask_stride_j,
     output_gradient,
     dense_output_gradient,
-    normaliser,
-    product_sum,
+    logsumexp,
+    delta,
     scale,
     num_heads,
-    receivers,
+    queries,
     tokens,
     height,
     width,
     past,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     class_row,
@@ -393,27 +418,31 @@ def query_gradient_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    RECEIVERS: tl.constexpr,
-    GIVERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """Gradients of some receivers' queries by one factor, and of their dense queries."""
-    block, m, group = _program(tl.cdiv(receivers, RECEIVERS), NQ)
-    i = block * RECEIVERS + tl.arange(0, RECEIVERS)
-    i_exists = i < receivers
-    total = tl.zeros((RECEIVERS, E_WIDTH), WIDE)
-    dense = tl.zeros((RECEIVERS, D_WIDTH), WIDE)
+    """Gradients of some queries' queries by one factor, and of their dense queries."""
+    block, m, group = _program(tl.cdiv(queries, QUERIES), NQ)
+    i = block * QUERIES + tl.arange(0, QUERIES)
+    i_exists = i < queries
+    total = tl.zeros((QUERIES, E_WIDTH), WIDE)
+    dense = tl.zeros((QUERIES, D_WIDTH), WIDE)
     end = tokens
     if CAUSAL:
-        end = tl.minimum(tokens, (block + 1) * RECEIVERS + past)
-    for start in range(0, end, GIVERS):
-        j = start + tl.arange(0, GIVERS)
+        end = tl.minimum(tokens, (block + 1) * QUERIES + past)
+    for start in range(0, end, KEYS):
+        j = start + tl.arange(0, KEYS)
         j_exists = j < tokens
-        rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
-        reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+        rows = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, False
+        )
+        reverse = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+        )
         _, gradient = _weights(
             query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
-            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, normaliser,
-            product_sum, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens, past, NQ, NK, NV,
+            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
+            delta, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
             Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
             PRECISION,
         )  # fmt: skip
@@ -429,9 +458,9 @@ def query_gradient_kernel(
         if DENSE_SCORES:
             other = _tokens(dense_key, group, j, j_exists, tokens, D, D_WIDTH)
             dense = tl.dot(gradient.to(other.dtype), other, dense, input_precision=PRECISION, out_dtype=WIDE)
-    _store_tokens(query_gradient, group * NQ + m, i, i_exists, receivers, total, E, E_WIDTH)
+    _store_tokens(query_gradient, group * NQ + m, i, i_exists, queries, total, E, E_WIDTH)
     if DENSE_SCORES and m == 0:
-        _store_tokens(dense_query_gradient, group, i, i_exists, receivers, dense, D, D_WIDTH)
+        _store_tokens(dense_query_gradient, group, i, i_exists, queries, dense, D, D_WIDTH)
 
 
 @_jit
@@ -456,17 +485,17 @@ def key_value_gradient_kernel(
     mask_stride_j,
     output_gradient,
     dense_output_gradient,
-    normaliser,
-    product_sum,
+    logsumexp,
+    delta,
     scale,
     num_heads,
-    receivers,
+    queries,
     tokens,
     height,
     width,
     past,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     class_row,
@@ -488,29 +517,33 @@ def key_value_gradient_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    RECEIVERS: tl.constexpr,
-    GIVERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """Gradients of some givers' keys and values by one factor, and of their dense keys and values."""
-    block, n, group = _program(tl.cdiv(tokens, GIVERS), max(NK, NV))
-    j = block * GIVERS + tl.arange(0, GIVERS)
+    """Gradients of some keys' keys and values by one factor, and of their dense keys and values."""
+    block, n, group = _program(tl.cdiv(tokens, KEYS), max(NK, NV))
+    j = block * KEYS + tl.arange(0, KEYS)
     j_exists = j < tokens
-    keys = tl.zeros((GIVERS, E_WIDTH), WIDE)
-    values = tl.zeros((GIVERS, V_WIDTH), WIDE)
-    dense_keys = tl.zeros((GIVERS, D_WIDTH), WIDE)
-    dense_values = tl.zeros((GIVERS, D_WIDTH), WIDE)
+    keys = tl.zeros((KEYS, E_WIDTH), WIDE)
+    values = tl.zeros((KEYS, V_WIDTH), WIDE)
+    dense_keys = tl.zeros((KEYS, D_WIDTH), WIDE)
+    dense_values = tl.zeros((KEYS, D_WIDTH), WIDE)
     first = 0
     if CAUSAL:
-        first = tl.maximum(block * GIVERS - past, 0)
-    for start in range(first, receivers, RECEIVERS):
-        i = start + tl.arange(0, RECEIVERS)
-        i_exists = i < receivers
-        rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
-        reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+        first = tl.maximum(block * KEYS - past, 0)
+    for start in range(first, queries, QUERIES):
+        i = start + tl.arange(0, QUERIES)
+        i_exists = i < queries
+        rows = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, False
+        )
+        reverse = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+        )
         probabilities, gradient = _weights(
             query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
-            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, normaliser,
-            product_sum, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, receivers, tokens, past, NQ, NK, NV,
+            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
+            delta, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
             Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
             PRECISION,
         )  # fmt: skip
@@ -519,7 +552,7 @@ def key_value_gradient_kernel(
             if K_BASIS:
                 own = gradient * _coefficient(key_coefficients, rows, n, NK)
             for m in tl.static_range(NQ):
-                other = _tokens(query, group * NQ + m, i, i_exists, receivers, E, E_WIDTH)
+                other = _tokens(query, group * NQ + m, i, i_exists, queries, E, E_WIDTH)
                 weighted = own
                 if Q_BASIS:
                     weighted = own * _coefficient(query_coefficients, reverse, m, NQ)
@@ -527,7 +560,7 @@ def key_value_gradient_kernel(
                     tl.trans(weighted.to(other.dtype)), other, keys, input_precision=PRECISION, out_dtype=WIDE
                 )
         if n < NV:
-            other = _tokens(output_gradient, group, i, i_exists, receivers, V, V_WIDTH)
+            other = _tokens(output_gradient, group, i, i_exists, queries, V, V_WIDTH)
             weighted = probabilities
             if V_BASIS:
                 weighted = probabilities * _coefficient(value_coefficients, rows, n, NV)
@@ -535,12 +568,12 @@ def key_value_gradient_kernel(
                 tl.trans(weighted.to(other.dtype)), other, values, input_precision=PRECISION, out_dtype=WIDE
             )
         if DENSE_SCORES:
-            other = _tokens(dense_query, group, i, i_exists, receivers, D, D_WIDTH)
+            other = _tokens(dense_query, group, i, i_exists, queries, D, D_WIDTH)
             dense_keys = tl.dot(
                 tl.trans(gradient.to(other.dtype)), other, dense_keys, input_precision=PRECISION, out_dtype=WIDE
             )
         if DENSE_VALUES:
-            other = _tokens(dense_output_gradient, group, i, i_exists, receivers, D, D_WIDTH)
+            other = _tokens(dense_output_gradient, group, i, i_exists, queries, D, D_WIDTH)
             dense_values = tl.dot(
                 tl.trans(probabilities.to(other.dtype)), other, dense_values, input_precision=PRECISION, out_dtype=WIDE
             )
@@ -586,17 +619,17 @@ def coefficient_gradient_kernel(
     mask_stride_j,
     output_gradient,
     dense_output_gradient,
-    normaliser,
-    product_sum,
+    logsumexp,
+    delta,
     scale,
     num_heads,
-    receivers,
+    queries,
     tokens,
     height,
     width,
     past,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     class_row,
@@ -624,13 +657,13 @@ def coefficient_gradient_kernel(
 ):
     """Sums over the pairs of some offsets, `[groups, offsets, n]`: of grid offsets, or of a class token's three.
 
-    A tile has `OFFSETS` receivers of one grid row and `2 · OFFSETS` givers of another, so that every receiver meets `OFFSETS`
+    A tile has `OFFSETS` queries of one grid row and `2 · OFFSETS` keys of another, so that every query meets `OFFSETS`
     neighbouring offsets. For a class token the program's number is the kind of pair.
     """
     SPAN: tl.constexpr = 2 * OFFSETS
     place, span, factor = tl.arange(0, OFFSETS), tl.arange(0, SPAN), tl.arange(0, FACTORS)
     diagonal = place[:, None] - place[None, :] + OFFSETS - 1
-    dx, least, num_dy, first = 0, 0, width, 0
+    row_offset, least, num_dy, first = 0, 0, width, 0
     if not CAUSAL:
         least, num_dy, first = 1 - width, 2 * width - 1, 1
     blocks = tl.cdiv(num_dy, OFFSETS)
@@ -641,7 +674,7 @@ def coefficient_gradient_kernel(
         kinds = 3
     kind, _, group = _program(kinds, 1)
     lowest = least
-    # A class token's pairs: receivers and givers are one token or all patches.
+    # A class token's pairs: queries and keys are one token or all patches.
     rows_of_grid, low, high, other_steps = 1, 0, 1, 1
     if CLASS_PAIRS:
         if kind == 2:
@@ -650,16 +683,16 @@ def coefficient_gradient_kernel(
             other_steps = tl.cdiv(tokens - 1, SPAN)
     else:
         if not CAUSAL:
-            dx = kind // blocks - height + 1
+            row_offset = kind // blocks - height + 1
         lowest = least + kind % blocks * OFFSETS
-        rows_of_grid = height - tl.abs(dx)
+        rows_of_grid = height - tl.abs(row_offset)
         low = tl.maximum(lowest, past)
         high = tl.minimum(width, width + lowest + OFFSETS - 1)
     query_total = tl.zeros((FACTORS, OFFSETS), WIDE)
     key_total = tl.zeros((FACTORS, OFFSETS), WIDE)
     value_total = tl.zeros((FACTORS, OFFSETS), WIDE)
     for grid_row in range(0, rows_of_grid):
-        x = grid_row + tl.maximum(dx, 0)
+        x = grid_row + tl.maximum(row_offset, 0)
         for start in range(low, high, OFFSETS):
             for step in range(0, other_steps):
                 if CLASS_PAIRS:
@@ -677,22 +710,36 @@ def coefficient_gradient_kernel(
                     y = start + place
                     v = start - lowest - OFFSETS + 1 + span
                     i, i_exists = first + x * width + y - past, y < width
-                    j, j_exists = first + (x - dx) * width + v, (v >= 0) & (v < width)
-                rows = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, False)
-                reverse = _bank_rows(i, j, width, past, reach_x, reach_y, stride_x, base_y, class_row, CAUSAL, True)
+                    j, j_exists = first + (x - row_offset) * width + v, (v >= 0) & (v < width)
+                rows = _bank_rows(
+                    i,
+                    j,
+                    width,
+                    past,
+                    max_row_distance,
+                    max_column_distance,
+                    stride_x,
+                    base_y,
+                    class_row,
+                    CAUSAL,
+                    False,
+                )
+                reverse = _bank_rows(
+                    i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+                )
                 rows = tl.maximum(rows, 0)
                 reverse = tl.maximum(reverse, 0)
                 probabilities, gradient = _weights(
                     query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
                     dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
-                    dense_output_gradient, normaliser, product_sum, scale, group, num_heads, i, i_exists, j, j_exists, rows,
-                    reverse, receivers, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
+                    dense_output_gradient, logsumexp, delta, scale, group, num_heads, i, i_exists, j, j_exists, rows,
+                    reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
                     CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
                 )  # fmt: skip
                 if Q_BASIS:
                     for m in tl.static_range(NQ):
                         product = gradient * _products(
-                            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, receivers, tokens,
+                            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, queries, tokens,
                             NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
                         )  # fmt: skip
                         sums = _summed(product, diagonal, CLASS_PAIRS)
@@ -702,7 +749,7 @@ def coefficient_gradient_kernel(
                         product = tl.zeros((OFFSETS, SPAN), WIDE)
                         other = _tokens(key, group * NK + n, j, j_exists, tokens, E, E_WIDTH)
                         for m in tl.static_range(NQ):
-                            one = _tokens(query, group * NQ + m, i, i_exists, receivers, E, E_WIDTH)
+                            one = _tokens(query, group * NQ + m, i, i_exists, queries, E, E_WIDTH)
                             part = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
                             if Q_BASIS:
                                 part *= _coefficient(query_coefficients, reverse, m, NQ)
@@ -710,7 +757,7 @@ def coefficient_gradient_kernel(
                         sums = _summed(gradient * product, diagonal, CLASS_PAIRS)
                         key_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
                 if V_BASIS:
-                    one = _tokens(output_gradient, group, i, i_exists, receivers, V, V_WIDTH)
+                    one = _tokens(output_gradient, group, i, i_exists, queries, V, V_WIDTH)
                     for n in tl.static_range(NV):
                         other = _tokens(value, group * NV + n, j, j_exists, tokens, V, V_WIDTH)
                         product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
@@ -722,7 +769,7 @@ def coefficient_gradient_kernel(
         column = lowest - least + place
         row_of_offsets = 0
         if not CAUSAL:
-            row_of_offsets = dx + height - 1
+            row_of_offsets = row_offset + height - 1
         offset, exists = row_of_offsets * num_dy + column, column < num_dy
         count = num_dy
         if not CAUSAL:

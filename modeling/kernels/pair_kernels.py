@@ -1,7 +1,7 @@
 """The four Triton kernels over pairs; `triton_pairs.py` launches them and says what each is for.
 
-Text is a grid of one row here: the distance is a column offset. `d = receiver - giver` is the offset of a pair, `dx` of grid rows
-and `dy` of columns. What the numbers of a geometry mean: `Geometry` in `triton_pairs.py`.
+Text is a grid of one row here: the distance is a column offset. `d = query - key` is the offset of a pair, `row_offset` of grid rows
+and `column_offset` of columns. What the numbers of a geometry mean: `Geometry` in `triton_pairs.py`.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ except ImportError as error:
 
 
 # Lengths must not be compiled in: each new one would compile again.
-_LENGTHS = ["batch", "height", "width", "first", "past", "least", "most", "reach_x", "reach_y", "stride_x", "base_y", "query_sign"]  # fmt: skip
+_LENGTHS = ["batch", "height", "width", "first", "past", "least", "most", "max_row_distance", "max_column_distance", "stride_x", "base_y", "query_sign"]  # fmt: skip
 _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 
 @triton.jit
-def _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y):
+def _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y):
     """Bank row of an offset, clamped; of the reverse offset where `sign` is -1. In 64 bits: banks can be large."""
-    x = tl.minimum(tl.maximum(sign * dx, -reach_x), reach_x)
-    y = tl.minimum(tl.maximum(sign * dy, -reach_y), reach_y)
-    return ((x + reach_x) * stride_x + y + base_y).to(tl.int64)
+    x = tl.minimum(tl.maximum(sign * row_offset, -max_row_distance), max_row_distance)
+    y = tl.minimum(tl.maximum(sign * column_offset, -max_column_distance), max_column_distance)
+    return ((x + max_row_distance) * stride_x + y + base_y).to(tl.int64)
 
 
 @triton.jit
-def _pairs_of_offset(rows, dx, dy, batch, height, width, first, past):
-    """Batch entry, receiver and giver of the pairs of an offset, numbered by grid row, column and batch, and which exist.
+def _pairs_of_offset(rows, row_offset, column_offset, batch, height, width, first, past):
+    """Batch entry, query and key position of the pairs of an offset, numbered by grid row, column and batch, and which exist.
 
     What is multiplied by a stride has 64 bits, here and below: a tensor may have more than 2³¹ elements.
     """
-    first_x, first_y = tl.maximum(dx, 0), tl.maximum(dy, past)
-    columns = tl.maximum(width + tl.minimum(dy, 0) - first_y, 0)
-    count = (height - tl.abs(dx)) * columns * batch
+    first_x, first_y = tl.maximum(row_offset, 0), tl.maximum(column_offset, past)
+    columns = tl.maximum(width + tl.minimum(column_offset, 0) - first_y, 0)
+    count = (height - tl.abs(row_offset)) * columns * batch
     columns = tl.maximum(columns, 1)
     entry, pair = rows % batch, rows // batch
     x, y = first_x + pair // columns, first_y + pair % columns
-    receiver = first + x * width + y - past
-    giver = first + (x - dx) * width + y - dy
-    return entry.to(tl.int64), receiver.to(tl.int64), giver.to(tl.int64), rows < count
+    query_token = first + x * width + y - past
+    key_token = first + (x - row_offset) * width + y - column_offset
+    return entry.to(tl.int64), query_token.to(tl.int64), key_token.to(tl.int64), rows < count
 
 
 @triton.jit
@@ -132,8 +132,8 @@ def scores_kernel(
     past,
     least,
     most,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     query_sign,
@@ -150,15 +150,21 @@ def scores_kernel(
     BLOCK_C: tl.constexpr,
 ):
     tile, block = tl.program_id(0), tl.program_id(1)
-    dx, dy, start = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
+    row_offset, column_offset, start = (
+        tl.load(tiles + 3 * tile),
+        tl.load(tiles + 3 * tile + 1),
+        tl.load(tiles + 3 * tile + 2),
+    )
     rows = start + tl.arange(0, ROWS)
-    entry, receiver, giver, exists = _pairs_of_offset(rows, dx, dy, batch, height, width, first, past)
+    entry, query_token, key_token, exists = _pairs_of_offset(
+        rows, row_offset, column_offset, batch, height, width, first, past
+    )
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
     out_size = num_heads * E
 
-    row = _bank_row(dx, dy, 1, reach_x, reach_y, stride_x, base_y)
+    row = _bank_row(row_offset, column_offset, 1, max_row_distance, max_column_distance, stride_x, base_y)
     product = _side_tile(
-        key + entry * key_strides_b + giver * key_strides_l,
+        key + entry * key_strides_b + key_token * key_strides_l,
         exists,
         key_bank + row * KEY_C * out_size,
         columns,
@@ -170,9 +176,9 @@ def scores_kernel(
         BLOCK_C,
         PRECISION,
     )
-    row = _bank_row(dx, dy, query_sign, reach_x, reach_y, stride_x, base_y)
+    row = _bank_row(row_offset, column_offset, query_sign, max_row_distance, max_column_distance, stride_x, base_y)
     product *= _side_tile(
-        query + entry * query_strides_b + receiver * query_strides_l,
+        query + entry * query_strides_b + query_token * query_strides_l,
         exists,
         query_bank + row * QUERY_C * out_size,
         columns,
@@ -186,7 +192,7 @@ def scores_kernel(
     )
     by_head = tl.sum(tl.reshape(product, (ROWS, HEADS, WIDTH)), axis=2)
     start, heads, head_exists = _heads(block, num_heads, score_strides_a, HEADS)
-    place = entry * score_strides_b + receiver * score_strides_i + giver
+    place = entry * score_strides_b + query_token * score_strides_i + key_token
     tl.store(
         scores + start + place[:, None] + heads[None, :],
         by_head,
@@ -208,11 +214,11 @@ def _own_tokens(tile, batch, width, BATCH: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def _column_offsets(
-    first_y, width, past, least, most, RECEIVES: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr
+    first_y, width, past, least, most, IS_QUERY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr
 ):
     """The first column offset that any of a program's own tokens has, and how many follow."""
     last_y = tl.minimum(first_y + ROWS // BATCH, width) - 1
-    if RECEIVES:
+    if IS_QUERY:
         low, high = tl.maximum(least, first_y - width + 1), tl.minimum(most, last_y)
     else:
         low, high = tl.maximum(least, past - last_y), tl.minimum(most, width - 1 - first_y)
@@ -220,21 +226,21 @@ def _column_offsets(
 
 
 @triton.jit
-def _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES: tl.constexpr):
-    """Of own tokens at `(x, y)`: receivers, givers, index of the other one, and which pairs exist."""
-    if RECEIVES:
-        other_x, other_y = x - dx, y - dy
+def _others(x, y, own_exists, row_offset, column_offset, height, width, first, past, IS_QUERY: tl.constexpr):
+    """Of own tokens at `(x, y)`: queries, keys, index of the other one, and which pairs exist."""
+    if IS_QUERY:
+        other_x, other_y = x - row_offset, y - column_offset
         exists = own_exists & (other_y >= 0) & (other_y < width)
-        giver = first + other_x * width + other_y
-        receiver = first + x * width + y - past
-        other = giver
+        key_token = first + other_x * width + other_y
+        query_token = first + x * width + y - past
+        other = key_token
     else:
-        other_x, other_y = x + dx, y + dy
+        other_x, other_y = x + row_offset, y + column_offset
         exists = own_exists & (other_y >= past) & (other_y < width)
-        giver = first + x * width + y
-        receiver = first + other_x * width + other_y - past
-        other = receiver
-    return receiver.to(tl.int64), giver.to(tl.int64), other.to(tl.int64), exists
+        key_token = first + x * width + y
+        query_token = first + other_x * width + other_y - past
+        other = query_token
+    return query_token.to(tl.int64), key_token.to(tl.int64), other.to(tl.int64), exists
 
 
 @_jit
@@ -260,15 +266,15 @@ def sum_kernel(
     past,
     least,
     most,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     query_sign,
     C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
-    RECEIVES: tl.constexpr,
+    IS_QUERY: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BATCH: tl.constexpr,
@@ -280,13 +286,13 @@ def sum_kernel(
     block = tl.program_id(1)
     x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, BATCH, ROWS)
     own_exists = (entry < batch) & (y < width)
-    if RECEIVES:
+    if IS_QUERY:
         own_exists = own_exists & (y >= past)
     entry = entry.to(tl.int64)
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
     out_size = num_heads * E
-    low, count = _column_offsets(first_y, width, past, least, most, RECEIVES, BATCH, ROWS)
-    low_x = x - height + 1 if RECEIVES else -x
+    low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
+    low_x = x - height + 1 if IS_QUERY else -x
 
     # One loop over offsets and slices of C, so that loads of the next offset overlap with the products of this one.
     SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -294,9 +300,11 @@ def sum_kernel(
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     for step in range(height * count * SLICES):
         offset, part = step // SLICES, step % SLICES
-        dx, dy = low_x + offset // count, low + offset % count
-        receiver, giver, other, exists = _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES)
-        row = _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y)
+        row_offset, column_offset = low_x + offset // count, low + offset % count
+        query_token, key_token, other, exists = _others(
+            x, y, own_exists, row_offset, column_offset, height, width, first, past, IS_QUERY
+        )
+        row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
         inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
         other_tokens = tl.load(
             tokens + (entry * token_strides_b + other * token_strides_l)[:, None] + inner[None, :],
@@ -310,12 +318,12 @@ def sum_kernel(
         )
         product = tl.dot(other_tokens, matrix, product, input_precision=PRECISION, out_dtype=WIDE)
         if part == SLICES - 1:
-            place = entry * weight_strides_b + receiver * weight_strides_i + giver * weight_strides_j
+            place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
             weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
             total += _times_heads(product, weight, HEADS, WIDTH)
             product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     own = (first + x * width + y).to(tl.int64)
-    if RECEIVES:
+    if IS_QUERY:
         own = own - past
     tl.store(
         output + (entry * output_strides_b + own * output_strides_l)[:, None] + columns[None, :],
@@ -349,8 +357,8 @@ def token_gradient_kernel(
     past,
     least,
     most,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     query_sign,
@@ -359,7 +367,7 @@ def token_gradient_kernel(
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     OTHER_BANK: tl.constexpr,
-    RECEIVES: tl.constexpr,
+    IS_QUERY: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BATCH: tl.constexpr,
@@ -371,22 +379,24 @@ def token_gradient_kernel(
     """`Σ (w_ij · projection of the other token) W[o]ᵀ`, for own tokens and their bank."""
     x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, BATCH, ROWS)
     own_exists = (entry < batch) & (y < width)
-    if RECEIVES:
+    if IS_QUERY:
         own_exists = own_exists & (y >= past)
     entry = entry.to(tl.int64)
     out_size = num_heads * E
     inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    low, count = _column_offsets(first_y, width, past, least, most, RECEIVES, BATCH, ROWS)
-    low_x = x - height + 1 if RECEIVES else -x
+    low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
+    low_x = x - height + 1 if IS_QUERY else -x
 
     blocks = tl.cdiv(num_heads, HEADS)
     total = tl.zeros((ROWS, BLOCK_C), WIDE)
     for step in range(height * count * blocks):
         offset, block = step // blocks, step % blocks
-        dx, dy = low_x + offset // count, low + offset % count
-        receiver, giver, other, exists = _others(x, y, own_exists, dx, dy, height, width, first, past, RECEIVES)
+        row_offset, column_offset = low_x + offset // count, low + offset % count
+        query_token, key_token, other, exists = _others(
+            x, y, own_exists, row_offset, column_offset, height, width, first, past, IS_QUERY
+        )
         columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
-        row = _bank_row(dx, dy, other_sign, reach_x, reach_y, stride_x, base_y)
+        row = _bank_row(row_offset, column_offset, other_sign, max_row_distance, max_column_distance, stride_x, base_y)
         tile = _side_tile(
             others + entry * other_strides_b + other * other_strides_l,
             exists,
@@ -400,9 +410,9 @@ def token_gradient_kernel(
             OTHER_BLOCK_C,
             PRECISION,
         )
-        place = entry * weight_strides_b + receiver * weight_strides_i + giver * weight_strides_j
+        place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
         weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
-        row = _bank_row(dx, dy, sign, reach_x, reach_y, stride_x, base_y)
+        row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
         matrix = tl.load(
             bank + row * C * out_size + inner[None, :] * out_size + columns[:, None],
             mask=(inner < C)[None, :] & column_exists[:, None],
@@ -411,7 +421,7 @@ def token_gradient_kernel(
         scaled = _times_heads(tile, weight, HEADS, WIDTH).to(bank.dtype.element_ty)
         total = tl.dot(scaled, matrix, total, input_precision=PRECISION, out_dtype=WIDE)
     own = (first + x * width + y).to(tl.int64)
-    if RECEIVES:
+    if IS_QUERY:
         own = own - past
     tl.store(
         output + (entry * output_strides_b + own * output_strides_l)[:, None] + inner[None, :],
@@ -445,8 +455,8 @@ def bank_gradient_kernel(
     past,
     least,
     most,
-    reach_x,
-    reach_y,
+    max_row_distance,
+    max_column_distance,
     stride_x,
     base_y,
     query_sign,
@@ -455,7 +465,7 @@ def bank_gradient_kernel(
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     OTHER_BANK: tl.constexpr,
-    RECEIVES: tl.constexpr,
+    IS_QUERY: tl.constexpr,
     CAUSAL: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -472,30 +482,36 @@ def bank_gradient_kernel(
     if CAUSAL:
         low_x, high_x = 0, 0
         low_y = row
-        high_y = most if row == reach_y else row
+        high_y = most if row == max_column_distance else row
     else:
         # In the bank of queries a row holds the reverse offset.
-        x, y = row // stride_x - reach_x, row % stride_x - reach_y
+        x, y = row // stride_x - max_row_distance, row % stride_x - max_column_distance
         x, y = sign * x, sign * y
-        low_x = 1 - height if x == -reach_x else x
-        high_x = height - 1 if x == reach_x else x
-        low_y = least if y == -reach_y else y
-        high_y = most if y == reach_y else y
+        low_x = 1 - height if x == -max_row_distance else x
+        high_x = height - 1 if x == max_row_distance else x
+        low_y = least if y == -max_column_distance else y
+        high_y = most if y == max_column_distance else y
     low_x, high_x = tl.maximum(low_x, 1 - height), tl.minimum(high_x, height - 1)
     low_y, high_y = tl.maximum(low_y, least), tl.minimum(high_y, most)
 
     total = tl.zeros((BLOCK_C, HEADS * WIDTH), WIDE)
-    for dx in range(low_x, high_x + 1):
-        for dy in range(low_y, high_y + 1):
-            first_y = tl.maximum(dy, past)
-            count = (height - tl.abs(dx)) * tl.maximum(width + tl.minimum(dy, 0) - first_y, 0) * batch
-            other_row = _bank_row(dx, dy, other_sign, reach_x, reach_y, stride_x, base_y)
+    for row_offset in range(low_x, high_x + 1):
+        for column_offset in range(low_y, high_y + 1):
+            first_y = tl.maximum(column_offset, past)
+            count = (
+                (height - tl.abs(row_offset)) * tl.maximum(width + tl.minimum(column_offset, 0) - first_y, 0) * batch
+            )
+            other_row = _bank_row(
+                row_offset, column_offset, other_sign, max_row_distance, max_column_distance, stride_x, base_y
+            )
             for start in range(0, count, ROWS):
                 rows = start + tl.arange(0, ROWS)
-                entry, receiver, giver, exists = _pairs_of_offset(rows, dx, dy, batch, height, width, first, past)
-                own, other = giver, receiver
-                if RECEIVES:
-                    own, other = receiver, giver
+                entry, query_token, key_token, exists = _pairs_of_offset(
+                    rows, row_offset, column_offset, batch, height, width, first, past
+                )
+                own, other = key_token, query_token
+                if IS_QUERY:
+                    own, other = query_token, key_token
                 tile = _side_tile(
                     others + entry * other_strides_b + other * other_strides_l,
                     exists,
@@ -509,7 +525,7 @@ def bank_gradient_kernel(
                     OTHER_BLOCK_C,
                     PRECISION,
                 )
-                place = entry * weight_strides_b + receiver * weight_strides_i + giver * weight_strides_j
+                place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
                 weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
                 own_tokens = tl.load(
                     tokens + (entry * token_strides_b + own * token_strides_l)[None, :] + inner[:, None],

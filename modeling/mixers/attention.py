@@ -56,7 +56,7 @@ class AttentionMixer(Mixer):
     def remember(
         self, key: Tensor, value: Tensor, layout: PairLayout | StepLayout, past_key_values: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens that give, `[B, A, L, d]`, from those of the new ones."""
+        """Keys and values of all tokens, `[B, A, L, d]`, from those of the new ones."""
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         return key[:, :, : layout.num_tokens], value[:, :, : layout.num_tokens]
@@ -107,7 +107,7 @@ class RelativeBiasAttentionMixer(AttentionMixer):
         self.relative_bias = nn.Parameter(torch.empty(self.bank_layout.num_offsets, self.num_heads))
 
     def score_bias(self, layout: PairLayout | StepLayout) -> Tensor:
-        table = self.fit(self.relative_bias, layout)
+        table = self.resample(self.relative_bias, layout)
         return table[layout.rows(table.device)].permute(2, 0, 1)
 
 
@@ -134,8 +134,8 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         output_attentions: bool,
     ) -> tuple[Tensor, Tensor | None]:
         rows = layout.rows(query.device)
-        relative_key = self.fit(self.relative_key, layout)[rows].to(query.dtype)
-        relative_value = self.fit(self.relative_value, layout)[rows].to(value.dtype)
+        relative_key = self.resample(self.relative_key, layout)[rows].to(query.dtype)
+        relative_value = self.resample(self.relative_value, layout)[rows].to(value.dtype)
         scores = query @ key.transpose(-1, -2) + torch.einsum("baid,ijd->baij", query, relative_key)
         weights = self.probabilities(scores * self.scaling, self.additive_mask(mask, layout, scores))
         given = weights.to(value.dtype)

@@ -82,21 +82,21 @@ def visible_tokens(tokens: Tensor, mask: AttentionMask) -> Tensor:
 
 
 def convolve_window(recent: Tensor, bank: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask) -> Tensor:
-    """Causal convolution whose mask is about pairs, or whose tokens come from a cache: `[B, receivers, C']`.
+    """Causal convolution whose mask is about pairs, or whose tokens come from a cache: `[B, queries, C']`.
 
     Args:
-        recent: `[B, before + receivers, in]`, the receivers after tokens before them, as many as are known; zeros stand for
+        recent: `[B, before + queries, in]`, the queries after tokens before them, as many as are known; zeros stand for
             tokens before the first.
         bank: `[k, in, C']`, the matrix of each distance.
         mask: the pairs that count.
     """
-    size, receivers = bank.shape[0], layout.num_receivers
-    before = recent.shape[1] - receivers
-    recent = nn.functional.pad(recent, (0, 0, max(size - 1 - before, 0), 0))[:, -(size - 1 + receivers) :]
-    windows = recent.unfold(1, size, 1).flip(-1)  # [B, receivers, in, k], the token itself first
+    size, queries = bank.shape[0], layout.num_queries
+    before = recent.shape[1] - queries
+    recent = nn.functional.pad(recent, (0, 0, max(size - 1 - before, 0), 0))[:, -(size - 1 + queries) :]
+    windows = recent.unfold(1, size, 1).flip(-1)  # [B, queries, in, k], the token itself first
     slots = layout.positions(recent.device)[:, None] - torch.arange(size, device=recent.device)
     visible = causal_mask(layout, recent).visible if mask.visible is None else mask.visible
-    visible = visible.expand(recent.shape[0], -1, receivers, layout.num_tokens)
+    visible = visible.expand(recent.shape[0], -1, queries, layout.num_tokens)
     allowed = visible.gather(-1, slots.clamp(min=0).expand(*visible.shape[:2], -1, -1)) & (slots >= 0)
     bank = bank.to(recent.dtype).unflatten(-1, (allowed.shape[1], -1))
     return torch.einsum("bilo,baio,olad->biad", windows, allowed.to(recent.dtype), bank).flatten(2)
@@ -121,7 +121,7 @@ def convolve_pairs(
 
 
 def _window(layout: PairLayout, kernel_size: int) -> Tensor:
-    """`[L, L]`, whether giver `j` is in the window of receiver `i`."""
+    """`[L, L]`, whether key `j` is in the window of query `i`."""
     grid = torch.cartesian_prod(torch.arange(layout.height), torch.arange(layout.width)).view(-1, 2)
     distance = grid[:, None] - grid[None, :]
     inside = (distance.abs() <= kernel_size // 2).all(dim=-1)

@@ -77,7 +77,7 @@ def make_mask(
     if tokens is not None:
         visible = tokens[:, None, None]
     elif attention_mask is not None:
-        attention_mask = attention_mask.expand(-1, -1, layout.num_receivers, -1)
+        attention_mask = attention_mask.expand(-1, -1, layout.num_queries, -1)
         visible = attention_mask
         if attention_mask.dtype != torch.bool:
             visible = ~(attention_mask <= HIDDEN)
@@ -88,7 +88,7 @@ def make_mask(
     if layout.causal:
         visible = visible & (distances(layout, like.device) >= 0)
     else:
-        visible = visible.expand(-1, -1, layout.num_receivers, -1)
+        visible = visible.expand(-1, -1, layout.num_queries, -1)
     return AttentionMask(_additive(visible, bias, layout, like.dtype), visible, tokens if packed is None else None)
 
 
@@ -124,7 +124,7 @@ def check_mask(mask: Any, batch: int, num_heads: int, layout: PairLayout | StepL
     """
     if mask is None:
         return
-    queries, lengths = layout.num_receivers, [layout.num_tokens, slots]
+    queries, lengths = layout.num_queries, [layout.num_tokens, slots]
     if isinstance(layout, StepLayout) and not torch.compiler.is_compiling():
         # Slots of a static cache that are not filled need no entry in a mask of tokens.
         lengths.append(int(layout.position) + 1)

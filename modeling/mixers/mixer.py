@@ -70,7 +70,7 @@ class Mixer(nn.Module):
         names = [name for name, _ in self.named_parameters(recurse=False)]
         return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
 
-    def fit(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
+    def resample(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
         """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
         return resample_offsets(table, self.bank_layout, layout)
 

@@ -89,12 +89,12 @@ class AllPairs:
         return None, None, None
 
     def scores(self) -> Tensor:
-        """`<q_ij, k_ij>`, `[B, A, receivers, L]`."""
+        """`<q_ij, k_ij>`, `[B, A, queries, L]`."""
         (query, query_bank), (key, key_bank) = self.query, self.key
         return pair_operators(self.path).pair_scores(query, key, query_bank, key_bank, self.num_heads, self.layout)
 
     def values(self, weights: Tensor) -> Tensor:
-        """`Σ_j p_ij v_ij`, `[B, receivers, A·e]`, from `[B, A, receivers, L]` probabilities."""
+        """`Σ_j p_ij v_ij`, `[B, queries, A·e]`, from `[B, A, queries, L]` probabilities."""
         return pair_operators(self.path).pair_values(weights, *self.value, self.layout)
 
 
@@ -110,7 +110,7 @@ class NearAndFarPairs(AllPairs):
         dense_key, dense_value, self.far_key, self.far_value = (
             None if part is None else part[:, :, : self.layout.num_tokens] for part in stored
         )
-        self.distance = self.layout.bank_height - 1
+        self.distance = self.layout.max_row_distance
         # The token itself is at distance 0, so D - 1 tokens before it are near.
         self.window = 0 if cache is None else max(self.distance - 1, 0)
         if self.distance == 0:
@@ -151,7 +151,7 @@ class NearAndFarPairs(AllPairs):
         near = weights
         num_near = self.window + weights.shape[2]
         if num_near != weights.shape[3] or isinstance(self.layout, StepLayout):
-            # The slot that each place of the window has for each receiver; there are none before the first.
+            # The slot that each place of the window has for each query; there are none before the first.
             positions = self.layout.positions(weights.device)[:, None]
             behind = self.window + torch.arange(weights.shape[2], device=weights.device)[:, None]
             slot = positions - (behind - torch.arange(num_near, device=weights.device))

@@ -240,8 +240,8 @@ class TranslutionMixer(Mixer):
 
     def _bank(self, name: str, layout: PairLayout | StepLayout) -> Tensor | OffsetBasis:
         if self.offset_basis is None:
-            return self.fit(getattr(self, f"{name}_bank"), layout)
-        coefficients = self.fit(getattr(self, f"{name}_coefficients"), layout)
+            return self.resample(getattr(self, f"{name}_bank"), layout)
+        coefficients = self.resample(getattr(self, f"{name}_coefficients"), layout)
         return OffsetBasis(coefficients, getattr(self, f"{name}_factors"))
 
 

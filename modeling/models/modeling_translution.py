@@ -505,7 +505,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
             position = past.clone() if counted else past
             slots = cache.get_mask_sizes(new, 0)[0]
             bank = bank_layout(config)
-            return StepLayout(position, slots, bank.bank_height, bank.clamp, num_receivers=new)
+            return StepLayout(position, slots, bank.bank_height, bank.clamp, num_queries=new)
         past, length, distance = int(past), config.max_position_embeddings, config.max_relative_distance
         # A row of packed texts may be longer than the bank: pairs that far apart are of different texts.
         band = length if packed is not None and distance is None and new > length else None

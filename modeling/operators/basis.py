@@ -54,7 +54,7 @@ def pair_scores(
     num_heads: int,
     layout: PairLayout | StepLayout,
 ) -> Tensor:
-    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `reference.pair_scores`."""
+    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, queries, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     query_heads, query_coefficients = project_factors(query, query_bank, num_heads)
     key_heads, key_coefficients = project_factors(key, key_bank, num_heads)
@@ -76,7 +76,7 @@ def pair_scores(
 def pair_values(
     probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout | StepLayout
 ) -> Tensor:
-    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `reference.pair_values`."""
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, queries, A·e]`; see `reference.pair_values`."""
     rows, _ = layout.offsets(value.device)
     heads, coefficients = project_factors(value, value_bank, probabilities.shape[1])
     probabilities = probabilities.to(value.dtype)
@@ -97,7 +97,7 @@ def project_factors(tokens: Tensor, basis: OffsetBasis | None, num_heads: int) -
 
 
 def _weights(coefficients: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
-    """Each factor's weight in each pair, `[n, receivers, L]`; one without coefficients."""
+    """Each factor's weight in each pair, `[n, queries, L]`; one without coefficients."""
     if coefficients is None:
         return like.new_ones(1, *rows.shape)
     # Pairs that do not exist have no row; whatever weight they get is multiplied by zero. A coefficient's gradient sums over
@@ -107,26 +107,26 @@ def _weights(coefficients: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
     return weights.permute(2, 0, 1).contiguous()
 
 
-def _chunks(keys: Tensor, receivers: int) -> Iterator[tuple[slice, int, slice]]:
-    """Parts of the batch, a head, and parts of the receivers: one after the other."""
+def _chunks(keys: Tensor, num_queries: int) -> Iterator[tuple[slice, int, slice]]:
+    """Parts of the batch, a head, and parts of the queries: one after the other."""
     batch, heads = keys.shape[:2]
-    most, size = _chunk_shape(keys, receivers)
+    most, size = _chunk_shape(keys, num_queries)
     for start in range(0, batch, most):
         for head in range(heads):
-            for first in range(0, receivers, size):
-                yield slice(start, min(start + most, batch)), head, slice(first, min(first + size, receivers))
+            for first in range(0, num_queries, size):
+                yield slice(start, min(start + most, batch)), head, slice(first, min(first + size, num_queries))
 
 
-def _chunk_shape(keys: Tensor, receivers: int) -> tuple[int, int]:
-    """Inputs and receivers of a chunk: several inputs only where all receivers of one fit."""
+def _chunk_shape(keys: Tensor, num_queries: int) -> tuple[int, int]:
+    """Inputs and queries of a chunk: several inputs only where all queries of one fit."""
     per_receiver = max(keys.shape[2] * keys.shape[3], 1)
-    size = min(max(CHUNK_ELEMENTS // per_receiver, 1), max(receivers, 1))
-    return max(CHUNK_ELEMENTS // (per_receiver * max(receivers, 1)), 1), size
+    size = min(max(CHUNK_ELEMENTS // per_receiver, 1), max(num_queries, 1))
+    return max(CHUNK_ELEMENTS // (per_receiver * max(num_queries, 1)), 1), size
 
 
-def _space(keys: Tensor, receivers: int) -> Tensor:
+def _space(keys: Tensor, num_queries: int) -> Tensor:
     """Room for the products of a chunk, taken once: fresh memory costs more than what is written to it."""
-    most, size = _chunk_shape(keys, receivers)
+    most, size = _chunk_shape(keys, num_queries)
     return keys.new_empty(min(most, keys.shape[0]) * keys.shape[2] * size * keys.shape[3])
 
 
@@ -164,10 +164,10 @@ def _scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def _values(probabilities: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-    batch, heads, receivers, _ = probabilities.shape
-    output = keys.new_empty(batch, heads, receivers, keys.shape[-1])
-    space = _space(keys, receivers)
-    for part, head, rows in _chunks(keys, receivers):
+    batch, heads, num_queries, _ = probabilities.shape
+    output = keys.new_empty(batch, heads, num_queries, keys.shape[-1])
+    space = _space(keys, num_queries)
+    for part, head, rows in _chunks(keys, num_queries):
         mixed = _mixed(probabilities[part, head, rows].to(keys.dtype), weights[:, rows], space)
         _add_products(output[part, head, rows], mixed, keys[part, head])
     return output
@@ -183,7 +183,7 @@ def _backward(
     query_gradient = torch.empty_like(query) if need_query else none
     keys_gradient = none.clone()
     if need_keys:
-        # Where all receivers come at once, a gradient is written once and needs no zeros before, nor a wider type.
+        # Where all queries come at once, a gradient is written once and needs no zeros before, nor a wider type.
         keys_gradient = torch.empty_like(keys) if whole else torch.zeros_like(keys, dtype=wide)
     weights_gradient = torch.zeros_like(weights, dtype=wide) if need_weights else none.clone()
     space = _space(keys, query.shape[2])
@@ -246,8 +246,8 @@ def _register() -> None:
 
     @values_operator.register_fake
     def _(probabilities, keys, weights):
-        batch, heads, receivers, _ = probabilities.shape
-        return keys.new_empty(batch, heads, receivers, keys.shape[-1])
+        batch, heads, num_queries, _ = probabilities.shape
+        return keys.new_empty(batch, heads, num_queries, keys.shape[-1])
 
     def save(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
@@ -275,12 +275,12 @@ _scores_operator, _, _values_operator = register_once(NAMES, _register)
 
 
 def mixed_scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
-    """`Σ_m w_m,ij <q_i, k_mj>`, `[B, A, receivers, L]`, in float32 at least.
+    """`Σ_m w_m,ij <q_i, k_mj>`, `[B, A, queries, L]`, in float32 at least.
 
     Args:
-        query: `[B, A, receivers, e]`.
+        query: `[B, A, queries, e]`.
         keys: `[B, A, n, L, e]`.
-        weights: `[n, receivers, L]`.
+        weights: `[n, queries, L]`.
     """
     if is_exporting():
         return (query.unsqueeze(2) @ keys.transpose(-1, -2) * weights).sum(2, dtype=accumulation_dtype(query.dtype))
@@ -288,7 +288,7 @@ def mixed_scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def mixed_values(probabilities: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-    """`Σ_m Σ_j w_m,ij p_ij v_mj`, `[B, A, receivers, e]`, from `[B, A, receivers, L]`, `[B, A, n, L, e]`, `[n, receivers, L]`."""
+    """`Σ_m Σ_j w_m,ij p_ij v_mj`, `[B, A, queries, e]`, from `[B, A, queries, L]`, `[B, A, n, L, e]`, `[n, queries, L]`."""
     if is_exporting():
         return (probabilities.unsqueeze(2) * weights @ values).sum(2)
     return _values_operator(probabilities, values, weights)

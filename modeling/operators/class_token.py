@@ -1,6 +1,6 @@
 """The pairs of a class token: three matrices, two tokens of the `L²` pairs wide, as ordinary products.
 
-Each block of pairs has one receiver or one giver, so that a projection per pair is one per token. Banks may be `None`, as in
+Each block of pairs has one query or one key, so that a projection per pair is one per token. Banks may be `None`, as in
 `reference.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head.
@@ -15,7 +15,7 @@ from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, Pai
 
 
 def class_blocks(layout: PairLayout) -> tuple[tuple[slice, slice, int, int], ...]:
-    """Receivers, givers, row and reverse row of each block of pairs, in grouped order; none without a class token."""
+    """Queries, keys, row and reverse row of each block of pairs, in grouped order; none without a class token."""
     if not layout.class_token:
         return ()
     cls, patches, first = slice(0, 1), slice(1, None), layout.num_grid_offsets
@@ -30,20 +30,20 @@ def write_class_scores(
     scores: Tensor, query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, layout: PairLayout
 ) -> None:
     """Writes `<q_ij, k_ij>` of a class token's pairs into `scores`, `[B, A, L, L]`."""
-    for receivers, givers, row, reverse in class_blocks(layout):
+    for queries, keys, row, reverse in class_blocks(layout):
         # Scores are kept in a type that can hold the sum over a head, so they are summed in it.
-        q = split_heads(_project(query[:, receivers], query_bank, reverse), scores.shape[1]).to(scores.dtype)
-        k = split_heads(_project(key[:, givers], key_bank, row), scores.shape[1]).to(scores.dtype)
-        scores[:, :, receivers, givers] = q @ k.transpose(-1, -2)
+        q = split_heads(_project(query[:, queries], query_bank, reverse), scores.shape[1]).to(scores.dtype)
+        k = split_heads(_project(key[:, keys], key_bank, row), scores.shape[1]).to(scores.dtype)
+        scores[:, :, queries, keys] = q @ k.transpose(-1, -2)
 
 
 def add_class_values(
     output: Tensor, probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout
 ) -> None:
     """Adds `Σ_j p_ij v_ij` over a class token's pairs to `output`, `[B, L, A·e]`."""
-    for receivers, givers, row, _ in class_blocks(layout):
-        v = split_heads(_project(value[:, givers], value_bank, row), probabilities.shape[1])
-        output[:, receivers] += merge_heads(probabilities[:, :, receivers, givers].to(v.dtype) @ v)
+    for queries, keys, row, _ in class_blocks(layout):
+        v = split_heads(_project(value[:, keys], value_bank, row), probabilities.shape[1])
+        output[:, queries] += merge_heads(probabilities[:, :, queries, keys].to(v.dtype) @ v)
 
 
 def add_class_gradients(
@@ -61,15 +61,15 @@ def add_class_gradients(
     gradient written.
     """
     query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = gradients
-    for receivers, givers, row, reverse in class_blocks(layout):
-        weight = gradient[:, :, receivers, givers].to(query.dtype)
+    for queries, keys, row, reverse in class_blocks(layout):
+        weight = gradient[:, :, queries, keys].to(query.dtype)
         if query_gradient is not None:
-            k = split_heads(_project(key[:, givers], key_bank, row), gradient.shape[1])
-            _add(query_gradient, query_bank_gradient, query, query_bank, receivers, reverse, merge_heads(weight @ k))
+            k = split_heads(_project(key[:, keys], key_bank, row), gradient.shape[1])
+            _add(query_gradient, query_bank_gradient, query, query_bank, queries, reverse, merge_heads(weight @ k))
         if key_gradient is not None:
-            q = split_heads(_project(query[:, receivers], query_bank, reverse), gradient.shape[1])
+            q = split_heads(_project(query[:, queries], query_bank, reverse), gradient.shape[1])
             projected = merge_heads(weight.transpose(-1, -2) @ q)
-            _add(key_gradient, key_bank_gradient, key, key_bank, givers, row, projected)
+            _add(key_gradient, key_bank_gradient, key, key_bank, keys, row, projected)
 
 
 def _add(

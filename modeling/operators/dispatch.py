@@ -134,7 +134,7 @@ def _choose_path(call: Call) -> Choice:
         return Choice("reference", "fused attention with a learned bias cannot be exported to ONNX")
     if is_attention:
         return Choice("sdpa", "PyTorch's fused attention")
-    if one_token and call.layout.num_receivers == 1:
+    if one_token and call.layout.num_queries == 1:
         return Choice("decode", "one new token with a cache")
     if one_token or (is_exporting() and say_what_serves()):
         reason = "a compiled step adds several tokens to a static cache" if one_token else "the model is exported"

@@ -1,6 +1,6 @@
 """Pairs of an image whose column distance is clamped: PyTorch's own attention for all of a row offset at once.
 
-With a distance `D`, a receiver at column `y` and a giver at `y' ≤ y - D` use the same matrix, whatever `y - y'`. So their
+With a distance `D`, a query at column `y` and a key at `y' ≤ y - D` use the same matrix, whatever `y - y'`. So their
 projections belong to tokens, and for one row offset the pairs are causal attention of the columns from `D` on to those that many
 before; and likewise to the other side, with columns in reverse. What `streamed.py` keeps of the softmax is where the
 results are merged.
@@ -33,7 +33,7 @@ def has_flash(device: torch.device) -> bool:
 
 def has_far_columns(layout: PairLayout, device: torch.device) -> bool:
     """Whether several column offsets to one side share matrices, on a device whose attention can serve them."""
-    several = 0 < layout.bank_width - 1 < layout.width - 1
+    several = 0 < layout.max_column_distance < layout.width - 1
     return layout.clamp and not layout.causal and several and has_flash(device)
 
 
@@ -41,14 +41,14 @@ def near_shifts(layout: PairLayout, device: torch.device) -> tuple[ColumnShift, 
     """The column offsets that are left to the pass over runs."""
     if not has_far_columns(layout, device):
         return layout.column_shifts()
-    return tuple(shift for shift in layout.column_shifts() if abs(shift.offset) < layout.bank_width - 1)
+    return tuple(shift for shift in layout.column_shifts() if abs(shift.offset) < layout.max_column_distance)
 
 
 def _far(layout: PairLayout) -> Iterator[tuple[SharedMatrix, list[OffsetRun], bool]]:
     """Each matrix of far columns, the row offsets it serves, and whether columns are to be taken in reverse."""
     shared = shared_matrices(layout)
     for shift in layout.column_shifts():
-        if abs(shift.offset) == layout.bank_width - 1:
+        if abs(shift.offset) == layout.max_column_distance:
             for row, runs in groupby(shift.runs, lambda run: run.row):
                 yield shared[row], list(runs), shift.offset < 0
 
@@ -65,26 +65,26 @@ def _back(arranged: Tensor, reverse: bool) -> Tensor:
 
 
 def _rows(run: OffsetRun, shared: SharedMatrix) -> tuple[slice, slice]:
-    """Where the receivers and the givers of a run lie among those of its matrix."""
-    receiver = run.receiver_start - shared.receivers[0].start
-    giver = run.giver_start - shared.givers[0].start
-    return slice(receiver, receiver + run.num_rows), slice(giver, giver + run.num_rows)
+    """Where the queries and the keys of a run lie among those of its matrix."""
+    query = run.query_start - shared.queries[0].start
+    key = run.key_start - shared.keys[0].start
+    return slice(query, query + run.num_rows), slice(key, key + run.num_rows)
 
 
 def add_far_columns(sides: tuple[Side, Side, Side], softmax: OnlineSoftmax, scale: float, layout: PairLayout) -> None:
-    """Adds the far pairs, which there must be, to the softmax of each receiver."""
-    num_heads = softmax.total.shape[-1]
+    """Adds the far pairs, which there must be, to the softmax of each query."""
+    num_heads = softmax.running_sum.shape[-1]
     for shared, runs, reverse in _far(layout):
         query, key, value = (_arranged(side.project_shared(shared), num_heads, reverse) for side in sides)
         for run in runs:
-            receivers, givers = _rows(run, shared)
-            inputs = (query[receivers], key[givers], value[givers])
+            queries, keys = _rows(run, shared)
+            inputs = (query[queries], key[keys], value[keys])
             found, logsumexp = FLASH(*(part.flatten(0, 1) for part in inputs), 0.0, True, scale=scale)
             found = _back(found.unflatten(0, (run.num_rows, -1)), reverse)
             logsumexp = _back(logsumexp.unflatten(0, (run.num_rows, -1)).unsqueeze(-1), reverse)
-            rows = slice(run.receiver_start, run.receiver_start + run.num_rows)
-            parts = (softmax.greatest, softmax.total, softmax.output)
-            merge(tuple(grid(part, layout)[rows, shared.receivers[1]] for part in parts), logsumexp, found)
+            rows = slice(run.query_start, run.query_start + run.num_rows)
+            parts = (softmax.running_max, softmax.running_sum, softmax.output)
+            merge(tuple(grid(part, layout)[rows, shared.queries[1]] for part in parts), logsumexp, found)
 
 
 def accumulate_far_columns(
@@ -107,20 +107,20 @@ def accumulate_far_columns(
     for shared, runs, reverse in _far(layout):
         tensors = [_arranged(side.project_shared(shared), num_heads, reverse) for side in sides]
         given, whole = (
-            _arranged(grid(part, layout)[shared.receivers], num_heads, reverse) for part in (received, output)
+            _arranged(grid(part, layout)[shared.queries], num_heads, reverse) for part in (received, output)
         )
-        normaliser = _arranged(grid(logsumexp, layout)[shared.receivers], num_heads, reverse).squeeze(-1)
+        own_logsumexp = _arranged(grid(logsumexp, layout)[shared.queries], num_heads, reverse).squeeze(-1)
         gradients = [torch.zeros_like(part, dtype=logsumexp.dtype) for part in tensors]
         for run in runs:
             places = _rows(run, shared)
             places = (places[0], places[1], places[1])
             inputs = [part[place].flatten(0, 1) for part, place in zip(tensors, places, strict=True)]
-            # With the output and the normaliser of all pairs, this is the share of these.
+            # With the output and the log-sum-exp of all pairs, this is the share of these.
             pieces = FLASH_BACKWARD(
                 given[places[0]].flatten(0, 1),
                 *inputs,
                 whole[places[0]].flatten(0, 1),
-                normaliser[places[0]].flatten(0, 1),
+                own_logsumexp[places[0]].flatten(0, 1),
                 0.0,
                 True,
                 scale=scale,

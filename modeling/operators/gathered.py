@@ -24,7 +24,7 @@ def pair_scores(
     num_heads: int,
     layout: PairLayout | StepLayout,
 ) -> Tensor:
-    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, receivers, L]`; see `reference.pair_scores`."""
+    """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, queries, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     products = _of_pairs(query, query_bank, reverse_rows, layout, True) * _of_pairs(key, key_bank, rows, layout, False)
     scores = products.unflatten(-1, (num_heads, -1)).sum(-1, dtype=accumulation_dtype(query.dtype))
@@ -32,7 +32,7 @@ def pair_scores(
 
 
 def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout | StepLayout) -> Tensor:
-    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, receivers, A·e]`; see `reference.pair_values`."""
+    """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, queries, A·e]`; see `reference.pair_values`."""
     rows, _ = layout.offsets(value.device)
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
     projected = _of_pairs(value, value_bank, rows, layout, False).unflatten(-1, (probabilities.shape[1], -1))
@@ -40,18 +40,18 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
 
 
 def _of_pairs(
-    tokens: Tensor, bank: Tensor | None, rows: Tensor, layout: PairLayout | StepLayout, receives: bool
+    tokens: Tensor, bank: Tensor | None, rows: Tensor, layout: PairLayout | StepLayout, is_query: bool
 ) -> Tensor:
-    """The projection that each pair has of one of its tokens, `[B, receivers, L, A·e]`, or what broadcasts to it."""
+    """The projection that each pair has of one of its tokens, `[B, queries, L, A·e]`, or what broadcasts to it."""
     if bank is None:
-        return tokens.unsqueeze(2 if receives else 1)
+        return tokens.unsqueeze(2 if is_query else 1)
     if layout.causal and not layout.clamp:
         bank = bank[: layout.num_tokens]
     num_rows, _, features = bank.shape
     projected = tokens @ bank.transpose(0, 1).flatten(1)
     projected = projected.unflatten(-1, (num_rows, features)).flatten(1, 2)  # [B, L·O, A·e]
     token = torch.arange(tokens.shape[1], device=rows.device)
-    place = (token[:, None] if receives else token) * num_rows + rows.clamp(min=0)
+    place = (token[:, None] if is_query else token) * num_rows + rows.clamp(min=0)
     return projected.index_select(1, place.flatten()).unflatten(1, place.shape)
 
 

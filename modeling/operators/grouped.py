@@ -28,7 +28,7 @@ from .runs import Heads, Side, add_weighted_each, at, blocks, columns_of, put_co
 
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
-    """`[B, A, receivers, L]` to grouped order, `[P, B, A]`."""
+    """`[B, A, queries, L]` to grouped order, `[P, B, A]`."""
     # Within one batch entry and head all pairs are near in memory: chosen there, and transposed as a block.
     order, _ = layout.pair_order()
     chosen = pairs.flatten(2).flatten(0, 1).index_select(1, order.to(pairs.device))
@@ -36,18 +36,18 @@ def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
 
 
 def _from_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
-    """`[P + 1, B, A]` in grouped order, the last for pairs that do not exist, to `[B, A, receivers, L]`."""
+    """`[P + 1, B, A]` in grouped order, the last for pairs that do not exist, to `[B, A, queries, L]`."""
     _, position = layout.pair_order()
     chosen = pairs.flatten(1).t().contiguous().index_select(1, position.to(pairs.device))
-    return chosen.view(*pairs.shape[1:], layout.num_receivers, layout.num_tokens)
+    return chosen.view(*pairs.shape[1:], layout.num_queries, layout.num_tokens)
 
 
 def _scores(
     query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
 ) -> Tensor:
-    receiver = Side(tokens_first(query), query_bank, layout, receives=True, reverse=True)
-    giver = Side(tokens_first(key), key_bank, layout, receives=False, reverse=False)
-    batch, features = receiver.batch, receiver.features
+    query_side = Side(tokens_first(query), query_bank, layout, is_query=True, reverse=True)
+    key_side = Side(tokens_first(key), key_bank, layout, is_query=False, reverse=False)
+    batch, features = query_side.batch, query_side.features
     wide = accumulation_dtype(query.dtype)
     num_pairs = layout.pair_order()[0].numel()
     grouped = query.new_empty(num_pairs + 1, batch, num_heads, dtype=wide)
@@ -58,17 +58,17 @@ def _scores(
     key_space = query_space if query_bank is None else torch.empty_like(query_space)
     place = 0
     for shift in layout.column_shifts():
-        receiver.start_shift(shift)
-        giver.start_shift(shift)
+        query_side.start_shift(shift)
+        key_side.start_shift(shift)
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
             product = query_space[: end - place]
-            left = receiver.project(block, product.split(block.sizes))
-            right = giver.project(block, key_space[: end - place].split(block.sizes))
+            left = query_side.project(block, product.split(block.sizes))
+            right = key_side.project(block, key_space[: end - place].split(block.sizes))
             heads.inner_products(*((right, left) if query_bank is None else (left, right)), product, flat[place:end])
             place = end
-        receiver.end_shift()
-        giver.end_shift()
+        query_side.end_shift()
+        key_side.end_shift()
     scores = _from_grouped(grouped, layout)
     write_class_scores(scores, query, key, query_bank, key_bank, layout)
     return scores
@@ -84,23 +84,23 @@ def _scores_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    receiver = Side(tokens_first(query), query_bank, layout, receives=True, reverse=True)
-    giver = Side(tokens_first(key), key_bank, layout, receives=False, reverse=False)
-    batch, features, num_heads = receiver.batch, receiver.features, gradient.shape[1]
+    query_side = Side(tokens_first(query), query_bank, layout, is_query=True, reverse=True)
+    key_side = Side(tokens_first(key), key_bank, layout, is_query=False, reverse=False)
+    batch, features, num_heads = query_side.batch, query_side.features, gradient.shape[1]
     grouped = _to_grouped(gradient.to(query.dtype), layout)
     flat = grouped.view(-1, num_heads)
     heads = Heads(num_heads, features, query)
     weight_space, space = (workspace(layout, batch, features, query) for _ in range(2))
     # The gradient of one side needs the projections of the other.
-    sides = [(receiver, giver)] if need_query else []
-    sides += [(giver, receiver)] if need_key else []
+    sides = [(query_side, key_side)] if need_query else []
+    sides += [(key_side, query_side)] if need_key else []
     sides.sort(key=lambda pair: pair[0].bank is not None)
     for side, _ in sides:
         side.start_gradients()
     place = 0
     for shift in layout.column_shifts():
-        receiver.start_shift(shift, need_query)
-        giver.start_shift(shift, need_key)
+        query_side.start_shift(shift, need_query)
+        key_side.start_shift(shift, need_key)
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
             weights = heads.spread(flat[place:end], weight_space[: end - place]).split(block.sizes)
@@ -118,47 +118,47 @@ def _scores_backward(
                     torch._foreach_mul_(pieces, weights)
                     side.accumulate(block, pieces)
             place = end
-        receiver.end_shift(need_query)
-        giver.end_shift(need_key)
+        query_side.end_shift(need_query)
+        key_side.end_shift(need_key)
     gradients = [None, None, None, None]
     if need_query:
-        gradients[:2] = receiver.token_gradient.transpose(0, 1), receiver.bank_gradient
+        gradients[:2] = query_side.token_gradient.transpose(0, 1), query_side.bank_gradient
     if need_key:
-        gradients[2:] = giver.token_gradient.transpose(0, 1), giver.bank_gradient
+        gradients[2:] = key_side.token_gradient.transpose(0, 1), key_side.bank_gradient
     add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
     # Outputs of an operator must not share memory: a gradient nobody asked for is an empty tensor of its own.
-    query_gradients = receiver.gradients() if need_query else (query.new_empty(0), query.new_empty(0))
-    key_gradients = giver.gradients() if need_key else (query.new_empty(0), query.new_empty(0))
+    query_gradients = query_side.gradients() if need_query else (query.new_empty(0), query.new_empty(0))
+    key_gradients = key_side.gradients() if need_key else (query.new_empty(0), query.new_empty(0))
     return *query_gradients, *key_gradients
 
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-    giver = Side(tokens_first(value), value_bank, layout, receives=False, reverse=False)
-    batch, features, num_heads = giver.batch, giver.features, probabilities.shape[1]
+    key_side = Side(tokens_first(value), value_bank, layout, is_query=False, reverse=False)
+    batch, features, num_heads = key_side.batch, key_side.features, probabilities.shape[1]
     wide = accumulation_dtype(value.dtype)
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
     flat = grouped.view(-1, num_heads)
     heads = Heads(num_heads, features, value)
     space = workspace(layout, batch, features, value)
     weight_space = torch.empty_like(space) if heads.narrow else None
-    output = value.new_zeros(layout.num_receivers, batch, features, dtype=wide)
+    output = value.new_zeros(layout.num_queries, batch, features, dtype=wide)
     place = 0
     for shift in layout.column_shifts():
-        giver.start_shift(shift)
-        received = columns_of(output, layout, shift.receiver_start, shift.num_columns)
+        key_side.start_shift(shift)
+        received = columns_of(output, layout, shift.query_start, shift.num_columns)
         targets = received if heads.narrow else heads.apart(received)
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
             weights, projected = flat[place:end], space[: end - place]
-            pieces = giver.project(block, projected.split(block.sizes))
+            pieces = key_side.project(block, projected.split(block.sizes))
             if heads.narrow:
                 weights = heads.spread(weights, weight_space[: end - place])
             else:
                 weights, pieces = heads.apart(weights), heads.apart(projected).split(block.sizes)
-            add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
+            add_weighted_each(at(targets, block.queries), pieces, weights.split(block.sizes))
             place = end
-        put_columns(output, received, layout, shift.receiver_start, shift.num_columns)
-        giver.end_shift()
+        put_columns(output, received, layout, shift.query_start, shift.num_columns)
+        key_side.end_shift()
     output = output.transpose(0, 1)
     add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype).contiguous()

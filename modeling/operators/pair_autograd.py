@@ -33,11 +33,11 @@ def register_pair_operators(
 
     Args:
         prefix: of the operators' names.
-        scores: `(query, key, query_bank, key_bank, num_heads, layout)` to `[B, A, receivers, L]`, float64 for float64 inputs
+        scores: `(query, key, query_bank, key_bank, num_heads, layout)` to `[B, A, queries, L]`, float64 for float64 inputs
             and float32 otherwise.
         scores_backward: `(gradient, query, key, query_bank, key_bank, layout, need_query, need_key)` to the gradients of
             query, query bank, key and key bank; an empty tensor for each that is not needed or does not exist.
-        values: `(probabilities, value, value_bank, layout)` to `[B, receivers, A·e]` of the tokens' type.
+        values: `(probabilities, value, value_bank, layout)` to `[B, queries, A·e]` of the tokens' type.
 
     Returns:
         `pair_scores` and `pair_values`, with the signatures of `reference.py`.

@@ -1,7 +1,7 @@
 """Which pairs of tokens a mixer sees, and which row of an offset bank each pair uses.
 
 Legend: `H`, `W` grid height and width in patches, `L` tokens, `K` grid offsets, `D` largest distance told apart.
-Token `i` receives, token `j` gives.
+Position `i` is the query's, position `j` the key's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ NUM_CLASS_ROWS = 3
 
 @dataclass(frozen=True)
 class OffsetRun:
-    """The pairs of one grid offset `(dx, dy)`: receiver `(x, y)` takes from giver `(x - dx, y - dy)`.
+    """The pairs of one grid offset `(row_offset, column_offset)`: query `(x, y)` and key `(x - row_offset, y - column_offset)`.
 
-    Receivers are rows `receiver_start` to `receiver_start + num_rows` of the columns that `dy` leaves, givers likewise;
+    Queries are rows `query_start` to `query_start + num_rows` of the columns that `column_offset` leaves, keys likewise;
     both sets are rectangles of the same shape. `row` and `reverse_row` index the banks of keys and values, and of queries.
     """
 
-    receiver_start: int
-    giver_start: int
+    query_start: int
+    key_start: int
     num_rows: int
     row: int
     reverse_row: int
@@ -36,10 +36,10 @@ class OffsetRun:
 
 @dataclass(frozen=True)
 class ColumnShift:
-    """All offsets that share the column offset `dy`: `num_columns` columns take part, and one run per row offset."""
+    """All offsets that share the column offset `column_offset`: `num_columns` columns take part, and one run per row offset."""
 
-    receiver_start: int
-    giver_start: int
+    query_start: int
+    key_start: int
     num_columns: int
     runs: tuple[OffsetRun, ...]
 
@@ -49,8 +49,8 @@ class ColumnShift:
 
     @property
     def offset(self) -> int:
-        """The column offset, `dy`."""
-        return self.receiver_start - self.giver_start
+        """The column offset, `column_offset`."""
+        return self.query_start - self.key_start
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class PairLayout:
     """Geometry of the pairs of one sequence of tokens.
 
     Images are a `height × width` grid in row-major order, after a class token where `class_token` is set. Text is a grid of
-    `length × 1` tokens that is `causal`: token `i` receives from `j ≤ i` only. There, the first `past` tokens give alone: they
-    are known from before, and only the others receive.
+    `length × 1` tokens that is `causal`: query `i` sees keys `j ≤ i` only. There, the first `past` tokens are keys alone: they
+    come from a cache, and only the others are queries.
 
     Args:
         height, width: the grid of the input, in tokens.
@@ -68,7 +68,7 @@ class PairLayout:
         bank_height, bank_width: largest row and column distance a bank tells apart, plus one. Distances beyond are clamped
             to it where `clamp` is set, and an error otherwise. A bank made for a larger grid serves a smaller one.
         clamp: whether distances beyond the bank share its outermost row.
-        past: number of tokens that do not receive. Text only.
+        past: number of tokens that are keys alone. Text only.
         band: where set, pairs at this distance or further do not exist. Text only.
     """
 
@@ -109,23 +109,23 @@ class PairLayout:
         past: int = 0,
         band: int | None = None,
     ) -> PairLayout:
-        """Layout of `length` tokens, causal, with banks of `bank_length` distances; the first `past` tokens only give."""
+        """Layout of `length` tokens, causal, with banks of `bank_length` distances; the first `past` tokens are keys alone."""
         if max_relative_distance is not None:
             bank_length = max_relative_distance + 1
         return cls(length, 1, False, True, bank_length, 1, max_relative_distance is not None, past, band)
 
     def near(self, past: int) -> PairLayout:
-        """The pairs of a clamped text that have a matrix of their own: the receivers, and `past` tokens before them."""
-        return replace(self, height=self.num_receivers + past, past=past, band=self.bank_height - 1)
+        """The pairs of a clamped text that have a matrix of their own: the queries, and `past` tokens before them."""
+        return replace(self, height=self.num_queries + past, past=past, band=self.bank_height - 1)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that give, `L`: all of them."""
+        """Keys, `L`: all tokens."""
         return self.height * self.width + int(self.class_token)
 
     @property
-    def num_receivers(self) -> int:
-        """Tokens that receive: all but the `past` ones."""
+    def num_queries(self) -> int:
+        """Queries: all tokens but the `past` ones."""
         return self.num_tokens - self.past
 
     @property
@@ -134,11 +134,11 @@ class PairLayout:
         return self.height if self.band is None else min(self.height, self.band)
 
     def rows(self, device: torch.device) -> torch.Tensor:
-        """Bank row of keys and values of every pair, `[receivers, L]`, on a device; 0 where there is no pair."""
+        """Bank row of keys and values of every pair, `[queries, L]`, on a device; 0 where there is no pair."""
         return self.offsets(device)[0].clamp(min=0)
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """Slot of each receiver of a text, `[receivers]`."""
+        """Slot of each query of a text, `[queries]`."""
         return torch.arange(self.past, self.num_tokens, device=device)
 
     @property
@@ -153,11 +153,28 @@ class PairLayout:
         """Rows of a bank."""
         return self.num_grid_offsets + (NUM_CLASS_ROWS if self.class_token else 0)
 
-    def row(self, dx: int, dy: int) -> int:
-        """Bank row of the grid offset `(dx, dy)`, clamped to the bank's distances."""
-        reach_x, reach_y = self.bank_height - 1, self.bank_width - 1
-        dx, dy = max(-reach_x, min(dx, reach_x)), max(-reach_y, min(dy, reach_y))
-        return dx if self.causal else (dx + reach_x) * (2 * self.bank_width - 1) + dy + reach_y
+    @property
+    def max_row_distance(self) -> int:
+        """Largest row distance that a bank tells apart."""
+        return self.bank_height - 1
+
+    @property
+    def max_column_distance(self) -> int:
+        """Largest column distance that a bank tells apart."""
+        return self.bank_width - 1
+
+    def row(self, row_offset: int, column_offset: int) -> int:
+        """Bank row of the grid offset `(row_offset, column_offset)`, clamped to the bank's distances."""
+        max_row_distance, max_column_distance = self.max_row_distance, self.max_column_distance
+        row_offset, column_offset = (
+            max(-max_row_distance, min(row_offset, max_row_distance)),
+            max(-max_column_distance, min(column_offset, max_column_distance)),
+        )
+        return (
+            row_offset
+            if self.causal
+            else (row_offset + max_row_distance) * (2 * self.bank_width - 1) + column_offset + max_column_distance
+        )
 
     def offsets(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """Bank row of every pair.
@@ -165,7 +182,7 @@ class PairLayout:
         Made anew for every call: what a graph is traced through must not outlive the trace, and its sizes may be symbolic.
 
         Returns:
-            Two `[receivers, L]` integer tensors on a device: the row that pair `(i, j)` uses in the banks of keys and values,
+            Two `[queries, L]` integer tensors on a device: the row that pair `(i, j)` uses in the banks of keys and values,
             `o(i, j)`, and in the bank of queries: `o(j, i)` for images, the distance itself for text. Pairs that a causal layout
             does not have are −1.
         """
@@ -174,10 +191,10 @@ class PairLayout:
             return rows, rows
         x = torch.arange(self.height, device=device).repeat_interleave(self.width)
         y = torch.arange(self.width, device=device).repeat(self.height)
-        reach_x, reach_y = self.bank_height - 1, self.bank_width - 1
-        dx = (x[:, None] - x).clamp(-reach_x, reach_x)
-        dy = (y[:, None] - y).clamp(-reach_y, reach_y)
-        rows = (dx + reach_x) * (2 * self.bank_width - 1) + dy + reach_y
+        max_row_distance, max_column_distance = self.max_row_distance, self.max_column_distance
+        row_offset = (x[:, None] - x).clamp(-max_row_distance, max_row_distance)
+        column_offset = (y[:, None] - y).clamp(-max_column_distance, max_column_distance)
+        rows = (row_offset + max_row_distance) * (2 * self.bank_width - 1) + column_offset + max_column_distance
         if self.class_token:
             first, patches = self.num_grid_offsets, self.height * self.width
             above = rows.new_full((1, patches), first + CLASS_FROM_PATCH)
@@ -191,11 +208,11 @@ class PairLayout:
         return _column_shifts(self)
 
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the grouped order keeps each pair of the grid: by column shift, run, receiver row, receiver column.
+        """Where the grouped order keeps each pair of the grid: by column shift, run, query row, query column.
 
         Returns:
-            `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, `i` counting receivers, and `position`,
-            `[receivers · L]`: the place of pair `(i, j)` in it. Pairs that do not exist, and those of a class token, have position
+            `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, `i` counting queries, and `position`,
+            `[queries · L]`: the place of pair `(i, j)` in it. Pairs that do not exist, and those of a class token, have position
             `pairs`, one past the end.
         """
         return tuple(torch.from_numpy(places) for places in _pair_order(self))
@@ -209,9 +226,9 @@ class StepLayout:
 
     Args:
         position: the first new token's slot, an integer or a tensor of no dimensions, so that a compiled step serves every slot.
-        num_tokens: slots, of which the first `position + num_receivers` are filled.
+        num_tokens: slots, of which the first `position + num_queries` are filled.
         bank_height: distances a bank tells apart.
-        num_receivers: new tokens.
+        num_queries: new tokens.
     """
 
     position: int | torch.Tensor
@@ -221,15 +238,25 @@ class StepLayout:
     causal: bool = True
     class_token: bool = False
     bank_width: int = 1
-    num_receivers: int = 1
+    num_queries: int = 1
     # Lives as long as a forward pass.
     known: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
+    @property
+    def max_row_distance(self) -> int:
+        """See `PairLayout.max_row_distance`."""
+        return self.bank_height - 1
+
+    @property
+    def max_column_distance(self) -> int:
+        """See `PairLayout.max_column_distance`."""
+        return self.bank_width - 1
+
     def near(self, past: int) -> StepLayout | PairLayout:
         """See `PairLayout.near`."""
-        if self.num_receivers == 1:
+        if self.num_queries == 1:
             return replace(self, position=past, num_tokens=past + 1, known={})
-        whole = PairLayout.for_text(self.num_receivers + past, self.bank_height, self.bank_height - 1, past)
+        whole = PairLayout.for_text(self.num_queries + past, self.bank_height, self.bank_height - 1, past)
         return whole.near(past)
 
     def offsets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,7 +265,7 @@ class StepLayout:
         return rows, rows
 
     def rows(self, device: torch.device) -> torch.Tensor:
-        """Bank row of every slot, `[receivers, slots]`; 0 where it is not filled."""
+        """Bank row of every slot, `[queries, slots]`; 0 where it is not filled."""
         return self._once("rows", lambda: self.offsets(device)[0].clamp(min=0))
 
     def slot_distances(self, device: torch.device) -> torch.Tensor:
@@ -258,18 +285,18 @@ class StepLayout:
         return self.known[name]
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """Slot of each receiver, `[receivers]`."""
+        """Slot of each query, `[queries]`."""
         first = torch.as_tensor(self.position, device=device).view(1)
-        return first if self.num_receivers == 1 else first + torch.arange(self.num_receivers, device=device)
+        return first if self.num_queries == 1 else first + torch.arange(self.num_queries, device=device)
 
 
 def distances(layout: PairLayout | StepLayout, device: torch.device) -> torch.Tensor:
-    """Distance of every pair of a text, `[receivers, L]`; negative where the giver comes later or is not there yet."""
+    """Distance of every pair of a text, `[queries, L]`; negative where the key comes later or is not there yet."""
     return layout.positions(device)[:, None] - torch.arange(layout.num_tokens, device=device)
 
 
 def _distance_rows(layout: PairLayout | StepLayout, band: int | None, device: torch.device | str) -> torch.Tensor:
-    """Bank row of every pair of a text, `[receivers, L]`; −1 where there is none, at the distance `band` or further too."""
+    """Bank row of every pair of a text, `[queries, L]`; −1 where there is none, at the distance `band` or further too."""
     between = distances(layout, device)
     missing = between < 0 if band is None else (between < 0) | (between >= band)
     return between.clamp(max=layout.bank_height - 1).masked_fill(missing, -1)
@@ -289,19 +316,27 @@ def bank_layout(config) -> PairLayout:
 @lru_cache(maxsize=64)
 def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     shifts = []
-    for dy in range(1 - layout.width, layout.width):
+    for column_offset in range(1 - layout.width, layout.width):
         if layout.causal:
             runs = []
-            for dx in range(layout.num_distances):
-                first = max(dx, layout.past)
-                row = layout.row(dx, dy)
-                runs.append(OffsetRun(first - layout.past, first - dx, layout.height - first, row, row))
+            for row_offset in range(layout.num_distances):
+                first = max(row_offset, layout.past)
+                row = layout.row(row_offset, column_offset)
+                runs.append(OffsetRun(first - layout.past, first - row_offset, layout.height - first, row, row))
         else:
             runs = [
-                OffsetRun(max(dx, 0), max(-dx, 0), layout.height - abs(dx), layout.row(dx, dy), layout.row(-dx, -dy))
-                for dx in range(1 - layout.height, layout.height)
+                OffsetRun(
+                    max(row_offset, 0),
+                    max(-row_offset, 0),
+                    layout.height - abs(row_offset),
+                    layout.row(row_offset, column_offset),
+                    layout.row(-row_offset, -column_offset),
+                )
+                for row_offset in range(1 - layout.height, layout.height)
             ]
-        shifts.append(ColumnShift(max(dy, 0), max(-dy, 0), layout.width - abs(dy), tuple(runs)))
+        shifts.append(
+            ColumnShift(max(column_offset, 0), max(-column_offset, 0), layout.width - abs(column_offset), tuple(runs))
+        )
     return tuple(shifts)
 
 
@@ -313,11 +348,11 @@ def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
         column = np.arange(shift.num_columns)
         for run in shift.runs:
             row = np.arange(run.num_rows)[:, None]
-            receiver = first + (row + run.receiver_start) * layout.width + column + shift.receiver_start
-            giver = first + (row + run.giver_start) * layout.width + column + shift.giver_start
-            pieces.append((receiver * tokens + giver).ravel())
+            query = first + (row + run.query_start) * layout.width + column + shift.query_start
+            key = first + (row + run.key_start) * layout.width + column + shift.key_start
+            pieces.append((query * tokens + key).ravel())
     order = np.concatenate(pieces).astype(np.int64)
-    position = np.full(layout.num_receivers * tokens, order.size, dtype=np.int64)
+    position = np.full(layout.num_queries * tokens, order.size, dtype=np.int64)
     position[order] = np.arange(order.size)
     return order, position
 

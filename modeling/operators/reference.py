@@ -1,9 +1,9 @@
 """Translution as the formulas say it: slow, readable, and the definition that every faster path is tested against.
 
-The signatures are those of `grouped.py`. One receiving token at a time, the matrices of all its pairs are
+The signatures are those of `grouped.py`. One query at a time, the matrices of all its pairs are
 gathered from the bank, `[L, in, A·e]`, and applied.
 
-Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head. Token `i` receives, `j` gives.
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head. Position `i` is the query's, `j` the key's.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def pair_scores(
     `q_ij = q_i Wq[o(j, i)]` and `k_ij = k_j Wk[o(i, j)]`, or the plain inputs where a bank is `None`.
 
     Args:
-        query, key: `[B, receivers, in]` and `[B, L, in]`, token inputs of a bank, or plain projections `[…, A·e]` where it is
+        query, key: `[B, queries, in]` and `[B, L, in]`, token inputs of a bank, or plain projections `[…, A·e]` where it is
             `None`.
         query_bank, key_bank: `[num_offsets, in, A·e]` or `None`.
         num_heads: `A`.
         layout: the pairs.
 
     Returns:
-        `[B, A, receivers, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
+        `[B, A, queries, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
     """
     rows, reverse_rows = layout.offsets(query.device)
     scores = []
-    for i in range(layout.num_receivers):
+    for i in range(layout.num_queries):
         q_i = query[:, i]
         if query_bank is None:
             q_ij = q_i[:, None].expand(-1, layout.num_tokens, -1)
@@ -49,19 +49,19 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head (Fan et al. 2025, equations of section 3).
 
     Args:
-        probabilities: `[B, A, receivers, L]`; entries of pairs that a causal layout does not have are not read.
+        probabilities: `[B, A, queries, L]`; entries of pairs that a causal layout does not have are not read.
         value: `[B, L, in]`, the token inputs.
         value_bank: `[num_offsets, in, A·e]`.
         layout: the pairs.
 
     Returns:
-        `[B, receivers, A·e]` of the tokens' dtype.
+        `[B, queries, A·e]` of the tokens' dtype.
     """
     rows, _ = layout.offsets(value.device)
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
     num_heads = probabilities.shape[1]
     outputs = []
-    for i in range(layout.num_receivers):
+    for i in range(layout.num_queries):
         v_ij = torch.einsum("bjc,jcd->bjd", value, value_bank[rows[i]]).unflatten(-1, (num_heads, -1))
         outputs.append(torch.einsum("baj,bjad->bad", probabilities[:, :, i], v_ij).flatten(-2))
     return torch.stack(outputs, dim=1)

@@ -34,15 +34,15 @@ NARROW = 33
 class Block:
     """Consecutive runs of a shift.
 
-    `sizes` and `num_rows` count `B` pairs as `B` rows, for each run and together. `receivers` and `givers` are where the
+    `sizes` and `num_rows` count `B` pairs as `B` rows, for each run and together. `queries` and `keys` are where the
     tokens of each run begin in the columns of the shift, and how many rows they are.
     """
 
     runs: tuple[OffsetRun, ...]
     num_rows: int
     sizes: list[int]
-    receivers: tuple[tuple[int, int], ...]
-    givers: tuple[tuple[int, int], ...]
+    queries: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
 
 
 def blocks(shift: ColumnShift, batch: int, features: int) -> tuple[Block, ...]:
@@ -70,8 +70,8 @@ def _block(runs: list[OffsetRun], step: int) -> Block:
         tuple(runs),
         sum(sizes),
         sizes,
-        tuple((run.receiver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
-        tuple((run.giver_start * step, size) for run, size in zip(runs, sizes, strict=True)),
+        tuple((run.query_start * step, size) for run, size in zip(runs, sizes, strict=True)),
+        tuple((run.key_start * step, size) for run, size in zip(runs, sizes, strict=True)),
     )
 
 
@@ -84,8 +84,8 @@ class SharedMatrix:
 
     row: int
     reverse_row: int
-    receivers: tuple[slice, slice]
-    givers: tuple[slice, slice]
+    queries: tuple[slice, slice]
+    keys: tuple[slice, slice]
     last_offset: int
 
 
@@ -101,12 +101,12 @@ def shared_matrices(layout: PairLayout) -> dict[int, SharedMatrix]:
             row,
             pairs[0][1].reverse_row,
             (
-                _union((run.receiver_start, run.num_rows) for _, run in pairs),
-                _union((shift.receiver_start, shift.num_columns) for shift, _ in pairs),
+                _union((run.query_start, run.num_rows) for _, run in pairs),
+                _union((shift.query_start, shift.num_columns) for shift, _ in pairs),
             ),
             (
-                _union((run.giver_start, run.num_rows) for _, run in pairs),
-                _union((shift.giver_start, shift.num_columns) for shift, _ in pairs),
+                _union((run.key_start, run.num_rows) for _, run in pairs),
+                _union((shift.key_start, shift.num_columns) for shift, _ in pairs),
             ),
             pairs[-1][0].offset,
         )
@@ -216,18 +216,18 @@ class Heads:
 
 
 class Side:
-    """One side of the pairs, receiving or giving: its tokens, its bank, and how both are read and accumulated.
+    """One side of the pairs, queries or keys: its tokens, its bank, and how both are read and accumulated.
 
     Args:
         tokens: `[L, B, in]`, contiguous.
         bank: `[num_offsets, in, A·e]`; `None` where the tokens are projections already.
-        receives: whether this is the receiving side.
+        is_query: whether this is the side of the queries.
         reverse: whether a pair uses the bank's row of the reverse offset, as queries do.
     """
 
-    def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, receives: bool, reverse: bool):
+    def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, is_query: bool, reverse: bool):
         self.tokens, self.bank, self.layout = tokens, bank, layout
-        self.receives, self.reverse = receives, reverse
+        self.is_query, self.reverse = is_query, reverse
         self.matrices = None if bank is None else bank.unbind(0)
         self.features = tokens.shape[-1] if bank is None else bank.shape[-1]
         self.batch = tokens.shape[1]
@@ -256,7 +256,7 @@ class Side:
     def start_shift(self, shift: ColumnShift, gradients: bool = False, like: Side | None = None) -> None:
         """Takes the columns of a shift, those of `like` where its tokens are the same."""
         self.shift = shift
-        self.column_start = shift.receiver_start if self.receives else shift.giver_start
+        self.column_start = shift.query_start if self.is_query else shift.key_start
         place = (self.layout, self.column_start, shift.num_columns)
         shared = like is not None and like.tokens is self.tokens
         self.columns = like.columns if shared else columns_of(self.tokens, *place)
@@ -277,7 +277,7 @@ class Side:
                 self.accumulate_shared(self.shared[row], self.kept_gradients.pop(row))
 
     def places(self, block: Block) -> tuple[tuple[int, int], ...]:
-        return block.receivers if self.receives else block.givers
+        return block.queries if self.is_query else block.keys
 
     def rows(self, block: Block) -> list[Tensor]:
         """The tokens of each run, `[n·B, in]`."""
@@ -319,12 +319,12 @@ class Side:
                 _add_product(target, gradient, self.matrices_across[row])
 
     def _rectangle(self, shared: SharedMatrix) -> tuple[slice, slice]:
-        return shared.receivers if self.receives else shared.givers
+        return shared.queries if self.is_query else shared.keys
 
     def _part(self, run: OffsetRun, rectangle: Tensor) -> Tensor:
         """A run's part, `[n / w, w, B, A·e]`, of what is kept for all tokens of its matrix."""
         rows, columns = self._rectangle(self.shared[run.row])
-        row = (run.receiver_start if self.receives else run.giver_start) - rows.start
+        row = (run.query_start if self.is_query else run.key_start) - rows.start
         column = self.column_start - columns.start
         return rectangle[row : row + run.num_rows, column : column + self.shift.num_columns]
 

@@ -3,7 +3,7 @@ text, and for images whose square of scores would be large.
 
     out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
 
-Pairs come in runs that share an offset, see `runs.py`. Of each receiver the greatest score so far, the sum of
+Pairs come in runs that share an offset, see `runs.py`. For each query the running maximum of the scores, the sum of
 exponentials and the weighted sum of values are kept, and rescaled where a greater score comes (Milakov and Gimelshein 2018; Dao
 et al. 2022). The backward pass computes scores again from the logarithm of that sum. So nothing of size `[B, A, L, L]` exists
 at any time, and nothing that belongs to pairs outlives its run.
@@ -59,7 +59,7 @@ GROUP_ELEMENTS = 1 << 17
 
 def has_far_pairs(layout: PairLayout) -> bool:
     """Whether some pairs of a text are as far apart as its distance, or further."""
-    return layout.causal and layout.clamp and layout.num_tokens > layout.bank_height - 1
+    return layout.causal and layout.clamp and layout.num_tokens > layout.max_row_distance
 
 
 def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
@@ -82,9 +82,9 @@ def _sides(
     key = query if tensors[1] is tensors[0] else tokens_first(tensors[1])
     value = key if tensors[2] is tensors[1] else tokens_first(tensors[2])
     return (
-        Side(query, banks[0], layout, receives=True, reverse=True),
-        Side(key, banks[1], layout, receives=False, reverse=False),
-        Side(value, banks[2], layout, receives=False, reverse=False),
+        Side(query, banks[0], layout, is_query=True, reverse=True),
+        Side(key, banks[1], layout, is_query=False, reverse=False),
+        Side(value, banks[2], layout, is_query=False, reverse=False),
     )
 
 
@@ -104,10 +104,10 @@ def _forward(
     widest = max(query.features, features)
     if far is not None:
         softmax.start_far(*FLASH(*_shifted(far, layout.band), 0.0, True, scale=scale), layout.band)
-    for receivers, givers, row, reverse in class_blocks(layout):
-        product = query.project_tokens(receivers, reverse) * key.project_tokens(givers, row)
-        scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.total.dtype) * scale
-        softmax.add(receivers, scores, value.project_tokens(givers, row).to(scores.dtype))
+    for queries, keys, row, reverse in class_blocks(layout):
+        product = query.project_tokens(queries, reverse) * key.project_tokens(keys, row)
+        scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.running_sum.dtype) * scale
+        softmax.add(queries, scores, value.project_tokens(keys, row).to(scores.dtype))
     if has_far_columns(layout, tensors[0].device):
         add_far_columns((query, key, value), softmax, scale, layout)
     space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
@@ -115,15 +115,15 @@ def _forward(
         query.start_shift(shift)
         key.start_shift(shift)
         value.start_shift(shift, like=key)
-        place = (layout, shift.receiver_start, shift.num_columns)
-        greatest, total, output = (
-            columns_of(part, *place) for part in (softmax.greatest, softmax.total, softmax.output)
+        place = (layout, shift.query_start, shift.num_columns)
+        running_max, running_sum, output = (
+            columns_of(part, *place) for part in (softmax.running_max, softmax.running_sum, softmax.output)
         )
         targets = output if value_heads.narrow else value_heads.apart(output)
         for group in _groups(blocks(shift, query.batch, widest), num_heads):
-            places = tuple(receivers for block in group for receivers in block.receivers)
+            places = tuple(queries for block in group for queries in block.queries)
             sizes = [size for block in group for size in block.sizes]
-            scores = greatest.new_empty(sum(sizes), num_heads)
+            scores = running_max.new_empty(sum(sizes), num_heads)
             for block, out in zip(group, scores.split([block.num_rows for block in group]), strict=True):
                 product = _room(space, block, query.features)
                 q = query.project(block, product.split(block.sizes))
@@ -131,11 +131,11 @@ def _forward(
                 k = key.project(block, k_space.split(block.sizes))
                 heads.inner_products(*((k, q) if query.bank is None else (q, k)), product, out)
             scores *= scale
-            old, greatest_rows = greatest.clone(), at(greatest, places)
-            maximum_each(greatest_rows, scores.split(sizes))
-            decay = old.sub_(greatest).exp_()
-            scores.sub_(torch.cat(greatest_rows)).exp_()
-            add_each(at(total.mul_(decay), places), scores.split(sizes))
+            old, running_max_rows = running_max.clone(), at(running_max, places)
+            maximum_each(running_max_rows, scores.split(sizes))
+            decay = old.sub_(running_max).exp_()
+            scores.sub_(torch.cat(running_max_rows)).exp_()
+            add_each(at(running_sum.mul_(decay), places), scores.split(sizes))
             by_head(output, decay).mul_(decay.unsqueeze(-1))
             for block, weights in zip(group, scores.split([block.num_rows for block in group]), strict=True):
                 projected = _room(space, block, features)
@@ -146,8 +146,12 @@ def _forward(
                 else:
                     pieces = [value_heads.apart(piece) for piece in pieces]
                     weights = value_heads.apart(weights)
-                add_weighted_each(at(targets, block.receivers), pieces, weights.split(block.sizes))
-        for part, columns in ((softmax.greatest, greatest), (softmax.total, total), (softmax.output, output)):
+                add_weighted_each(at(targets, block.queries), pieces, weights.split(block.sizes))
+        for part, columns in (
+            (softmax.running_max, running_max),
+            (softmax.running_sum, running_sum),
+            (softmax.output, output),
+        ):
             put_columns(part, columns, *place)
         for side in (query, key, value):
             side.end_shift()
@@ -169,10 +173,10 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of query, key, value, their banks, and far query, key, value; empty for what is not needed."""
     query, key, value = sides = _sides(tensors, banks, layout)
-    received = Side(tokens_first(gradient), None, layout, receives=True, reverse=True)
+    received = Side(tokens_first(gradient), None, layout, is_query=True, reverse=True)
     wide = logsumexp.dtype
     # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
-    mean = (by_head(gradient, logsumexp).to(wide) * by_head(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
+    delta = (by_head(gradient, logsumexp).to(wide) * by_head(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
     heads = Heads(num_heads, query.features, tensors[0])
     value_heads = Heads(num_heads, value.features, tensors[2])
     wanted = [side for side, need in zip(sides, needed, strict=True) if need]
@@ -184,21 +188,21 @@ def _backward(
     for shift in near_shifts(layout, tensors[0].device):
         for side in (*sides, received):
             side.start_shift(shift, side in wanted, like=key if side is value else None)
-        place = (layout, shift.receiver_start, shift.num_columns)
-        logsumexp_columns, mean_columns = (columns_of(part, *place) for part in (logsumexp, mean))
+        place = (layout, shift.query_start, shift.num_columns)
+        logsumexp_columns, delta_columns = (columns_of(part, *place) for part in (logsumexp, delta))
         for block in blocks(shift, query.batch, widest):
             scores, weight_gradient = (logsumexp.new_empty(block.num_rows, num_heads) for _ in range(2))
             query_space, key_space = (_room(space, block, query.features).split(block.sizes) for space in spaces[1:])
             q, k = query.project(block, query_space), key.project(block, key_space)
             product = _room(spaces[0], block, query.features)
             heads.inner_products(q, k, product, scores)
-            weights = scores.mul_(scale).sub_(torch.cat(at(logsumexp_columns, block.receivers))).exp_()
+            weights = scores.mul_(scale).sub_(torch.cat(at(logsumexp_columns, block.queries))).exp_()
             given = _room(spaces[0], block, value.features)
             pieces = given.split(block.sizes)
             if need_scores:
                 projected = value.project(block, pieces)
                 value_heads.inner_products(projected, received.rows(block), given, weight_gradient)
-                weight_gradient.sub_(torch.cat(at(mean_columns, block.receivers))).mul_(weights).mul_(scale)
+                weight_gradient.sub_(torch.cat(at(delta_columns, block.queries))).mul_(weights).mul_(scale)
             if needed[2]:
                 value_heads.spread(weights.to(gradient.dtype), given)
                 torch._foreach_mul_(pieces, received.rows(block))
@@ -220,8 +224,8 @@ def _backward(
                 side.accumulate(block, changed)
         for side in sides:
             side.end_shift(side in wanted)
-    for receivers, givers, row, reverse in class_blocks(layout):
-        _class_gradients(query, key, value, received, needed, receivers, givers, row, reverse, logsumexp, mean, scale)
+    for queries, keys, row, reverse in class_blocks(layout):
+        _class_gradients(query, key, value, received, needed, queries, keys, row, reverse, logsumexp, delta, scale)
     if has_far_columns(layout, gradient.device):
         accumulate_far_columns(sides, needed, received.tokens, tokens_first(output), logsumexp, scale, layout)
     far_gradients = [gradient.new_empty(0) for _ in range(3)]
@@ -241,28 +245,28 @@ def _class_gradients(
     value: Side,
     received: Side,
     needed: tuple[bool, bool, bool],
-    receivers: slice,
-    givers: slice,
+    queries: slice,
+    keys: slice,
     row: int,
     reverse: int,
     logsumexp: Tensor,
-    mean: Tensor,
+    delta: Tensor,
     scale: float,
 ) -> None:
     """Adds what the pairs of a class token contribute."""
     q, k, v = (
-        query.project_tokens(receivers, reverse),
-        key.project_tokens(givers, row),
-        value.project_tokens(givers, row),
+        query.project_tokens(queries, reverse),
+        key.project_tokens(keys, row),
+        value.project_tokens(keys, row),
     )
-    gradient = received.tokens[receivers]
+    gradient = received.tokens[queries]
     wide = logsumexp.dtype
     q, k, v, gradient = (by_head(part, logsumexp) for part in (q, k, v, gradient))
-    weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[receivers]).exp()
-    score_gradient = ((gradient * v).sum(-1, dtype=wide) - mean[receivers]) * weights * scale
+    weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[queries]).exp()
+    score_gradient = ((gradient * v).sum(-1, dtype=wide) - delta[queries]) * weights * scale
     score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
-    pieces = ((query, receivers, reverse, score_gradient * k), (key, givers, row, score_gradient * q))
-    pieces += ((value, givers, row, weights * gradient),)
+    pieces = ((query, queries, reverse, score_gradient * k), (key, keys, row, score_gradient * q))
+    pieces += ((value, keys, row, weights * gradient),)
     for (side, tokens, side_row, piece), need in zip(pieces, needed, strict=True):
         if need:
             one = side.tokens[tokens].shape[0] < piece.shape[0]
@@ -285,11 +289,11 @@ def _far_gradients(
     scale: float,
     distance: int,
 ) -> list[Tensor]:
-    # With the output and the normaliser of all pairs, PyTorch's backward pass gives the share of the far ones.
+    # With the output and the log-sum-exp of all pairs, PyTorch's backward pass gives the share of the far ones.
     received, whole = (by_head(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
-    normaliser = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
+    far_logsumexp = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
     pieces = FLASH_BACKWARD(
-        received.contiguous(), *_shifted(far, distance), whole.contiguous(), normaliser, 0.0, True, scale=scale
+        received.contiguous(), *_shifted(far, distance), whole.contiguous(), far_logsumexp, 0.0, True, scale=scale
     )
     gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
     for target, piece in zip(_shifted(tuple(gradients), distance), pieces, strict=True):
@@ -409,7 +413,7 @@ def streamed_attention(
         query_bank, key_bank, value_bank: `[num_offsets, in, A·e]` or `None`.
         num_heads: `A`.
         scale: what scores are multiplied by before softmax.
-        layout: the pairs; all tokens receive. Of a text with a distance, the layout of all pairs.
+        layout: the pairs; all tokens are queries. Of a text with a distance, the layout of all pairs.
         far: what queries, keys and values bring to the pairs of a text as far as the distance or further, `[B, A, L, e]`
             each: projections by the last matrix, or plain ones. Read for texts with a distance alone.
     """

@@ -13,7 +13,7 @@ two rows of the grid at a time, whose offsets lie on diagonals; it writes one su
 
 The kernels are in `basis_kernels.py`.
 
-Legend: `B` batch, `A` heads, `R` receivers, `L` tokens, `n` factors, `e` their size per head, `d` dense size per head.
+Legend: `B` batch, `A` heads, `R` queries, `L` tokens, `n` factors, `e` their size per head, `d` dense size per head.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ except ImportError as error:
     raise ImportError("`attn_implementation='triton'` needs Triton: `pip install triton`.") from error
 
 
-# Receivers, givers, warps, stages. A loop over factors is unrolled: prefetching all of them would not fit.
+# Queries, keys, warps, stages. A loop over factors is unrolled: prefetching all of them would not fit.
 _TILES = {
     2: ((128, 64, 8, 1), (64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
     4: ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
@@ -97,7 +97,7 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
     query, key, value = tensors["query"], tensors["key"], tensors["value"]
     dense = tensors["dense_query"] if tensors["dense_query"] is not None else tensors["dense_value"]
     dense_size = 1 if dense is None else dense.shape[-1]
-    shape = (query.shape[0], query.shape[1], layout.num_receivers, layout.num_tokens)
+    shape = (query.shape[0], query.shape[1], layout.num_queries, layout.num_tokens)
     strides = (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
     image = not layout.causal
     return {
@@ -107,15 +107,15 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
         **dict(zip((f"mask_stride_{axis}" for axis in "baij"), strides, strict=True)),
         "scale": scale,
         "num_heads": query.shape[1],
-        "receivers": layout.num_receivers,
+        "queries": layout.num_queries,
         "tokens": layout.num_tokens,
         "height": layout.height if image else 1,
         "width": layout.width if image else layout.height,
         "past": layout.past,
-        "reach_x": layout.bank_height - 1 if image else 0,
-        "reach_y": (layout.bank_width if image else layout.bank_height) - 1,
-        "stride_x": 2 * layout.bank_width - 1 if image else 0,
-        "base_y": layout.bank_width - 1 if image else 0,
+        "max_row_distance": layout.max_row_distance if image else 0,
+        "max_column_distance": (layout.bank_width if image else layout.bank_height) - 1,
+        "stride_x": 2 * layout.max_column_distance + 1 if image else 0,
+        "base_y": layout.max_column_distance if image else 0,
         "class_row": layout.num_grid_offsets,
         "NQ": query.shape[2],
         "NK": key.shape[2],
@@ -139,7 +139,7 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
 
 
 def _tile_options(tokens: Tensor) -> list[dict[str, int]]:
-    names = ("RECEIVERS", "GIVERS", "num_warps", "num_stages")
+    names = ("QUERIES", "KEYS", "num_warps", "num_stages")
     return [dict(zip(names, tile, strict=True)) for tile in _TILES[tokens.element_size()]]
 
 
@@ -163,21 +163,21 @@ def _basis_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = (query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value)  # fmt: skip
     tensors = _contiguous(dict(zip(_NAMES, given, strict=True)))
-    batch, heads, _, receivers, _ = query.shape
-    output = query.new_empty(batch, heads, receivers, value.shape[-1])
-    dense_output = query.new_empty((batch, heads, receivers, dense_value.shape[-1]) if dense_value is not None else 0)
-    normaliser = query.new_empty(batch, heads, receivers, dtype=accumulation_dtype(query.dtype))
+    batch, heads, _, queries, _ = query.shape
+    output = query.new_empty(batch, heads, queries, value.shape[-1])
+    dense_output = query.new_empty((batch, heads, queries, dense_value.shape[-1]) if dense_value is not None else 0)
+    logsumexp = query.new_empty(batch, heads, queries, dtype=accumulation_dtype(query.dtype))
     launch(
         forward_kernel,
-        lambda option: (-(-receivers // option["RECEIVERS"]) * batch * heads,),
+        lambda option: (-(-queries // option["QUERIES"]) * batch * heads,),
         _tile_options(query),
         lambda option: {},
         output=output,
         dense_output=dense_output,
-        normaliser=normaliser,
+        logsumexp=logsumexp,
         **_arguments(tensors, mask, scale, unpack(layout)),
     )
-    return output, dense_output, normaliser
+    return output, dense_output, logsumexp
 
 
 def _fake_basis_attention(query, key, value, qc, kc, vc, dense_query, dense_key, dense_value, mask, scale, layout):
@@ -194,7 +194,7 @@ def _basis_attention_backward(
     dense_output_gradient: Tensor,
     output: Tensor,
     dense_output: Tensor,
-    normaliser: Tensor,
+    logsumexp: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -210,23 +210,23 @@ def _basis_attention_backward(
 ) -> list[Tensor]:
     given = (query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value)  # fmt: skip
     tensors, geometry = _contiguous(dict(zip(_NAMES, given, strict=True))), unpack(layout)
-    wide, groups = normaliser.dtype, query.shape[0] * query.shape[1]
-    product_sum = (output_gradient.to(wide) * output.to(wide)).sum(-1)
+    wide, groups = logsumexp.dtype, query.shape[0] * query.shape[1]
+    delta = (output_gradient.to(wide) * output.to(wide)).sum(-1)
     if dense_value is not None:
-        product_sum += (dense_output_gradient.to(wide) * dense_output.to(wide)).sum(-1)
+        delta += (dense_output_gradient.to(wide) * dense_output.to(wide)).sum(-1)
     gradients = {
         name: query.new_empty(0) if tensor is None else torch.empty_like(tensor) for name, tensor in tensors.items()
     }
     arguments = {
         "output_gradient": output_gradient.contiguous(),
         "dense_output_gradient": dense_output_gradient.contiguous(),
-        "normaliser": normaliser,
-        "product_sum": product_sum,
+        "logsumexp": logsumexp,
+        "delta": delta,
         **_arguments(tensors, mask, scale, geometry),
     }
     launch(
         query_gradient_kernel,
-        lambda option: (-(-geometry.num_receivers // option["RECEIVERS"]) * query.shape[2] * groups,),
+        lambda option: (-(-geometry.num_queries // option["QUERIES"]) * query.shape[2] * groups,),
         _tile_options(query),
         lambda option: {},
         query_gradient=gradients["query"],
@@ -236,7 +236,7 @@ def _basis_attention_backward(
     factors = max(key.shape[2], value.shape[2])
     launch(
         key_value_gradient_kernel,
-        lambda option: (-(-geometry.num_tokens // option["GIVERS"]) * factors * groups,),
+        lambda option: (-(-geometry.num_tokens // option["KEYS"]) * factors * groups,),
         _tile_options(query),
         lambda option: {},
         key_gradient=gradients["key"],
@@ -267,7 +267,7 @@ def _coefficient_gradients(
     if not wanted:
         return
     sizes = {"query_coefficients": "NQ", "key_coefficients": "NK", "value_coefficients": "NV"}
-    wide = arguments["normaliser"].dtype
+    wide = arguments["logsumexp"].dtype
     height, width = arguments["height"], arguments["width"]
     num_dy = width if layout.causal else 2 * width - 1
     num_offsets = num_dy * (1 if layout.causal else 2 * height - 1)
@@ -278,7 +278,7 @@ def _coefficient_gradients(
 
     def sums(count: int, class_pairs: bool) -> dict[str, Tensor]:
         made = {name: query.new_empty(groups, count, arguments[sizes[name]], dtype=wide) for name in wanted}
-        outputs = {name.replace("coefficients", "sums"): made.get(name, arguments["normaliser"]) for name in sizes}
+        outputs = {name.replace("coefficients", "sums"): made.get(name, arguments["logsumexp"]) for name in sizes}
         rows = 1 if layout.causal else 2 * height - 1
         launch(
             coefficient_gradient_kernel,
@@ -297,12 +297,14 @@ def _coefficient_gradients(
     for name in wanted:
         by_offset = grid[name].unflatten(0, (-1, num_dy))
         if layout.causal:
-            rows = _clamped(by_offset, 1, 0, arguments["reach_y"], 0).flatten(0, 1)
+            rows = _clamped(by_offset, 1, 0, arguments["max_column_distance"], 0).flatten(0, 1)
         else:
             if name == "query_coefficients":
                 by_offset = by_offset.flip(0, 1)
-            rows = _clamped(by_offset, 0, -arguments["reach_x"], arguments["reach_x"], height - 1)
-            rows = _clamped(rows, 1, -arguments["reach_y"], arguments["reach_y"], width - 1).flatten(0, 1)
+            rows = _clamped(by_offset, 0, -arguments["max_row_distance"], arguments["max_row_distance"], height - 1)
+            rows = _clamped(
+                rows, 1, -arguments["max_column_distance"], arguments["max_column_distance"], width - 1
+            ).flatten(0, 1)
         if classes is not None:
             three = classes[name]
             rows = torch.cat((rows, three[[0, 2, 1]] if name == "query_coefficients" else three))
@@ -330,9 +332,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, output_gradient, dense_output_gradient, normaliser_gradient):
-    *tensors, mask, output, dense_output, normaliser = ctx.saved_tensors
+    *tensors, mask, output, dense_output, logsumexp = ctx.saved_tensors
     gradients = _backward_operator(
-        output_gradient, dense_output_gradient, output, dense_output, normaliser, *tensors, mask, ctx.scale, ctx.layout
+        output_gradient, dense_output_gradient, output, dense_output, logsumexp, *tensors, mask, ctx.scale, ctx.layout
     )
     gradients = [None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=True)]
     return *gradients, None, None, None

@@ -43,11 +43,11 @@ class _Geometry(NamedTuple):
     height: int
     width: int
     first: int  # index of the grid's first token
-    past: int  # tokens that do not receive
+    past: int  # tokens that are keys alone
     least: int  # smallest column offset
     most: int  # largest column offset
-    reach_x: int
-    reach_y: int
+    max_row_distance: int
+    max_column_distance: int
     stride_x: int  # bank rows from one row offset to the next
     base_y: int  # bank row of the column offset 0
     query_sign: int  # a query's matrix is the one of the reverse offset, in text that of the distance
@@ -64,21 +64,31 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         )
     if layout.causal:
         last = layout.num_distances - 1
-        return _Geometry(1, layout.height, 0, layout.past, 0, last, 0, layout.bank_height - 1, 0, 0, 1)
-    reach_x, reach_y = layout.bank_height - 1, layout.bank_width - 1
+        return _Geometry(1, layout.height, 0, layout.past, 0, last, 0, layout.max_row_distance, 0, 0, 1)
+    max_row_distance, max_column_distance = layout.max_row_distance, layout.max_column_distance
     first, edge = int(layout.class_token), layout.width - 1
     return _Geometry(
-        layout.height, layout.width, first, 0, -edge, edge, reach_x, reach_y, 2 * reach_y + 1, reach_y, -1
+        layout.height,
+        layout.width,
+        first,
+        0,
+        -edge,
+        edge,
+        max_row_distance,
+        max_column_distance,
+        2 * max_column_distance + 1,
+        max_column_distance,
+        -1,
     )
 
 
 class _Side(NamedTuple):
-    """One side of the pairs: its tokens `[B, tokens, in]`, its bank, how offsets sign its bank rows, whether it receives."""
+    """One side of the pairs: its tokens `[B, tokens, in]`, its bank, how offsets sign its bank rows, whether it is the queries'."""
 
     tokens: Tensor
     bank: Tensor | None
     sign: int
-    receives: bool
+    is_query: bool
 
     @property
     def in_size(self) -> int:
@@ -143,15 +153,15 @@ def _tiles(tokens: Tensor, in_size: int, num_heads: int, width: int) -> list[dic
 @torch.inference_mode(False)
 def _tile_table(geometry: _Geometry, batch: int, rows: int, device: torch.device) -> Tensor:
     """Row offset, column offset and first pair of every tile of `scores_kernel`, `[tiles, 3]`."""
-    dx = torch.arange(1 - geometry.height, geometry.height, device="cpu")
-    dy = torch.arange(geometry.least, geometry.most + 1, device="cpu")
-    dx, dy = (grid.flatten() for grid in torch.meshgrid(dx, dy, indexing="ij"))
-    columns = geometry.width + dy.clamp(max=0) - dy.clamp(min=geometry.past)
-    counts = (geometry.height - dx.abs()) * columns.clamp(min=0) * batch
+    row_offset = torch.arange(1 - geometry.height, geometry.height, device="cpu")
+    column_offset = torch.arange(geometry.least, geometry.most + 1, device="cpu")
+    row_offset, column_offset = (grid.flatten() for grid in torch.meshgrid(row_offset, column_offset, indexing="ij"))
+    columns = geometry.width + column_offset.clamp(max=0) - column_offset.clamp(min=geometry.past)
+    counts = (geometry.height - row_offset.abs()) * columns.clamp(min=0) * batch
     tiles = (counts + rows - 1) // rows
     offset = torch.arange(len(tiles), device="cpu").repeat_interleave(tiles)
     start = (torch.arange(len(offset), device="cpu") - (tiles.cumsum(0) - tiles)[offset]) * rows
-    return torch.stack((dx[offset], dy[offset], start), dim=1).to(torch.int32).to(device)
+    return torch.stack((row_offset[offset], column_offset[offset], start), dim=1).to(torch.int32).to(device)
 
 
 def _scores(
@@ -159,11 +169,11 @@ def _scores(
 ) -> Tensor:
     batch = len(query)
     geometry = _geometry(layout, batch)
-    receiver, giver = _sides(query, key, query_bank, key_bank, geometry)
+    query_side, key_side = _sides(query, key, query_bank, key_bank, geometry)
     # A causal layout lacks pairs, and their scores are 0. All others are written.
     allocate = query.new_zeros if layout.causal else query.new_empty
-    scores = allocate(batch, num_heads, layout.num_receivers, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
-    heads = _shape_of_heads(giver, num_heads)
+    scores = allocate(batch, num_heads, layout.num_queries, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
+    heads = _shape_of_heads(key_side, num_heads)
 
     def grid(option: dict[str, int]) -> tuple[int, ...]:
         return len(_tile_table(geometry, batch, option["ROWS"], query.device)), -(-num_heads // option["HEADS"])
@@ -172,23 +182,23 @@ def _scores(
         launch(
             scores_kernel,
             grid,
-            _tiles(query, max(receiver.in_size, giver.in_size), num_heads, heads["WIDTH"]),
+            _tiles(query, max(query_side.in_size, key_side.in_size), num_heads, heads["WIDTH"]),
             lambda option: {"tiles": _tile_table(geometry, batch, option["ROWS"], query.device)},
             scores=scores,
-            query=receiver.tokens,
-            key=giver.tokens,
-            query_bank=receiver.bank_or_tokens,
-            key_bank=giver.bank_or_tokens,
+            query=query_side.tokens,
+            key=key_side.tokens,
+            query_bank=query_side.bank_or_tokens,
+            key_bank=key_side.bank_or_tokens,
             **_strides("score", scores, "bai"),
-            **_strides("query", receiver.tokens, "bl"),
-            **_strides("key", giver.tokens, "bl"),
+            **_strides("query", query_side.tokens, "bl"),
+            **_strides("key", key_side.tokens, "bl"),
             num_heads=num_heads,
             batch=batch,
             **geometry._asdict(),
-            QUERY_C=receiver.in_size,
-            KEY_C=giver.in_size,
-            QUERY_BANK=receiver.bank is not None,
-            KEY_BANK=giver.bank is not None,
+            QUERY_C=query_side.in_size,
+            KEY_C=key_side.in_size,
+            QUERY_BANK=query_side.bank is not None,
+            KEY_BANK=key_side.bank is not None,
             **heads,
             **_types(query),
         )
@@ -228,7 +238,7 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output:
         batch=batch,
         **geometry._asdict(),
         C=other.in_size,
-        RECEIVES=own.receives,
+        IS_QUERY=own.is_query,
         **heads,
         **_types(other.tokens),
     )
@@ -259,7 +269,7 @@ def _token_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geomet
         C=own.in_size,
         OTHER_C=other.in_size,
         OTHER_BANK=other.bank is not None,
-        RECEIVES=own.receives,
+        IS_QUERY=own.is_query,
         **heads,
         **_types(own.tokens),
     )
@@ -295,7 +305,7 @@ def _bank_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geometr
         C=own.in_size,
         OTHER_C=other.in_size,
         OTHER_BANK=other.bank is not None,
-        RECEIVES=own.receives,
+        IS_QUERY=own.is_query,
         CAUSAL=layout.causal,
         **heads,
         **_types(own.tokens),
@@ -323,9 +333,9 @@ def _scores_backward(
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = _geometry(layout, len(query))
-    receiver, giver = _sides(query, key, query_bank, key_bank, geometry)
+    query_side, key_side = _sides(query, key, query_bank, key_bank, geometry)
     gradients = []
-    for own, other, needed in ((receiver, giver, need_query), (giver, receiver, need_key)):
+    for own, other, needed in ((query_side, key_side, need_query), (key_side, query_side, need_key)):
         if not needed:
             # Outputs of an operator must not share memory: a gradient nobody asked for is an empty tensor of its own.
             gradients += [None, None]
@@ -349,11 +359,11 @@ def _scores_backward(
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
     geometry = _geometry(layout, len(value))
-    giver = _Side(_rows(value), value_bank.contiguous(), 1, False)
-    receiver = _Side(giver.tokens, None, geometry.query_sign, True)
-    shape = (len(value), layout.num_receivers, value_bank.shape[-1])
+    key_side = _Side(_rows(value), value_bank.contiguous(), 1, False)
+    query_side = _Side(key_side.tokens, None, geometry.query_sign, True)
+    shape = (len(value), layout.num_queries, value_bank.shape[-1])
     output = value.new_zeros(shape, dtype=accumulation_dtype(value.dtype))
-    _sum(probabilities, receiver, giver, geometry, output)
+    _sum(probabilities, query_side, key_side, geometry, output)
     if layout.class_token:
         add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype)
