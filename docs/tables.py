@@ -3,7 +3,7 @@
     python docs/tables.py
 
 A page has a pair of markers around each table, `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`.
-The study's own tables, in docs/study.md between markers of theirs, are written by `python scripts/study.py --report`.
+The study's own tables, between other markers in docs/study.md, are written by `python scripts/study.py --epochs 15 --report`.
 """
 
 from __future__ import annotations
