@@ -1,0 +1,297 @@
+"""Writes the tables of README.md and docs from the CSVs in scripts/results.
+
+    python docs/tables.py
+
+A page has a pair of markers around each table, `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`.
+The study's own tables, between other markers in docs/study.md, are written by `python scripts/study.py --epochs 15 --report`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
+MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PASSES = {"forward": "forward", "forward+backward": "forward + backward"}
+
+Row = dict[str, str]
+
+
+def read_rows(name: str, **columns: str) -> list[Row]:
+    """The rows of a CSV in scripts/results that have the given values in the given columns."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in columns.items())]
+
+
+def only(rows: list[Row], **columns: str) -> Row:
+    """The one row with the given values.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    found = [row for row in rows if all(row[key] == value for key, value in columns.items())]
+    if len(found) != 1:
+        raise ValueError(f"One row must have {columns}, got {len(found)}.")
+    return found[0]
+
+
+def table(columns: list[str], rows: list[list[str]], texts: int = 1) -> str:
+    """A markdown table whose first `texts` columns are aligned to the left, and the others to the right."""
+    rule = ["---"] * texts + ["---:"] * (len(columns) - texts)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *rows])
+
+
+def number(text: str, digits: int = 0) -> str:
+    return f"{float(text):,.{digits}f}"
+
+
+def milliseconds(row: Row) -> str:
+    """A time with at least two significant digits."""
+    value = float(row["median_ms"])
+    return f"{value:,.{1 if value < 20 else 0}f}"
+
+
+def mebibytes(row: Row) -> str:
+    return number(row["peak_mib"])
+
+
+# The study
+
+
+def tuned_rows(task: str, length: str = "") -> dict[str, list[Row]]:
+    """The rows of each variant of the study that were trained with the learning rate that tuning chose.
+
+    Learning rates are tuned at the first length of text, and serve the others too.
+    """
+    rows = read_rows("study", task=task)
+    column, sign = ("dynamic → dynamic", 1) if task == "images" else ("perplexity", -1)
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["stage"] == "test" and row["length"] == length:
+            tuning = [one for one in rows if one["stage"] == "tuning" and one["variant"] == row["variant"]]
+            best = max(tuning, key=lambda one: sign * float(one[column]))
+            if best["learning_rate"] == row["learning_rate"]:
+                found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def spread(rows: list[Row], column: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    values = [float(row[column]) for row in rows]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def widened(groups: dict[str, list[Row]], name: str, tolerance: float = 0.03) -> list[Row] | None:
+    """The rows of rotary attention that is widened to as many parameters as a variant, if the study has one."""
+    size = int(groups[name][0]["parameters"])
+    errors = {
+        other: abs(int(rows[0]["parameters"]) / size - 1)
+        for other, rows in groups.items()
+        if other.startswith("attention, rotary, as ")
+    }
+    best = min(errors, key=errors.get)
+    return groups[best] if errors[best] <= tolerance else None
+
+
+def results_table() -> str:
+    """README's: what each mixer costs, and what it reaches, beside rotary attention of as many parameters."""
+    layers = {row["implementation"]: row for row in layer_rows("forward+backward")}
+    tasks = ((tuned_rows("images"), "dynamic → dynamic"), (tuned_rows("text", "128"), "perplexity"))
+    lines = []
+    for name, (variant, layer) in {
+        "attention, rotary": ("attention, rotary", "rotary attention"),
+        "attention, relative bias": ("attention, relative bias", "relative bias"),
+        "convolution": ("convolution", "convolution"),
+        "ACmix": ("ACmix", "ACmix"),
+        "basis 8, kv": ("basis 8 kv", "basis 8, kv"),
+        "LoR 8, kv": ("LoR kv", "LoR 8, kv"),
+        "full, kv": ("full kv", "full, kv"),
+    }.items():
+        cells = [name, f"{number(layers[layer]['times_attention'], 1)} ×"]
+        for groups, column in tasks:
+            if variant not in groups:
+                cells += ["–"] * 3
+                continue
+            rival = None if variant.startswith("attention") else widened(groups, variant)
+            size = f"{int(groups[variant][0]['parameters']) / 1e3:,.0f} k"
+            cells += [size, spread(groups[variant], column), "–" if rival is None else spread(rival, column)]
+        lines.append(cells)
+    columns = ["mixer", "time of a layer"]
+    columns += ["digits: parameters", "accuracy, %", "rotary of equal size"]
+    columns += ["text: parameters", "perplexity", "rotary of equal size"]
+    return table(columns, lines)
+
+
+def second_rate_table(rate: str = "0.002") -> str:
+    """Variants of images that were tested at another learning rate than the one that tuning chose."""
+    lines = []
+    for variant, rows in tuned_rows("images").items():
+        others = read_rows("study", stage="test", task="images", variant=variant, learning_rate=rate)
+        if others and others[0]["learning_rate"] != rows[0]["learning_rate"]:
+            figures = [spread(group, "dynamic → dynamic") for group in (rows, others)]
+            lines.append([variant, rows[0]["learning_rate"], figures[0], figures[1]])
+    return table(["mixer", "tuned rate", "accuracy, %", f"accuracy at {rate}, %"], lines)
+
+
+# The benchmarks
+
+
+def gathering_table() -> str:
+    rows = read_rows("cpu", suite="operator", case="image 7x7, C 192, B 8, qkv", dtype="float32")
+    names = {
+        "grouped": "this package",
+        "reference": 'this package, `attn_implementation="eager"`',
+        "gather": "one matrix gathered per pair, `einsum`",
+        "gather-matmul": "one matrix gathered per pair and image (published code)",
+    }
+    lines = []
+    for name, words in names.items():
+        cells = [words]
+        for passes in PASSES:
+            row, ours = (only(rows, implementation=one, passes=passes) for one in (name, "grouped"))
+            ratio = float(row["median_ms"]) / float(ours["median_ms"])
+            cells += [f"{milliseconds(row)} ms ({number(str(ratio), 1)} ×)"]
+        lines.append([*cells, f"{mebibytes(row)} MiB"])
+    return table(["", *PASSES.values(), "peak memory"], lines)
+
+
+def operator_table() -> str:
+    rows, lines = read_rows("cpu", suite="operator"), []
+    for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
+        group = [row for row in rows if (row["case"], row["dtype"]) == (case, dtype)]
+        for passes, words in PASSES.items():
+            cells = [
+                f"{case}, {dtype}",
+                words,
+                f"{milliseconds(only(group, implementation='floor', passes=passes))} ms",
+            ]
+            for name in ("grouped", "streamed"):
+                row = only(group, implementation=name, passes=passes)
+                cells += [f"{milliseconds(row)} ms ({number(row['times_floor'], 2)} ×)", f"{mebibytes(row)} MiB"]
+            lines.append(cells)
+    columns = ["case", "passes", "bare products", "grouped", "peak memory", "streamed", "peak memory"]
+    return table(columns, lines, texts=2)
+
+
+def layer_rows(passes: str, case: str = "tiny, 14x14, C 192, B 8") -> list[Row]:
+    rows = read_rows("cpu", suite="layer", case=case, passes=passes)
+    return [row for row in rows if not row["implementation"].endswith(", floor")]
+
+
+def with_ratio(row: Row) -> str:
+    return f"{milliseconds(row)} ms ({number(row['times_attention'], 1)} ×)"
+
+
+def layer_table() -> str:
+    both = layer_rows("forward+backward")
+    lines = [
+        [row["implementation"], with_ratio(row), with_ratio(after), f"{mebibytes(after)} MiB"]
+        for row in layer_rows("forward")
+        for after in [only(both, implementation=row["implementation"])]
+    ]
+    return table(["layer", *PASSES.values(), "peak memory"], lines)
+
+
+def training_table() -> str:
+    lines = [
+        [row["implementation"], with_ratio(row), f"{mebibytes(row)} MiB"] for row in read_rows("cpu", suite="training")
+    ]
+    return table(["model", "forward + backward", "peak memory"], lines)
+
+
+def length_table() -> str:
+    rows = read_rows("cpu", suite="length")
+    names = ("attention", "LoR 8", "basis 8", "full", "full, D 32")
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        length = int(re.search(r"L (\d+)", case)[1])
+        if length < 256:
+            continue
+        cells = [f"{length:,}"]
+        for name in names:
+            found = [row for row in rows if row["case"] == case and row["implementation"] == name]
+            cells.append(" / ".join(milliseconds(row) for row in found) or "–")
+        cells.append(" / ".join(f"{number(row['times_floor'], 2)} ×" for row in found))
+        lines.append(cells)
+    return table(["tokens", *names, "D 32 over its floor"], lines, texts=0)
+
+
+def generation_table() -> str:
+    rows = read_rows("generation_cpu")
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = {
+        "full": "full, kv",
+        "lor": "LoR 8, kv",
+        "basis": "basis 8, kv",
+        "full-D32": "full, kv, distance 32",
+        "attention": "rotary attention",
+        "gpt2": "GPT-2 of Transformers",
+    }
+
+    def cells(name: str) -> Iterator[str]:
+        for case in cases:
+            row = only(rows, case=case, implementation=name)
+            yield f"{number(row['tokens_per_second'])} ({number(row['times_no_cache'], 1)} ×)"
+
+    def bytes_per_token(name: str) -> str:
+        found = {float(only(rows, case=case, implementation=name)["cache_bytes_per_token"]) / 1e3 for case in cases}
+        return " to ".join(f"{value:.1f} kB" for value in sorted(found))
+
+    columns = [re.sub(r"tiny-prompt(\d+)-new\d+-B(\d+)", r"prompt \1, batch \2", case) for case in cases]
+    lines = [[words, bytes_per_token(name), *cells(name)] for name, words in names.items()]
+    return table(["model", "cache per token", *columns], lines)
+
+
+def origin(name: str) -> str:
+    """Machine, versions and commits of a CSV."""
+    rows = read_rows(name)
+    parts = [
+        sorted({row[column] for row in rows}) for column in ("device", "threads", "torch", "transformers", "commit")
+    ]
+    device, threads, torch, transformers, commits = (" and ".join(part) for part in parts)
+    return f"{device}, {threads} threads; PyTorch {torch}, Transformers {transformers}; commit {commits}."
+
+
+TABLES = {
+    "results": results_table,
+    "second learning rate": second_rate_table,
+    "gathering": gathering_table,
+    "operator": operator_table,
+    "layer": layer_table,
+    "training": training_table,
+    "length": length_table,
+    "generation": generation_table,
+    "origin of cpu.csv": lambda: origin("cpu"),
+    "origin of generation_cpu.csv": lambda: origin("generation_cpu"),
+}
+
+
+def rewritten(page: str) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        ValueError: if a marker names no table.
+    """
+
+    def fill(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"A marker must name one of {', '.join(TABLES)}, got {match[2]!r}.")
+        return f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[3]}"
+
+    return MARKED.sub(fill, page)
+
+
+def main() -> None:
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

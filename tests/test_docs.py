@@ -1,0 +1,252 @@
+"""README and docs: Python blocks run, commands name scripts and options that exist, links lead somewhere, tables are the CSVs'."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+sys.path[:0] = [str(ROOT / "scripts"), str(DOCS)]
+import tables  # noqa: E402
+
+
+PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+# Links of this page lead to the others.
+LINKED = {**PAGES, "modeling/README.md": ROOT / "modeling" / "README.md"}
+NOT_RUN = "<!-- not run: needs the Hub -->"
+OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
+
+each_page = pytest.mark.parametrize("name", PAGES)
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str, bool]]:
+    """Line, code and whether it is to be run, of each block."""
+    text = read(page)
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if match[1] == language:
+            before = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1]
+            yield text[: match.start()].count("\n") + 1, match[2], before != NOT_RUN
+
+
+@each_page
+def test_python_blocks_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for line, code, runs in blocks(PAGES[name], "python"):
+        if runs:
+            # As many lines down as in the page, so that a traceback names the right one.
+            exec(compile("\n" * line + code, name, "exec"), namespace)
+        else:
+            compile(code, name, "exec")
+            assert "user/name" in code, f"{name}, line {line}: nothing here needs the Hub"
+
+
+@each_page
+def test_every_block_is_checked(name):
+    """Blocks of another language would be neither run nor checked, and a mistyped comment must not be passed over."""
+    text = read(PAGES[name])
+    fences = re.findall(r"^\s*```(\w*)$", text, re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "bash"}
+    assert set(fences[1::2]) <= {""}
+    assert text.count("<!-- not run") == sum(not runs for *_, runs in blocks(PAGES[name], "python"))
+
+
+# Commands
+
+
+@lru_cache
+def options_of(script: str) -> frozenset[str]:
+    """The options that the `--help` of a script lists."""
+    written = io.StringIO()
+    with redirect_stdout(written), pytest.raises(SystemExit) as exit_:
+        importlib.import_module(script).main(["--help"])
+    assert exit_.value.code == 0
+    return frozenset(OPTION.findall(written.getvalue()))
+
+
+def commands(page: Path) -> Iterator[tuple[int, list[str]]]:
+    for line, code, _ in blocks(page, "bash"):
+        for number, text in enumerate(code.splitlines(), start=line + 1):
+            words = shlex.split(text, comments=True)
+            if "|" in words:
+                words = words[words.index("|") + 1 :]
+            if words:
+                yield number, words
+
+
+def problems(words: list[str]) -> list[str]:
+    """What of a command does not exist."""
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    program, *rest = words
+    if program == "make":
+        targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.MULTILINE)
+        return [word for word in rest if "=" not in word and word not in targets]
+    if words[:2] == ["pip", "install"]:
+        extras = {extra for word in rest[1:] for extra in re.findall(r"\[(\w+)\]", word)}
+        return [extra for extra in extras if f"\n{extra} = [" not in read(ROOT / "pyproject.toml")]
+    if words[:2] == ["accelerate", "launch"]:
+        rest = rest[1:]
+        if rest[0] != "--config_file":
+            return rest[:1]
+        wrong = [] if (ROOT / rest[1]).is_file() else [rest[1]]
+        return wrong + problems(["python", *rest[2:]])
+    if program != "python":
+        return [program]
+    if rest[0] == "-X":
+        rest = rest[2:]
+    script, *arguments = rest
+    path = ROOT / script
+    if not path.is_file():
+        return [script]
+    wrong = [word for word in arguments if word.startswith("scripts/") and not (ROOT / word).is_file()]
+    if path.parent.name == "scripts":
+        known = options_of(path.stem)
+        given = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        wrong += [option for option in given if option not in known]
+    return wrong
+
+
+@each_page
+def test_commands_exist(name):
+    found = {number: problems(words) for number, words in commands(PAGES[name])}
+    assert {number: wrong for number, wrong in found.items() if wrong} == {}
+
+
+def test_options_in_the_text_exist():
+    scripts = {Path(word).stem for page in PAGES.values() for _, words in commands(page) for word in words
+               if re.fullmatch(r"scripts/\w+\.py", word)}  # fmt: skip
+    known = frozenset().union(*map(options_of, sorted(scripts)))
+    for name, page in PAGES.items():
+        prose = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
+        spans = " ".join(span for span in re.findall(r"`([^`]+)`", prose) if not span.startswith(("pip", "make")))
+        assert set(OPTION.findall(spans)) <= known, name
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python scripts/nowhere.py",
+        "python scripts/predict.py runs/digits --top_n 3",
+        "python scripts/run_clm.py scripts/recipes/nowhere.yaml --output_dir runs/x",
+        "accelerate launch --config_file scripts/accelerate/nowhere.yaml scripts/run_clm.py",
+        "accelerate launch --config_file scripts/accelerate/ddp.yaml scripts/run_clm.py --max_step 3",
+        "TRITON_INTERPRET=1 python scripts/gpu_check.py --dry",
+        "make everything",
+        "pip install '.[everything]'",
+        "translution-cli train",
+    ],
+)
+def test_wrong_commands_are_found(command):
+    assert len(problems(shlex.split(command))) == 1
+
+
+# Links
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links(name):
+    page = LINKED[name]
+    for link in re.findall(r"\]\(([^)]+)\)", read(page)):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_listed():
+    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= set(
+        re.findall(r"\]\((\w+\.md)\)", read(DOCS / "README.md"))
+    )
+
+
+def test_files_of_the_code_exist():
+    for name in re.findall(r"`([a-z_]+\.py)`", read(ROOT / "modeling" / "README.md")):
+        assert list((ROOT / "modeling").rglob(name)), name
+
+
+# Figures
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_the_csvs(page):
+    """`python docs/tables.py` changes nothing."""
+    text = read(page)
+    assert tables.MARKED.search(text)
+    assert tables.rewritten(text) == text
+
+
+def test_every_table_is_in_a_page():
+    marked = [name for page in tables.PAGES for _, name, _ in tables.MARKED.findall(read(page))]
+    assert sorted(marked) == sorted(tables.TABLES)
+    # Each marker of a beginning has its end.
+    for page in tables.PAGES:
+        assert read(page).count("<!-- table: ") == read(page).count("<!-- end of table -->")
+
+
+def test_a_changed_figure_is_found():
+    text = read(ROOT / "README.md")
+    assert tables.rewritten(text.replace("| 65.8 ± 4.3 |", "| 99.9 ± 4.3 |", 1)) == text
+
+
+def cells(text: str) -> list[list[str]]:
+    """The rows of all tables, by their cells."""
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_study_is_its_csv():
+    """`scripts/study.py --report` wrote the tables of these rows: accuracy of images, perplexity of two lengths of text."""
+    text = read(DOCS / "study.md")
+    begin, end = "<!-- scripts/study.py writes from here -->", "<!-- to here -->"
+    assert (text.count(begin), text.count(end)) == (1, 1)
+    written = text.split(begin)[1].split(end)[0]
+    parts = re.split(r"\n(?=Digits|Text)", written)[1:]
+    assert len(parts) == 3
+    for part in parts:
+        length = re.search(r"blocks of (\d+) tokens", part)
+        groups = tables.tuned_rows("text", length[1]) if length else tables.tuned_rows("images")
+        column = "perplexity" if length else "dynamic → dynamic"
+        shown = [row for row in cells(part) if row[0] not in ("mixer", "---")]
+        assert {row[0] for row in shown} == {name for name in groups if ", as " not in name}
+        for variant, parameters, _, figure, rival, _ in shown:
+            rows = groups[variant]
+            assert parameters == f"{int(rows[0]['parameters']):,}"
+            assert len(rows) == int(re.search(r"(\d) seeds", part)[1])
+            values = [float(row[column]) for row in rows]
+            assert figure == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+            if rival:
+                assert rival == tables.spread(tables.widened(groups, variant), column)
+
+
+def test_the_demo_is_its_cards():
+    """The demo has no CSV; its best models have cards."""
+    pictures, text = read(DOCS / "study.md").split("## The demo")[1].split("Perplexity on")
+    for card, part, factor in (("demo-image", pictures, 100), ("demo-text", text, 1)):
+        (shown,) = [row[-1] for row in cells(part) if row[0] == "Translution, kv"]
+        header = yaml.safe_load(read(ROOT / "model_cards" / f"{card}.md").split("---")[1])
+        value = header["model-index"][0]["results"][0]["metrics"][0]["value"]
+        assert float(shown.removesuffix(" %")) == round(factor * value, 1)
