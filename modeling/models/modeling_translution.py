@@ -32,6 +32,17 @@ from ..operators.dispatch import AUTO, EAGER, TRITON
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets, resample_positions
 from ..operators.rotary import image_rotation, text_rotation
+from .embeddings import TranslutionPatchEmbeddings
+from .input_checks import (
+    check_cache,
+    check_image_labels,
+    check_logits_to_keep,
+    check_position_ids,
+    check_range,
+    check_text_labels,
+    holds_tokens,
+    refuse,
+)
 from .weight_files import check_dtypes, check_index
 
 
@@ -40,73 +51,8 @@ logger = logging.get_logger(__name__)
 # Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.
 EMBEDDING_STD = 0.02
 
-# Positions with this label do not count in a loss.
-IGNORED_LABEL = -100
 # Names that Transformers has for attention. Harnesses pass them to every model.
 OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-
-
-class TranslutionPatchEmbeddings(nn.Module):
-    """Patches as tokens, after a class token.
-
-    A patch is flattened in the order row, column, channel; then LayerNorm, Linear, LayerNorm, as in the paper's code.
-    Takes `[B, channels, height, width]`, returns `[B, 1 + patches, C]`.
-    """
-
-    def __init__(self, config: TranslutionConfig):
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.image_size = config.image_height_width
-        self.patch_size = config.patch_height_width
-        self.grid_size = config.grid_height_width
-        features = self.patch_size[0] * self.patch_size[1] * config.num_channels
-        self.patch_norm = nn.LayerNorm(features, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(features, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.position_embeddings = None
-        if config.use_absolute_position_embeddings:
-            height, width = self.grid_size
-            self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height * width, config.hidden_size))
-
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
-            )
-        _, channels, height, width = pixel_values.shape
-        if channels != self.num_channels:
-            raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
-        grid = self.grid(height, width, interpolate_pos_encoding)
-        # A quantised Linear has no tensor of weights.
-        (patch_height, patch_width), dtype = self.patch_size, self.cls_token.dtype
-        patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        tokens = self.norm(self.projection(self.patch_norm(patches)))
-        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
-        if self.position_embeddings is None:
-            return tokens
-        return tokens + resample_positions(self.position_embeddings, self.grid_size, grid)
-
-    def grid(self, height: int, width: int, interpolate_pos_encoding: bool) -> tuple[int, int]:
-        """Height and width in patches of an image in pixels.
-
-        Raises:
-            ValueError: for a size other than `image_size` without `interpolate_pos_encoding`, or one that is not a multiple
-                of the patch size.
-        """
-        if (height, width) != self.image_size and not interpolate_pos_encoding:
-            raise ValueError(
-                f"`pixel_values` must be images of `image_size` {list(self.image_size)} (height, width), got "
-                f"{[height, width]}; other sizes need `interpolate_pos_encoding=True`."
-            )
-        patch_height, patch_width = self.patch_size
-        if height % patch_height or width % patch_width or not height or not width:
-            raise ValueError(
-                f"`pixel_values` must be images of a positive multiple of `patch_size` {list(self.patch_size)} on each axis, "
-                f"got {[height, width]}."
-            )
-        return height // patch_height, width // patch_width
 
 
 class TranslutionMLP(nn.Module):
@@ -380,7 +326,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
             ValueError: for inputs of the other modality, or of the wrong shape or range.
         """
         if self.config.modality == "image":
-            _refuse(
+            refuse(
                 "image",
                 "`pixel_values`",
                 input_ids=input_ids,
@@ -389,7 +335,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
             )
             hidden_states, shared = self._image_inputs(pixel_values, attention_mask, interpolate_pos_encoding)
         else:
-            _refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
+            refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
             hidden_states, shared = self._text_inputs(
                 self._embed_tokens(input_ids, inputs_embeds),
                 attention_mask,
@@ -431,10 +377,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Tokens of texts, `[B, L, C]`, and what every layer needs beside them."""
         batch, new = inputs_embeds.shape[:2]
-        _check_cache(past_key_values)
-        _check_position_ids(position_ids, batch, new)
+        check_cache(past_key_values)
+        check_position_ids(position_ids, batch, new)
         packed = None
-        if new > 1 and position_ids is not None and attention_mask is None and not _holds_tokens(past_key_values):
+        if new > 1 and position_ids is not None and attention_mask is None and not holds_tokens(past_key_values):
             packed = find_packed_texts(position_ids)
         if packed is not None and past_key_values is not None:
             raise ValueError(
@@ -470,7 +416,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 raise ValueError(
                     f"`input_ids` must be [batch, length] with a length of at least 1, got shape {list(input_ids.shape)}."
                 )
-            _check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, "`vocab_size`")
+            check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, "`vocab_size`")
             inputs_embeds = self.embed_tokens(input_ids)
         if (
             inputs_embeds.ndim != 3
@@ -525,9 +471,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
             else:
                 position_ids = layout.positions(inputs_embeds.device).expand(inputs_embeds.shape[0], -1)
         if self.config.use_absolute_position_embeddings:
-            _check_range(
-                "position_ids", position_ids, self.config.max_position_embeddings, "`max_position_embeddings`"
-            )
+            check_range("position_ids", position_ids, self.config.max_position_embeddings, "`max_position_embeddings`")
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         return inputs_embeds, position_ids
 
@@ -589,7 +533,7 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
             **kwargs,
         )
         tokens = outputs.last_hidden_state
-        self._check_labels(labels, tokens)
+        check_image_labels(labels, self.config, tokens.shape[0])
         pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
         logits = self.classifier(pooled)
         loss = None
@@ -598,24 +542,6 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-    def _check_labels(self, labels: Tensor | None, tokens: Tensor):
-        config = self.config
-        if labels is None:
-            return
-        batch, indices = tokens.shape[0], not labels.is_floating_point()
-        if config.problem_type == "single_label_classification" or (
-            config.problem_type is None and config.num_labels > 1 and indices
-        ):
-            if list(labels.shape) not in ([batch], [batch, 1]) or not indices:
-                raise ValueError(
-                    f"`labels` must be class indices [batch] {[batch]}, got shape {list(labels.shape)} and {labels.dtype}."
-                )
-            _check_range("labels", labels, config.num_labels, "`num_labels`", IGNORED_LABEL)
-        elif labels.numel() != batch * config.num_labels:
-            raise ValueError(
-                f"`labels` must be [batch, `num_labels`] {[batch, config.num_labels]}, got shape {list(labels.shape)}."
-            )
 
 
 class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
@@ -697,8 +623,8 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        self._check_labels(labels, outputs.last_hidden_state)
-        _check_logits_to_keep(logits_to_keep, outputs.last_hidden_state)
+        check_text_labels(labels, self.config, outputs.last_hidden_state)
+        check_logits_to_keep(logits_to_keep, outputs.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.head_norm(outputs.last_hidden_state[:, kept]))
         loss = None
@@ -712,16 +638,6 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _check_labels(self, labels: Tensor | None, tokens: Tensor):
-        if labels is None:
-            return
-        if labels.shape != tokens.shape[:2] or labels.is_floating_point():
-            raise ValueError(
-                f"`labels` must be token ids [batch, length] {list(tokens.shape[:2])}, got shape {list(labels.shape)} and "
-                f"{labels.dtype}."
-            )
-        _check_range("labels", labels, self.config.vocab_size, "`vocab_size`", IGNORED_LABEL)
-
 
 def _linear_bounds(in_features: int) -> tuple[float, float]:
     return -(in_features**-0.5), in_features**-0.5
@@ -730,65 +646,6 @@ def _linear_bounds(in_features: int) -> tuple[float, float]:
 def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modality: str):
     if config.modality != modality:
         raise ValueError(f"{type(model).__name__} needs `modality` {modality!r}, got {config.modality!r}.")
-
-
-def _refuse(modality: str, allowed: str, **unwanted: Any):
-    for name, value in unwanted.items():
-        if value is not None:
-            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"`{name}` does not go with `modality` {modality!r}, got {got}; allowed is {allowed}.")
-
-
-def _check_cache(cache: Cache | None):
-    if cache is None:
-        return
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(hasattr(layer, "update_recent") for layer in layers):
-        raise ValueError(
-            "`past_key_values` must be a cache made for this model, `DynamicCache(config=model.config)` or "
-            f"`StaticCache(config=model.config, max_cache_len=…)`, got {type(cache).__name__} with layers "
-            f"{sorted({type(layer).__name__ for layer in layers or ()})}."
-        )
-
-
-def _holds_tokens(cache: Cache | None) -> bool:
-    # A compiled step cannot look at what a static cache has counted.
-    return cache is not None and (torch.compiler.is_compiling() or bool(cache.get_seq_length()))
-
-
-def _check_position_ids(position_ids: Tensor | None, batch: int, new: int):
-    if position_ids is None:
-        return
-    shape = list(position_ids.shape)
-    if position_ids.ndim != 2 or shape[0] not in (1, batch) or shape[1] != new or position_ids.is_floating_point():
-        raise ValueError(
-            f"`position_ids` must be integers [batch, length] {[batch, new]}, got shape {shape} and {position_ids.dtype}."
-        )
-
-
-def _check_range(name: str, ids: Tensor, limit: int, field: str, ignored: int | None = None):
-    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = (ids < 0) | (ids >= limit)
-    if ignored is not None:
-        wrong &= ids != ignored
-    if wrong.any():
-        beside = "" if ignored is None else f", or {ignored} to be ignored"
-        raise ValueError(
-            f"`{name}` must be at least 0 and less than {field} {limit}{beside}, got {ids[wrong][0].item()}."
-        )
-
-
-def _check_logits_to_keep(kept: int | Tensor, tokens: Tensor):
-    length = tokens.shape[1]
-    if isinstance(kept, Tensor):
-        if kept.dtype != torch.bool:
-            _check_range("logits_to_keep", kept + length * (kept < 0), length, "the text's length")
-    elif not 0 <= kept <= length:
-        raise ValueError(
-            f"`logits_to_keep` must be 0, for all, to {length}, the text's length, or indices; got {kept}."
-        )
 
 
 __all__ = [

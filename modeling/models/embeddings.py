@@ -1,0 +1,75 @@
+"""From pixels to tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...configuration.configuration_translution import TranslutionConfig
+from ..operators.resampling import resample_positions
+
+
+class TranslutionPatchEmbeddings(nn.Module):
+    """Patches as tokens, after a class token.
+
+    A patch is flattened in the order row, column, channel; then LayerNorm, Linear, LayerNorm, as in the paper's code.
+    Takes `[B, channels, height, width]`, returns `[B, 1 + patches, C]`.
+    """
+
+    def __init__(self, config: TranslutionConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.image_size = config.image_height_width
+        self.patch_size = config.patch_height_width
+        self.grid_size = config.grid_height_width
+        features = self.patch_size[0] * self.patch_size[1] * config.num_channels
+        self.patch_norm = nn.LayerNorm(features, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(features, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.position_embeddings = None
+        if config.use_absolute_position_embeddings:
+            height, width = self.grid_size
+            self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height * width, config.hidden_size))
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
+        grid = self.grid(height, width, interpolate_pos_encoding)
+        # A quantised Linear has no tensor of weights.
+        (patch_height, patch_width), dtype = self.patch_size, self.cls_token.dtype
+        patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        tokens = self.norm(self.projection(self.patch_norm(patches)))
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
+        if self.position_embeddings is None:
+            return tokens
+        return tokens + resample_positions(self.position_embeddings, self.grid_size, grid)
+
+    def grid(self, height: int, width: int, interpolate_pos_encoding: bool) -> tuple[int, int]:
+        """Height and width in patches of an image in pixels.
+
+        Raises:
+            ValueError: for a size other than `image_size` without `interpolate_pos_encoding`, or one that is not a multiple
+                of the patch size.
+        """
+        if (height, width) != self.image_size and not interpolate_pos_encoding:
+            raise ValueError(
+                f"`pixel_values` must be images of `image_size` {list(self.image_size)} (height, width), got "
+                f"{[height, width]}; other sizes need `interpolate_pos_encoding=True`."
+            )
+        patch_height, patch_width = self.patch_size
+        if height % patch_height or width % patch_width or not height or not width:
+            raise ValueError(
+                f"`pixel_values` must be images of a positive multiple of `patch_size` {list(self.patch_size)} on each axis, "
+                f"got {[height, width]}."
+            )
+        return height // patch_height, width // patch_width
+
+
+__all__ = ["TranslutionPatchEmbeddings"]

@@ -1,0 +1,126 @@
+"""What a forward pass is given, checked: each function raises a `ValueError` that names the argument, the value and what is allowed.
+
+Legend: `B` batch, `L` tokens, `C` hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ...configuration.configuration_translution import TranslutionConfig
+
+
+# Positions with this label do not count in a loss.
+IGNORED_LABEL = -100
+
+
+def refuse(modality: str, allowed: str, **unwanted: Any):
+    """Refuses inputs of the other modality."""
+    for name, value in unwanted.items():
+        if value is not None:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"`{name}` does not go with `modality` {modality!r}, got {got}; allowed is {allowed}.")
+
+
+def check_cache(cache: Cache | None):
+    """Whether a cache has the layers that mixers write to, see `cache.py`."""
+    if cache is None:
+        return
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(hasattr(layer, "update_recent") for layer in layers):
+        raise ValueError(
+            "`past_key_values` must be a cache made for this model, `DynamicCache(config=model.config)` or "
+            f"`StaticCache(config=model.config, max_cache_len=…)`, got {type(cache).__name__} with layers "
+            f"{sorted({type(layer).__name__ for layer in layers or ()})}."
+        )
+
+
+def holds_tokens(cache: Cache | None) -> bool:
+    """Whether a cache continues a text."""
+    # A compiled step cannot look at what a static cache has counted.
+    return cache is not None and (torch.compiler.is_compiling() or bool(cache.get_seq_length()))
+
+
+def check_position_ids(position_ids: Tensor | None, batch: int, new: int):
+    """Whether positions are integers `[B or 1, new]`."""
+    if position_ids is None:
+        return
+    shape = list(position_ids.shape)
+    if position_ids.ndim != 2 or shape[0] not in (1, batch) or shape[1] != new or position_ids.is_floating_point():
+        raise ValueError(
+            f"`position_ids` must be integers [batch, length] {[batch, new]}, got shape {shape} and {position_ids.dtype}."
+        )
+
+
+def check_range(name: str, ids: Tensor, limit: int, field: str, ignored: int | None = None):
+    """Whether indices are at least 0 and less than `limit`, the value of `field`, or `ignored`."""
+    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = (ids < 0) | (ids >= limit)
+    if ignored is not None:
+        wrong &= ids != ignored
+    if wrong.any():
+        beside = "" if ignored is None else f", or {ignored} to be ignored"
+        raise ValueError(
+            f"`{name}` must be at least 0 and less than {field} {limit}{beside}, got {ids[wrong][0].item()}."
+        )
+
+
+def check_logits_to_keep(kept: int | Tensor, tokens: Tensor):
+    """Whether a text of `[B, L, C]` tokens has the positions to compute logits for."""
+    length = tokens.shape[1]
+    if isinstance(kept, Tensor):
+        if kept.dtype != torch.bool:
+            check_range("logits_to_keep", kept + length * (kept < 0), length, "the text's length")
+    elif not 0 <= kept <= length:
+        raise ValueError(
+            f"`logits_to_keep` must be 0, for all, to {length}, the text's length, or indices; got {kept}."
+        )
+
+
+def check_image_labels(labels: Tensor | None, config: TranslutionConfig, batch: int):
+    """Whether labels suit the loss that Transformers chooses by `problem_type`, or by their type."""
+    if labels is None:
+        return
+    indices = not labels.is_floating_point()
+    if config.problem_type == "single_label_classification" or (
+        config.problem_type is None and config.num_labels > 1 and indices
+    ):
+        if list(labels.shape) not in ([batch], [batch, 1]) or not indices:
+            raise ValueError(
+                f"`labels` must be class indices [batch] {[batch]}, got shape {list(labels.shape)} and {labels.dtype}."
+            )
+        check_range("labels", labels, config.num_labels, "`num_labels`", IGNORED_LABEL)
+    elif labels.numel() != batch * config.num_labels:
+        raise ValueError(
+            f"`labels` must be [batch, `num_labels`] {[batch, config.num_labels]}, got shape {list(labels.shape)}."
+        )
+
+
+def check_text_labels(labels: Tensor | None, config: TranslutionConfig, tokens: Tensor):
+    """Whether labels are a token id for each of `[B, L, C]` tokens."""
+    if labels is None:
+        return
+    if labels.shape != tokens.shape[:2] or labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must be token ids [batch, length] {list(tokens.shape[:2])}, got shape {list(labels.shape)} and "
+            f"{labels.dtype}."
+        )
+    check_range("labels", labels, config.vocab_size, "`vocab_size`", IGNORED_LABEL)
+
+
+__all__ = [
+    "check_cache",
+    "check_image_labels",
+    "check_logits_to_keep",
+    "check_position_ids",
+    "check_range",
+    "check_text_labels",
+    "holds_tokens",
+    "refuse",
+]
