@@ -22,12 +22,13 @@ import csv
 from pathlib import Path
 
 import torch
-from benchmark_generation import generation_suite
-from benchmark_length import LENGTHS, draw, length_suite
-from benchmark_models import layer_suite, training_suite
-from benchmark_operator import operator_suite
-from command import ArgumentParser, run_command
-from measuring import FIELDS, hardware
+from benchmarks.generation import generation_suite
+from benchmarks.length import LENGTHS, draw, length_suite
+from benchmarks.measuring import FIELDS
+from benchmarks.models import layer_suite, training_suite
+from benchmarks.operator import operator_suite
+from common.command import ArgumentParser, run_command
+from common.hardware import hardware
 
 
 SUITES = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import ArgumentParser, run_command
+from common.command import ArgumentParser, run_command
 from torch import Tensor
 from transformers import PreTrainedModel
 

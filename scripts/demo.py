@@ -30,23 +30,14 @@ import numpy as np
 import sklearn
 import torch
 import transformers
-from data import (
-    CANVAS_SIZE,
-    NUM_CHANNELS,
-    DigitCanvases,
-    TokenBlocks,
-    digits_processor,
-    digits_split,
-    read_texts,
-    split_files,
-    standard_library_files,
-    token_blocks,
-    train_tokenizer,
-)
-from model_card import write_model_card
-from saved_files import RUN
+from common.saved_files import RUN
+from studies.token_blocks import TokenBlocks, token_blocks
 from torch import Tensor
 from tqdm.auto import tqdm
+from training.digits import CANVAS_SIZE, NUM_CHANNELS, DigitCanvases, digits_processor, digits_split
+from training.model_card import write_model_card
+from training.standard_library import read_texts, split_files, standard_library_files
+from training.tokenizer import train_tokenizer
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,

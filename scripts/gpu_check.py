@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import ArgumentParser, run_command
-from measuring import hardware
+from common.command import ArgumentParser, run_command
+from common.hardware import hardware
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
@@ -338,7 +338,7 @@ def time_training(bench: Bench) -> None:
 def train_digits(bench: Bench) -> None:
     """Full Translution learns digits at random places."""
     try:
-        from data import DigitCanvases, digits_split
+        from training.digits import DigitCanvases, digits_split
     except ImportError as error:
         bench.row(part="digits", case="dynamic", ok=False, note=f"not run: {error}")
         return

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from command import ArgumentParser, run_command
-from pictures import FORMATS, open_picture, read_picture
+from common.command import ArgumentParser, run_command
+from common.pictures import FORMATS, open_picture, read_picture
+from common.saved_files import check_model_name, misshapen
 from PIL import UnidentifiedImageError
-from saved_files import check_model_name, misshapen
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

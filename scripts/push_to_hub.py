@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from command import EXPECTED, ArgumentParser, run_command
+from common.command import EXPECTED, ArgumentParser, run_command
+from common.saved_files import CARD, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from model_card import model_card
-from saved_files import CARD, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
+from training.model_card import model_card
 
 
 try:

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
-from checkpoints import LEFT_BEHIND, WholeCheckpointTrainer
-from command import run_command
+from common.command import run_command
 from datasets import IterableDataset
-from load_data import TextDataArguments, load_texts
-from metrics import text_metrics, token_losses
-from text_blocks import BlockArguments, BlockBatch, BlockStream, Packer, blocks, hold_out_blocks, load_tokenizer
-from training import Run, ScriptTrainingArguments, load_checkpoint
+from training.arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
+from training.data_arguments import TextDataArguments
+from training.metrics import text_metrics, token_losses
+from training.output_folder import LEFT_BEHIND
+from training.run import Run
+from training.text_blocks import BlockArguments, BlockBatch, BlockStream, Packer, blocks, hold_out_blocks
+from training.text_data import load_texts
+from training.tokenizer import load_tokenizer
+from training.trainer import ScriptTrainingArguments, WholeCheckpointTrainer
+from training.weights import load_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from translution import TranslutionForCausalLM

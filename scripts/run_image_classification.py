@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
-from augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
-from command import run_command
+from common.command import run_command
 from datasets import IterableDataset
-from load_data import AnyDataset, ImageDataArguments, load_images
-from metrics import image_metrics, likeliest_classes
-from training import ImageTrainer, Run, ScriptTrainingArguments, load_checkpoint
+from training.arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
+from training.augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
+from training.data_arguments import ImageDataArguments
+from training.image_data import load_images
+from training.metrics import image_metrics, likeliest_classes
+from training.run import Run
+from training.splits import AnyDataset
+from training.trainer import ImageTrainer, ScriptTrainingArguments
+from training.weights import load_checkpoint
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers import ViTImageProcessorPil as ImageProcessor
 

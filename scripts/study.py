@@ -39,24 +39,16 @@ from typing import Any
 
 import matplotlib
 import torch
-from data import (
-    PLACEMENTS,
-    DigitCanvases,
-    Digits,
-    TokenBlocks,
-    digits_split,
-    read_texts,
-    split_files,
-    standard_library_files,
-    token_blocks,
-    train_tokenizer,
-)
+from common.hardware import hardware
 from demo import COMPARISONS, IMAGE_FIELDS, TEXT_FIELDS, Settings, accuracy, all_pixels, classify, perplexity, table
-from measuring import hardware
+from studies.token_blocks import TokenBlocks, token_blocks
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+from training.digits import PLACEMENTS, DigitCanvases, Digits, digits_split
+from training.standard_library import read_texts, split_files, standard_library_files
+from training.tokenizer import train_tokenizer
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification

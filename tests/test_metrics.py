@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +13,10 @@ from transformers import EvalPrediction
 
 evaluate = pytest.importorskip("evaluate")
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
 
 @pytest.fixture(scope="module")
 def metrics():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("metrics")
+    return importlib.import_module("training.metrics")
 
 
 @pytest.mark.parametrize("classes", [3, 5, 6, 20])

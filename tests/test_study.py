@@ -3,22 +3,16 @@
 import argparse
 import importlib
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
 @pytest.fixture(scope="module")
 def study():
     """`scripts/study.py`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("study")
+    return importlib.import_module("study")
 
 
 @pytest.fixture

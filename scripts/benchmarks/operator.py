@@ -19,9 +19,9 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor
 
+from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from translution.modeling import translution_grouped, translution_reference
 from translution.modeling.pair_layout import PairLayout
 from translution.modeling.streamed_attention import streamed_attention

@@ -1,4 +1,4 @@
-"""From documents to blocks of tokens: a tokenizer, a tokenisation that goes on where it was stopped, and batches.
+"""From documents to blocks of tokens: a tokenization that resumes where it was stopped, and batches.
 
 Legend: `N` blocks, `L` tokens of a block.
 """
@@ -13,21 +13,18 @@ from typing import Any
 
 import datasets
 import torch
-from arguments import ModelArguments
-from data import train_tokenizer
 from datasets import Dataset, IterableDataset
-from load_data import AnyDataset, endless
-from metrics import IGNORED
-from saving import written_whole
 from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from training.metrics import IGNORED
+from training.splits import AnyDataset
+from training.streams import endless
 
 
 # Documents that are put together and cut at a time; only the last block of them may be short.
 PACKED_DOCUMENTS = 1000
-# A tokenizer of its own is trained on the first ones of a stream.
-TOKENIZER_DOCUMENTS = 10_000
 
 
 @dataclass
@@ -59,35 +56,6 @@ class BlockArguments:
             raise ValueError(
                 f"`tokenization_shards` must be an integer of at least 1, got {self.tokenization_shards}."
             )
-
-
-def load_tokenizer(
-    args: BlockArguments, model: ModelArguments, data: AnyDataset, folder: Path
-) -> PreTrainedTokenizerBase:
-    """The tokenizer by name, of the checkpoint, or a new one, which is kept in `folder` for a resumed run.
-
-    Raises:
-        ValueError: for a tokenizer without an end-of-text token, and where there is no text to train one on.
-    """
-    name = args.tokenizer_name or model.model_name_or_path
-    if name is not None:
-        revision = model.model_revision if args.tokenizer_name is None else None
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=model.trust_remote_code
-        )
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"`tokenizer_name` must have an end-of-text token, {name} has none.")
-        return tokenizer
-    if folder.is_dir():
-        return AutoTokenizer.from_pretrained(folder)
-    documents = data.take(TOKENIZER_DOCUMENTS) if isinstance(data, IterableDataset) else data
-    texts = [row["text"] for row in documents if row["text"]]
-    if not texts:
-        raise ValueError("The data to train on must hold text, got empty documents only.")
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.block_size or 256)
-    with written_whole(folder) as partial:
-        tokenizer.save_pretrained(partial)
-    return tokenizer
 
 
 class Packer:

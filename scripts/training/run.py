@@ -1,4 +1,4 @@
-"""What both training scripts do once they have a model and data: train, evaluate, and write down what came of it."""
+"""One call of a training script: train, evaluate, and write down the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,94 +15,17 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import ModelArguments, RunArguments, hyperparameters, lasting, without_tokens
-from checkpoints import (
-    TRAINER_STATE,
-    WholeCheckpointTrainer,
-    claim_output_dir,
-    finish_saving,
-    has_weights,
-    load_weights,
-    newest_checkpoint,
-    refuse_changes,
-)
-from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
-from measuring import hardware
-from saved_files import RUN, misshapen
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from common.hardware import hardware
+from common.saved_files import RUN
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 
 import translution
-
-
-@dataclass
-class ScriptTrainingArguments(TrainingArguments):
-    """Transformers' arguments; defaults differ where a run should train, evaluate, and resume, if nothing is said."""
-
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at the end or more often."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts' own batches need all columns."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Whether a resumed run remembers how long it has waited for an improvement."}
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Whether batches lie in pinned memory."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.remove_unused_columns = False
-
-
-class EpochCallback(TrainerCallback):
-    """Tells the training data that an epoch begins. Accelerate does not, where there are several processes."""
-
-    def __init__(self, data: Any):
-        self.data = data
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # A resumed run begins in the middle of an epoch.
-        self.data.set_epoch(int(state.epoch or 0))
-
-
-class PatienceCallback(TrainerCallback):
-    """A resumed run remembers how long it has waited; how long it shall wait is said anew."""
-
-    def __init__(self, trainer: Trainer, patience: int):
-        self.trainer = trainer
-        self.patience = patience
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience = self.patience
-
-
-class ImageTrainer(WholeCheckpointTrainer):
-    """Mixed labels are probabilities `[N, K]`; the model's own loss is about class indices."""
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        labels = inputs.get("labels")
-        if labels is None or labels.ndim == 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(pixel_values=inputs["pixel_values"])
-        smoothing = self.args.label_smoothing_factor
-        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
-        return (loss, outputs) if return_outputs else loss
+from training.arguments import ModelArguments, RunArguments, hyperparameters, lasting, without_tokens
+from training.checkpoints import TRAINER_STATE, newest_checkpoint
+from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
+from training.output_folder import claim_output_dir, finish_saving, refuse_changes
+from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
+from training.weights import has_weights, load_weights
 
 
 @dataclass
@@ -258,7 +181,7 @@ class Run:
     def write(self, metrics: dict[str, float], seconds: float | None):
         """`run.json`, and the model card that is made of it."""
         # Imported here: it is needed once, at the end.
-        from model_card import write_model_card
+        from training.model_card import write_model_card
 
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         timing = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
@@ -297,36 +220,6 @@ class Run:
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, self.folder / RUN)
         write_model_card(self.folder)
-
-
-def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> PreTrainedModel:
-    """The model to train that `model_name_or_path` names, in float32.
-
-    Args:
-        auto_class: of its task.
-        args: where it is, and whether tensors of another shape start anew.
-        fields: of its config.
-
-    Raises:
-        ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
-    """
-    name = args.model_name_or_path
-    # Which tensors they are tells the report alone.
-    model, report = auto_class.from_pretrained(
-        name,
-        revision=args.model_revision or "main",
-        trust_remote_code=args.trust_remote_code,
-        dtype="float32",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **fields,
-    )
-    problems = misshapen(report)
-    if problems and not args.ignore_mismatched_sizes:
-        raise ValueError(
-            f"The weights of {name} do not fit: {'; '.join(problems)}. `--ignore_mismatched_sizes` starts these anew."
-        )
-    return model
 
 
 def save(trainer: Trainer, split: str, metrics: dict[str, float], combined: bool = True):

@@ -16,14 +16,15 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from common.pictures import as_rgb, read_picture
 from datasets.utils.file_utils import xopen
-from load_data import endless
-from pictures import as_rgb, read_picture
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import BaseImageProcessor
+
+from training.streams import endless
 
 
 # Ratios of width to height of a random crop, as is usual.

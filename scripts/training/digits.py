@@ -1,24 +1,20 @@
-"""Real data that needs no network: scikit-learn's handwritten digits, and the source text of Python's standard library.
+"""Scikit-learn's handwritten digits, which need no network, on a larger canvas.
 
-Legend: `N` pictures or blocks, `L` tokens of a block.
+Legend: `N` images.
 """
 
 from __future__ import annotations
 
-import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
 
 
 DIGIT_SIZE = 8
@@ -29,9 +25,6 @@ PLACEMENTS = ("static", "dynamic")
 PIXEL_MEAN = PIXEL_STD = 0.5
 # Drawing positions and splitting digits are separate: a new seed for the one leaves the other alone.
 SPLIT_SEED = 0
-
-END_OF_TEXT = "<|endoftext|>"
-HELD_OUT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -123,77 +116,3 @@ def digits_processor() -> ViTImageProcessorPil:
         image_mean=[PIXEL_MEAN] * NUM_CHANNELS,
         image_std=[PIXEL_STD] * NUM_CHANNELS,
     )
-
-
-def standard_library_files() -> list[Path]:
-    """The public top-level modules of Python's standard library that are written in Python, by name.
-
-    Raises:
-        FileNotFoundError: where Python was installed without its source text.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no .py files: this Python comes without the text of its library.")
-    return files
-
-
-def split_files(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Files to train on and files held out: a file's name decides, so that other Python versions split alike."""
-    train, held_out = [], []
-    for path in files:
-        (train if zlib.crc32(path.name.encode()) % HELD_OUT_SHARE else held_out).append(path)
-    return train, held_out
-
-
-def read_texts(files: Iterable[Path]) -> Iterator[str]:
-    """The text of each file."""
-    for path in files:
-        yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every text can be written in it, and comes back as it was."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        # All 256 bytes, seen or not: there is no unknown token.
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-class TokenBlocks(Dataset):
-    """Blocks of `length` tokens, `[N, L]`, for a causal model: `labels` are the tokens themselves."""
-
-    def __init__(self, tokens: Tensor, length: int):
-        count = len(tokens) // length
-        if count == 0:
-            raise ValueError(f"A block needs {length} tokens, there are {len(tokens)} in all.")
-        self.blocks = tokens[: count * length].view(count, length)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
-
-
-def token_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TokenBlocks:
-    """The texts one after the other, with an end-of-text token after each, cut into blocks."""
-    encodings = tokenizer.backend_tokenizer.encode_batch(list(texts))
-    ids = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
-    return TokenBlocks(torch.tensor(ids), length)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from command import unknown_options
-from saved_files import check_model_name
+from common.command import unknown_options
+from common.saved_files import check_model_name
 from transformers import HfArgumentParser, TrainingArguments
 
 from translution import TranslutionConfig
