@@ -338,11 +338,11 @@ def time_training(bench: Bench) -> None:
 def train_digits(bench: Bench) -> None:
     """Full Translution learns digits at random places."""
     try:
+        from studies.settings import IMAGE_FIELDS
         from training.digits import DigitCanvases, digits_split
     except ImportError as error:
         bench.row(part="digits", case="dynamic", ok=False, note=f"not run: {error}")
         return
-    from demo import IMAGE_FIELDS, all_pixels
 
     digits, held_out = digits_split()
     torch.manual_seed(0)
@@ -354,7 +354,7 @@ def train_digits(bench: Bench) -> None:
     start, epochs = time.perf_counter(), 1 if bench.dry else 30
     for epoch in range(epochs):
         canvases = DigitCanvases(digits, "dynamic", epoch)
-        pixels, labels = all_pixels(canvases), torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
+        pixels, labels = canvases.pixel_values(), torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
         for chosen in torch.randperm(len(labels)).split(4 if bench.dry else 64)[: 1 if bench.dry else None]:
             loss = model(pixel_values=pixels[chosen].to(bench.device), labels=labels[chosen].to(bench.device)).loss
             loss.backward()
@@ -364,7 +364,7 @@ def train_digits(bench: Bench) -> None:
     canvases = DigitCanvases(held_out, "dynamic", 0)
     labels = torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
     with torch.no_grad():
-        pixels = all_pixels(canvases)[: 2 if bench.dry else None]
+        pixels = canvases.pixel_values()[: 2 if bench.dry else None]
         guessed = model.eval()(pixel_values=pixels.to(bench.device)).logits.argmax(-1).cpu()
     right = (guessed == labels[: len(guessed)]).float().mean().item()
     bench.row(part="digits", case=f"dynamic, {epochs} epochs", accuracy=right, note=f"{seconds:.0f} s", ok=bench.dry or right > 0.5)  # fmt: skip

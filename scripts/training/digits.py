@@ -101,6 +101,10 @@ class DigitCanvases(Dataset):
         """All canvases as greyscale pictures."""
         return [self.picture(index) for index in range(len(self))]
 
+    def pixel_values(self) -> Tensor:
+        """Model inputs of all canvases, `[N, 3, 16, 16]`."""
+        return torch.stack([self[index]["pixel_values"] for index in range(len(self))])
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         # The same arithmetic as `digits_processor`, without a detour over pictures for every step of training.
         pixels = (self.canvas(index).float() / 255 - PIXEL_MEAN) / PIXEL_STD
