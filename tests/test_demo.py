@@ -1,17 +1,17 @@
 """The demo runs, its files load, and its data are what it says."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from studies.token_blocks import TokenBlocks, token_blocks
+from studies.examples import TokenBlocks, token_blocks
 from training.digits import DigitCanvases, digits_processor, digits_split
 from training.standard_library import read_texts, split_files, standard_library_files
 from training.tokenizer import END_OF_TEXT, train_tokenizer
@@ -21,12 +21,6 @@ import translution  # noqa: F401 (registers the Auto classes)
 
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """`scripts/demo.py`."""
-    return importlib.import_module("demo")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +72,7 @@ def test_demo_writes_what_it_says(tmp_path):
         assert json.loads((folder / model / "run.json").read_text(encoding="utf-8"))["metrics"] == {metric: value}
 
 
-def test_failure_keeps_old_output(tmp_path, demo):
+def test_failure_keeps_old_output(tmp_path):
     folder = tmp_path / "demo"
     with demo.replaced_when_done(folder) as new:
         (new / demo.REPORT).write_text("old")
@@ -99,7 +93,7 @@ def test_failure_keeps_old_output(tmp_path, demo):
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_other_folders_are_left_alone(tmp_path, demo):
+def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not an earlier output"), demo.replaced_when_done(tmp_path):
         pass
