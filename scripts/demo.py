@@ -30,11 +30,12 @@ import run_clm
 import run_image_classification
 import torch
 import transformers
+from common.atomic_folder import written_whole
 from common.command import ArgumentParser, run_command
 from common.hardware import hardware
 from common.saved_files import RUN
+from common.tables import markdown
 from datasets import Dataset
-from training.atomic_folder import written_whole
 from training.digits import PLACEMENTS
 from training.image_data import digits_dataset
 from training.model_card import write_model_card
@@ -239,25 +240,23 @@ def compare_with_fresh_process(folder: Path, args: argparse.Namespace, report: d
     (folder / FRESH_RESULTS).unlink()
     if "images" in report:
         here, there = report["images"], fresh["images"]
-        require("predictions", here["predictions"], there["predictions"], here["predictions"] == there["predictions"])
         labels = test_images(args)["label"]
         there["accuracy"] = 100 * float(np.mean(np.equal(there["predictions"], labels)))
-        # Rounding differs between batch sizes and devices, and may decide between two classes.
-        close = abs(here["accuracy"] - there["accuracy"]) <= 100 / len(labels) + 1e-9
-        require("accuracy", here["accuracy"], there["accuracy"], close)
+        require_agreement("predictions", here["predictions"] == there["predictions"])
+        # Rounding depends on batch size and device, and may decide between two classes of one image.
+        require_agreement("accuracies", abs(here["accuracy"] - there["accuracy"]) < 101 / len(labels))
         print(f"{here['best']}: {len(labels)} predictions equal, accuracy {there['accuracy']:.1f} %")
     if "text" in report:
         here, there = report["text"], fresh["text"]
-        close = math.isclose(here["perplexity"], there["perplexity"], rel_tol=1e-4)
-        require("perplexity", here["perplexity"], there["perplexity"], close)
-        require("generated text", here["sample"], there["sample"], here["sample"] == there["sample"])
+        require_agreement("perplexities", math.isclose(here["perplexity"], there["perplexity"], rel_tol=1e-4))
+        require_agreement("generated texts", here["sample"] == there["sample"])
         print(f"{here['best']}: generated text equal, perplexity {there['perplexity']:.2f}")
     return fresh
 
 
-def require(what: str, here: Any, there: Any, agree: bool):
+def require_agreement(what: str, agree: bool):
     if not agree:
-        raise RuntimeError(f"The {what} of the training process and of a fresh one differ: {here} and {there}.")
+        raise RuntimeError(f"The {what} of the training process and of a fresh one differ.")
 
 
 def draw(path: Path, rows: list[dict[str, Any]], test: Dataset, predictions: list[int], full_model: PreTrainedModel):
@@ -295,19 +294,13 @@ def draw(path: Path, rows: list[dict[str, Any]], test: Dataset, predictions: lis
     plt.close(figure)
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A markdown table: the first column is text, the others are numbers."""
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)] + rows
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def image_table(images: dict[str, Any]) -> str:
     rows = [
         [row["model"], f"{row['parameters']:,}", f"{sum(row['seconds'].values()):.0f}"]
         + [f"{row['accuracy'][name]:.1f} %" for name in COMPARISONS]
         for row in images["models"]
     ]
-    return table(["model", "parameters", "seconds", *COMPARISONS], rows)
+    return markdown(["model", "parameters", "seconds", *COMPARISONS], rows)
 
 
 def text_table(text: dict[str, Any]) -> str:
@@ -315,7 +308,7 @@ def text_table(text: dict[str, Any]) -> str:
         [row["model"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", f"{row['perplexity']:.1f}"]
         for row in text["models"]
     ]
-    return table(["model", "parameters", "seconds", "perplexity"], rows)
+    return markdown(["model", "parameters", "seconds", "perplexity"], rows)
 
 
 def print_report(report: dict[str, Any], folder: Path):

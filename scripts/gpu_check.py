@@ -12,7 +12,6 @@ counted). `share` is of the rate that an 8192³ product of the same device reach
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 import time
@@ -23,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.measuring import relative_error
 from common.command import ArgumentParser, run_command
 from common.hardware import hardware
+from common.tables import write_csv
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
@@ -134,10 +135,6 @@ def results(
     (output * weight).sum().backward()
     gradients = {key: parameter.grad for key, parameter in mixer.named_parameters()}
     return {"output": output.detach(), "tokens": tokens.grad, **gradients}
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
 def check(bench: Bench) -> None:
@@ -373,11 +370,7 @@ def train_digits(bench: Bench) -> None:
 def write(bench: Bench, path: Path) -> None:
     common = {**hardware(), "triton": triton.__version__, "cuda": torch.version.cuda}
     common["gpu"] = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "none"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**common, **row} for row in bench.rows)
+    write_csv(path, FIELDS, [{**common, **row} for row in bench.rows])
 
 
 def main(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training.atomic_folder import recover, written_whole
+from common.atomic_folder import recover, written_whole
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -22,7 +22,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from training.atomic_folder import written_whole
+from common.atomic_folder import written_whole
 version = 0
 while True:
     version += 1

@@ -21,7 +21,6 @@ import translution  # noqa: F401 (registers the Auto classes)
 
 
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))

@@ -10,7 +10,6 @@ from test_hub import hub  # noqa: F401 (a fixture)
 
 
 pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 
 NAME = f"{hub_server.USER}/digits"
 TINY = "hidden_size=8,num_hidden_layers=1,num_attention_heads=2,head_dim=4,intermediate_size=16"

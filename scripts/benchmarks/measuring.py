@@ -79,7 +79,7 @@ def spread(times: list[float]) -> dict[str, float | int]:
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """`|value - expected| / |expected|`, in float64."""
     expected = expected.double()
-    return ((value.double() - expected).norm() / expected.norm()).item()
+    return ((value.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 def worst_error(values: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

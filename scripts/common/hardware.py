@@ -1,4 +1,4 @@
-"""The machine, versions and commit that a figure depends on."""
+"""The machine, versions and commit that a result depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 
 
 def hardware() -> dict[str, str | int]:
-    """What a figure depends on beside the code."""
+    """What a result depends on besides the code."""
     device = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

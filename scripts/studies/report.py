@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from common.tables import markdown
 
 from studies.runs import Run, key_of
 from studies.settings import COMPARISONS, DYNAMIC
@@ -94,12 +95,6 @@ def comparisons(rows: list[dict[str, str]], runs: list[Run]) -> list[Comparison]
     ]
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """A table of strings: the first column is left-aligned, the others are right-aligned."""
-    lines = [table.columns, ["---"] + ["---:"] * (table.shape[1] - 1), *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def results_table(comparison: Comparison) -> pd.DataFrame:
     """Size, cost and results of every model."""
     models = comparison.models
@@ -149,6 +144,10 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns)
 
 
+def as_markdown(table: pd.DataFrame) -> str:
+    return markdown(table.columns, table.itertuples(index=False))
+
+
 def report(found: list[Comparison]) -> str:
     """All tables with their captions."""
     rows = pd.concat([comparison.rows for comparison in found])
@@ -163,11 +162,11 @@ def report(found: list[Comparison]) -> str:
         parts += [
             f"### {comparison.title}",
             f"{comparison.measure}; {comparison.seeds}; {first['steps']} steps of {first['batch']}.",
-            markdown(results_table(comparison)),
+            as_markdown(results_table(comparison)),
         ]
         equal = equal_size_table(comparison)
         if len(equal):
-            parts += [f"Equal parameters, {comparison.column}:", markdown(equal)]
+            parts += [f"Equal parameters, {comparison.column}:", as_markdown(equal)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -18,7 +18,7 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of most steps that is whole; those that are not are skipped with a warning."""
+    """The newest complete checkpoint; incomplete ones are skipped with a warning."""
     found = [(CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
     steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
     for step in sorted(steps, reverse=True):
@@ -30,7 +30,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def why_incomplete(checkpoint: Path) -> str | None:
-    """What keeps training from going on from a checkpoint, or None."""
+    """Why training cannot be resumed from a checkpoint, or None if it can."""
     state = checkpoint / TRAINER_STATE
     try:
         step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
@@ -54,7 +54,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
     except ValueError as error:
         return str(error)
     if not (sharded or (checkpoint / "scheduler.pt").is_file()):
-        # The Trainer would go on with a new optimizer, too.
+        # Without it the Trainer would silently continue with a new optimizer.
         return "there is no scheduler.pt"
     if not any(checkpoint.glob("rng_state*.pth")):
         return "there is no rng_state.pth"

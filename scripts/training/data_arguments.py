@@ -12,15 +12,13 @@ SAMPLE_BY = ("document", "paragraph", "line")
 
 @dataclass
 class DataArguments:
-    """Where the data come from."""
+    """Which data to train and to evaluate on."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Name on the Hub, or of a data set that comes along."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the data set."})
-    streaming: bool = field(default=False, metadata={"help": "Read while training; needs `max_steps`."})
-    shuffle_buffer: int = field(default=1000, metadata={"help": "Samples of a stream that are shuffled at a time."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name on the Hub, or of a bundled dataset."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Whether to stream the data; needs `max_steps`."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Size of the shuffle buffer of a stream, in samples."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder of the data to train on."})
     validation_dir: str | None = field(default=None, metadata={"help": "Folder of the data to evaluate on."})
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -29,12 +27,12 @@ class DataArguments:
         metadata={"help": f"Split to evaluate on; if not given, the first of {', '.join(EVALUATION_SPLITS)}."},
     )
     validation_share: float = field(
-        default=0.1, metadata={"help": "Share that is held out, always the same one, where the data have one split."}
+        default=0.1, metadata={"help": "Share to hold out if the data have only one split; always the same samples."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first ones."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first ones."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where prepared data are kept."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train only on the first ones."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate only on the first ones."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Cache folder of the prepared data."})
+    num_proc: int | None = field(default=None, metadata={"help": "Number of processes that prepare the data."})
 
     def __post_init__(self):
         if not 0 <= self.validation_share < 1:
@@ -48,8 +46,8 @@ class DataArguments:
 class ImageDataArguments(DataArguments):
     """Pictures: `dataset_name` (a name on the Hub, or "digits"), or `train_dir` with one folder of pictures for each class."""
 
-    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures; found if there is one."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the classes; found if there is one."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the pictures; detected if not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the classes; detected if not given."})
 
 
 @dataclass
@@ -64,7 +62,7 @@ class TextDataArguments(DataArguments):
     )
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     sample_by: str = field(
-        default="document", metadata={"help": "What a text file consists of: one document, paragraphs, or lines."}
+        default="document", metadata={"help": "What a sample of a text file is: the document, a paragraph, or a line."}
     )
 
     def __post_init__(self):

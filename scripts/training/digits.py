@@ -19,11 +19,11 @@ from transformers import ViTImageProcessorPil
 
 DIGIT_SIZE = 8
 CANVAS_SIZE = 16
-# Image pipelines turn every picture into RGB before a processor sees it, so a model for them has three channels.
+# Image pipelines convert every picture to RGB before the processor, so their models have three channels.
 NUM_CHANNELS = 3
 PLACEMENTS = ("static", "dynamic")
 PIXEL_MEAN = PIXEL_STD = 0.5
-# Drawing positions and splitting digits are separate: a new seed for the one leaves the other alone.
+# Of the split only: another seed for the places does not change it.
 SPLIT_SEED = 0
 
 
@@ -79,7 +79,7 @@ class DigitCanvases(Dataset):
         if self.placement == "static":
             self.corners = torch.full((len(self.digits), 2), room // 2)
             return
-        # Two numbers to one seed: neighbouring seeds must not share their epochs.
+        # Neighbouring seeds must not share epochs.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {epoch}".encode()))
         self.corners = torch.randint(0, room + 1, (len(self.digits), 2), generator=generator)
 
@@ -106,13 +106,13 @@ class DigitCanvases(Dataset):
         return torch.stack([self[index]["pixel_values"] for index in range(len(self))])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # The same arithmetic as `digits_processor`, without a detour over pictures for every step of training.
+        # The arithmetic of `digits_processor`, without converting to pictures and back at every step.
         pixels = (self.canvas(index).float() / 255 - PIXEL_MEAN) / PIXEL_STD
         return {"pixel_values": pixels.expand(NUM_CHANNELS, -1, -1), "labels": self.digits.labels[index]}
 
 
 def digits_processor() -> ViTImageProcessorPil:
-    """What makes model inputs of pictures; it shrinks or enlarges those of another size to the canvas."""
+    """Converts pictures to model inputs, resized to the canvas."""
     return ViTImageProcessorPil(
         size={"height": CANVAS_SIZE, "width": CANVAS_SIZE},
         do_resize=True,

@@ -10,19 +10,9 @@ import datasets
 from common.pictures import PICTURE_ENDINGS
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 
+from training import loading
 from training.data_arguments import DIGITS, ImageDataArguments
 from training.digits import DigitCanvases, digits_split
-from training.splits import (
-    AnyDataset,
-    as_streams,
-    choose_splits,
-    find_column,
-    first_samples,
-    hold_out,
-    load_splits,
-    require_folder,
-    require_one,
-)
 
 
 def digits_dataset(placement: str = "static") -> DatasetDict:
@@ -41,7 +31,7 @@ def digits_dataset(placement: str = "static") -> DatasetDict:
     return DatasetDict(splits)
 
 
-def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[AnyDataset, AnyDataset | None]:
+def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
     """Pictures with the columns `image` and `label`, a `ClassLabel`: to train on, and to evaluate on.
 
     Raises:
@@ -50,34 +40,40 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[AnyDataset, 
             not in the folder of a class.
     """
     if args.dataset_name is None:
-        require_one(args, ("dataset_name", "train_dir"))
+        loading.require_one(args, ("dataset_name", "train_dir"))
         folders = {"train": args.train_dir, "validation": args.validation_dir}
         data_files = {split: _pictures(folder, split) for split, folder in folders.items() if folder is not None}
         # A folder with a single class would otherwise lose its label, and with it the error below.
         drop_labels = None if _has_metadata(folders.values()) else False
-        splits = load_splits("imagefolder", args, data_files=data_files, drop_labels=drop_labels)
+        splits = loading.load_splits("imagefolder", args, data_files=data_files, drop_labels=drop_labels)
     elif args.dataset_name == DIGITS:
-        require_one(args, ("dataset_name", "train_dir"))
-        splits = as_streams(digits_dataset(args.dataset_config_name or "static"), args)
+        loading.require_one(args, ("dataset_name", "train_dir"))
+        splits = loading.as_streams(digits_dataset(args.dataset_config_name or "static"), args)
     else:
-        require_one(args, ("dataset_name", "train_dir"))
-        splits = load_splits(args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision)
-    train, evaluation = choose_splits(splits, args, evaluates)
-    image = find_column(train, args.image_column, "image_column", datasets.Image, ("image", "img"))
-    label = find_column(train, args.label_column, "label_column", ClassLabel, ("label", "labels", "fine_label"))
+        loading.require_one(args, ("dataset_name", "train_dir"))
+        splits = loading.load_splits(
+            args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision
+        )
+    train, evaluation = loading.choose_splits(splits, args, evaluates)
+    image = loading.find_column(train, args.image_column, "image_column", datasets.Image, ("image", "img"))
+    label = loading.find_column(
+        train, args.label_column, "label_column", ClassLabel, ("label", "labels", "fine_label")
+    )
     pair = [None if data is None else _as_image_and_label(data, image, label) for data in (train, evaluation)]
     train, evaluation = _with_class_names(*pair, label)
     names = train.features["label"].names
     if len(names) < 2:
         raise ValueError(f"`{label}` must have at least 2 classes, got {names}.")
     if evaluation is None and evaluates:
-        train, evaluation = hold_out(train, args, stratify_by_column="label")
-    return first_samples(train, args.max_train_samples), first_samples(evaluation, args.max_eval_samples)
+        train, evaluation = loading.hold_out(train, args, stratify_by_column="label")
+    return loading.first_samples(train, args.max_train_samples), loading.first_samples(
+        evaluation, args.max_eval_samples
+    )
 
 
 def _pictures(folder: str, split: str) -> list[str]:
     option = f"{split}_dir"
-    files = (path for path in require_folder(folder, option).rglob("*") if path.is_file())
+    files = (path for path in loading.require_folder(folder, option).rglob("*") if path.is_file())
     pictures = [path.relative_to(folder) for path in files if path.suffix.lower() in PICTURE_ENDINGS]
     if not pictures:
         raise ValueError(f"`{option}` must hold pictures, {', '.join(PICTURE_ENDINGS)}; there is none in {folder}.")
@@ -98,16 +94,16 @@ def _has_metadata(folders: Iterable[str | None]) -> bool:
     return any(path.name in names for folder in folders if folder for path in Path(folder).rglob("metadata.*"))
 
 
-def _as_image_and_label(data: AnyDataset, image: str, label: str) -> AnyDataset:
+def _as_image_and_label(data: loading.AnyDataset, image: str, label: str) -> loading.AnyDataset:
     data = data.select_columns([image, label])
     renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
     return data.rename_columns(renamed) if renamed else data
 
 
 def _with_class_names(
-    train: AnyDataset, evaluation: AnyDataset | None, label: str
-) -> tuple[AnyDataset, AnyDataset | None]:
-    """Labels that are words or bare numbers become classes, numbered in their order."""
+    train: loading.AnyDataset, evaluation: loading.AnyDataset | None, label: str
+) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
+    """Encodes labels that are strings or plain integers as classes, in sorted order."""
     if isinstance(train.features["label"], ClassLabel):
         return train, evaluation
     if isinstance(train, IterableDataset):

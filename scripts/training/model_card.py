@@ -19,9 +19,9 @@ from translution import TranslutionConfig
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
 TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
-# What the Hub calls the kinds of metric it knows; names of other metrics are their kinds.
+# Types of metrics on the Hub; those of other metrics are their names.
 METRIC_TYPES = {"top_5_accuracy": "accuracy"}
-# Fields of the config that say what the model is, in the order of the card's table.
+# Config fields in the card's table.
 FIELDS = (
     "modality",
     "mixer_types",
@@ -111,7 +111,7 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     results = [
         EvalResult(
             task_type=run["task"],
-            # The Hub wants a kind even for data that are not on it.
+            # The Hub requires a type even for data that are not on it.
             dataset_type=dataset_id or _slug(data["name"]),
             dataset_name=data["name"],
             dataset_config=data.get("config"),
@@ -130,7 +130,7 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
         pipeline_tag=run["task"],
         license=run.get("license"),
         base_model=run.get("base_model"),
-        # Names of the Hub alone: a folder's name may be somebody else's data there.
+        # Only names on the Hub: a folder's name may be that of another dataset there.
         datasets=[dataset_id] if dataset_id else None,
         metrics=list(dict.fromkeys(METRIC_TYPES.get(metric, metric) for metric in metrics)) or None,
         tags=["translution"],

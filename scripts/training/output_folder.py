@@ -15,13 +15,13 @@ from training.checkpoints import CHECKPOINT, newest_checkpoint, why_incomplete
 from training.weights import has_weights
 
 
-# A run that was killed before its first checkpoint is known by this file.
+# Identifies the folder of a run that was killed before its first checkpoint.
 RUN_ARGUMENTS = "arguments.json"
-# Where it says what a later call may not change.
+# Its key for the options that a resumed run must not change.
 LASTING = "model_and_data"
-# What a run leaves besides checkpoints, and a later one would go on with.
+# Besides checkpoints, what a resumed run uses again.
 LEFT_BEHIND = "tokenizer"
-# Where the model is saved before its files get into their places.
+# Where the model is saved before its files are moved.
 FINAL_MODEL = "final-model"
 WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -29,14 +29,14 @@ WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\
 def claim_output_dir(
     folder: Path, resume: str | None, overwrite: bool, arguments: dict[str, Any], lasting: dict[str, Any]
 ) -> Path | None:
-    """Says from which checkpoint to go on, and refuses a folder that holds something else.
+    """Returns the checkpoint to resume from, and refuses a folder that holds something else.
 
     Args:
         folder: what a run writes to; made if it is not there.
         resume: a checkpoint that the user asks for.
         overwrite: whether to delete the checkpoints, the tokenizer and the model of an earlier run.
         arguments: what to leave behind, so that the folder is known as a run's.
-        lasting: those that a run which goes on may not change.
+        lasting: those that a resumed run must not change.
 
     Raises:
         FileExistsError: if `folder` is no folder, or has files and none of them is a run's.
@@ -85,7 +85,7 @@ def delete_run(folder: Path):
 
 
 def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The options by name that an earlier call had other values of, each with that and the present one."""
+    """The options by name whose value differs from that of an earlier call, with both values."""
     try:
         earlier = json.loads((folder / RUN_ARGUMENTS).read_text(encoding="utf-8"))[LASTING]
     except (OSError, ValueError, KeyError):
@@ -95,14 +95,14 @@ def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]
 
 
 def _plain(value: Any) -> Any:
-    """Makes paths that are written in several ways equal."""
+    """Normalizes paths."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return os.path.abspath(value) if isinstance(value, str) else value
 
 
 def refuse_changes(folder: Path, lasting: dict[str, Any]):
-    """What is trained stays what `arguments.json`, `run.json` and the card say that it is.
+    """Refuses to resume with other options than `arguments.json`, `run.json` and the card record.
 
     Raises:
         ValueError: if a folder has weights that were trained with other options.
@@ -118,9 +118,9 @@ def refuse_changes(folder: Path, lasting: dict[str, Any]):
 
 
 def finish_saving(folder: Path):
-    """Moves a saved model from `FINAL_MODEL` to its place, or goes on with it where a process was killed.
+    """Moves a saved model from `FINAL_MODEL` to its place, or completes a move that was interrupted.
 
-    Old weights go first and new ones come last: nobody can load weights with the config of others.
+    Old weights are deleted first and new ones moved last, so that weights never lie beside another model's config.
     """
     final = folder / FINAL_MODEL
     if not final.is_dir():
@@ -134,7 +134,7 @@ def finish_saving(folder: Path):
 
 
 def delete_model(folder: Path):
-    """Deletes weights, and what tells of them; other files stay."""
+    """Deletes the weights, `run.json` and the card; other files stay."""
     for path in folder.iterdir():
         if path.is_file() and WEIGHTS_FILE.fullmatch(path.name):
             path.unlink()

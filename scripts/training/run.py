@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,9 +21,17 @@ from common.saved_files import RUN
 from transformers import EarlyStoppingCallback, Trainer, TrainerState
 
 import translution
-from training.arguments import ModelArguments, RunArguments, hyperparameters, lasting, without_tokens
+from training.arguments import (
+    ModelArguments,
+    RunArguments,
+    hyperparameters,
+    lasting,
+    parse_arguments,
+    without_tokens,
+)
 from training.checkpoints import TRAINER_STATE, newest_checkpoint
 from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
+from training.model_card import write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
 from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
 from training.weights import has_weights, load_weights
@@ -49,6 +58,21 @@ class Run:
     run: RunArguments
     others: tuple[Any, ...] = ()
 
+    @classmethod
+    def parse(
+        cls,
+        script: str,
+        task: str,
+        data: type[DataArguments],
+        others: Sequence[type],
+        arguments: Sequence[str],
+        description: str,
+    ) -> Run:
+        """The run of a command line, see `parse_arguments`; `data` and `others` are a script's own classes."""
+        classes = (ModelArguments, data, ScriptTrainingArguments, RunArguments, *others)
+        model, of_data, training, run, *rest = parse_arguments(classes, arguments, description)
+        return cls(script, task, list(arguments), model, of_data, training, run, tuple(rest))
+
     @property
     def folder(self) -> Path:
         return Path(self.training.output_dir)
@@ -58,7 +82,7 @@ class Run:
         return shlex.join(["python", f"scripts/{self.script}", *without_tokens(self.arguments)])
 
     def start(self) -> str | None:
-        """Checks what can be checked before there are data; says where the weights are to go on from, or to evaluate.
+        """Checks the arguments, and returns the folder of the weights to resume from or to evaluate.
 
         Raises:
             ValueError: for arguments that contradict each other; further ones as `claim_output_dir`.
@@ -119,9 +143,9 @@ class Run:
         return hyperparameters(self.training, self.model, self.data, *self.others)
 
     def finish(self, trainer: Trainer, checkpoint: str | None):
-        """Trains, evaluates, saves the model, its figures, `run.json` and its card; pushes them if asked to.
+        """Trains, evaluates, and saves the model, metrics, `run.json` and the card; pushes them if asked to.
 
-        Without training nothing is saved but the figures, in a file of their own.
+        Without training only metrics are saved, in a file of their own.
         """
         training = self.training
         if not training.do_train:
@@ -137,11 +161,11 @@ class Run:
             trainer.add_callback(PatienceCallback(trainer, self.run.early_stopping_patience))
         start, seconds = time.perf_counter(), None
         if checkpoint is not None and self.is_finished(trainer, Path(checkpoint)):
-            # The Trainer would take another step.
+            # `Trainer.train` would take another step.
             self.restore(trainer, Path(checkpoint))
         else:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-            # A resumed run does not know how long the earlier ones took.
+            # Unknown for a resumed run.
             seconds = time.perf_counter() - start if checkpoint is None else None
             save(trainer, "train", metrics)
         trainer.save_state()
@@ -157,7 +181,7 @@ class Run:
             trainer.push_to_hub()
 
     def is_finished(self, trainer: Trainer, checkpoint: Path) -> bool:
-        """Whether the training that wrote a checkpoint came to its end there, or was stopped early."""
+        """Whether training was complete at a checkpoint, or was stopped early there."""
         training, patience = self.training, self.run.early_stopping_patience
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             # Their models are made where training begins.
@@ -172,17 +196,14 @@ class Run:
         return state.epoch is not None and state.epoch >= training.num_train_epochs
 
     def restore(self, trainer: Trainer, checkpoint: Path):
-        """Leaves the trainer as a training does that ends at a checkpoint."""
+        """Puts the trainer in the state at the end of the training that wrote a checkpoint."""
         trainer.state = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
         takes_best = self.training.load_best_model_at_end and has_weights(best)
         load_weights(trainer.model, best if takes_best else checkpoint)
 
     def write(self, metrics: dict[str, float], seconds: float | None):
-        """`run.json`, and the model card that is made of it."""
-        # Imported here: it is needed once, at the end.
-        from training.model_card import write_model_card
-
+        """Writes `run.json` and the model card."""
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         timing = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         machine, data = hardware(), self.data
@@ -234,10 +255,10 @@ def hub_dataset(data: DataArguments) -> str | None:
 
 
 def evaluation_split(data: DataArguments) -> str:
-    # Of large data a small share is enough.
+    # A share below one per cent is common for large data.
     return data.validation_split or f"{100 * data.validation_share:.4g}% held out"
 
 
 def device_name(cpu: str) -> str:
-    """What the run computed on."""
+    """The device that the run used."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

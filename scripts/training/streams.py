@@ -11,8 +11,8 @@ from torch.utils.data import get_worker_info
 def endless(data: Any) -> Iterator[Any]:
     """A stream's epochs one after the other, each shuffled anew.
 
-    So the position in the stream, which a resumed run skips to, says everything. A loading process whose part is empty, as
-    there are fewer files than processes, gives nothing.
+    A resumed run thus only skips to its position in the stream. A worker without a part, where there are fewer files
+    than workers, yields nothing.
 
     Raises:
         ValueError: if the stream is empty.
@@ -30,7 +30,7 @@ def endless(data: Any) -> Iterator[Any]:
 
 
 def _require_other_parts(data: Any):
-    """Makes sure that a stream of which this process sees nothing has rows for another one."""
+    """Checks that a stream that is empty in this worker has rows for another one."""
     worker = get_worker_info()
     if worker is not None:
         # One process looks for all; a single part is always the first one's.

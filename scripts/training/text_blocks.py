@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from training.loading import AnyDataset
 from training.metrics import IGNORED
-from training.splits import AnyDataset
 from training.streams import endless
 
 
@@ -43,11 +43,13 @@ class BlockArguments:
     )
     tokenization_shards: int = field(
         default=16,
-        metadata={"help": "Parts that are cached one by one: a run that is stopped goes on after the last."},
+        metadata={
+            "help": "Number of parts that are cached one by one: a run that is stopped resumes after the last one."
+        },
     )
 
     def __post_init__(self):
-        # The bytes, and the end of a text.
+        # All bytes, and the end-of-text token.
         if self.vocab_size < 257:
             raise ValueError(f"`vocab_size` must be an integer of at least 257, got {self.vocab_size}.")
         if self.block_size is not None and self.block_size < 2:
@@ -70,7 +72,7 @@ class Packer:
         texts = [text for text in documents["text"] if text]
         if not texts:
             return {"input_ids": []}
-        # The model's length is no matter here: long documents are cut below.
+        # Documents longer than the model's context are cut below.
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [token for document in encoded for token in (*document, self.tokenizer.eos_token_id)]
         return {"input_ids": [ids[start : start + self.length] for start in range(0, len(ids), self.length)]}
@@ -86,15 +88,15 @@ class Packer:
 def blocks(
     data: AnyDataset, packer: Packer, shards: int, num_proc: int | None = None, cache_dir: str | None = None
 ) -> AnyDataset:
-    """The blocks of a data set, one a row.
+    """The blocks of a dataset, one per row.
 
-    They are cached part by part, each complete or not there, under a name that says documents, tokenizer and length. So a run
-    that is stopped goes on with the next part, and a second run finds all.
+    They are cached part by part, keyed by documents, tokenizer and length: a run that is stopped resumes with the next
+    part.
 
     Raises:
         ValueError: if there is no text.
     """
-    # The columns are named: an empty part could not tell them.
+    # Explicit, because an empty part has no columns to infer.
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
     options = {"batched": True, "batch_size": PACKED_DOCUMENTS, "remove_columns": ["text"], "features": features}
     if isinstance(data, IterableDataset):
@@ -148,9 +150,9 @@ class BlockStream(TorchIterableDataset):
 
 
 class BlockBatch:
-    """Collates blocks to `input_ids` and `labels`, `[N, L]`; a short block is filled up, and what fills it is not learned.
+    """Collates blocks to `input_ids` and `labels`, `[N, L]`; short blocks are padded, with ignored labels.
 
-    No mask is needed: what fills a block comes after all of its tokens, which look back only.
+    No mask is needed: padding comes last, and attention is causal.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):

@@ -10,23 +10,13 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
+from training import loading
 from training.data_arguments import STANDARD_LIBRARY, TextDataArguments
-from training.splits import (
-    AnyDataset,
-    as_streams,
-    choose_splits,
-    find_column,
-    first_samples,
-    hold_out,
-    load_splits,
-    require_folder,
-    require_one,
-)
 from training.standard_library import read_texts, split_files, standard_library_files
 from training.text_files import require_texts
 
 
-# Ending of a file, and the builder of `datasets` that reads it.
+# Builders of `datasets` by file name extension.
 TEXT_BUILDERS = {
     ".txt": "text",
     ".md": "text",
@@ -35,9 +25,9 @@ TEXT_BUILDERS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
-# What a column of text may be.
+# Allowed types of a text column.
 TEXTS = (datasets.Value("string"), datasets.Value("large_string"), datasets.Value("null"))
-# Rows at the beginning of each file of a stream that are looked at before training.
+# Rows of each file of a stream that are checked before training.
 STREAM_ROWS = 100
 
 
@@ -48,7 +38,7 @@ def standard_library_dataset() -> DatasetDict:
     return DatasetDict({name: Dataset.from_dict({"text": list(read_texts(files))}) for name, files in parts})
 
 
-def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, AnyDataset | None]:
+def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
     """Documents with the column `text`: to train on, and to evaluate on.
 
     The second is None where there is no evaluation, and where one document is all there is.
@@ -59,7 +49,7 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
             something else than text in its column. What is wrong with the later rows of a stream is found where they are read.
     """
     choices = ("dataset_name", "train_dir", "train_file")
-    require_one(args, choices)
+    loading.require_one(args, choices)
     if args.dataset_name is None:
         sources = {
             "train": args.train_file or _texts(args.train_dir, "train_dir"),
@@ -72,25 +62,27 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
         data_files = {split: [glob.escape(name) for name in files] for split, files in sources.items()}
         files = list(chain.from_iterable(sources.values()))
         if args.streaming:
-            # What comes later is found where it is read.
+            # Errors in later rows are raised when they are read.
             require_texts(files, builder, args.text_column, rows=STREAM_ROWS)
         try:
-            splits = load_splits(builder, args, data_files=data_files, **options)
-        # An empty file ends the search for columns.
+            splits = loading.load_splits(builder, args, data_files=data_files, **options)
+        # `StopIteration`: `datasets` infers columns from the first row, and a file may be empty.
         except (ValueError, StopIteration) as error:
             require_texts(files, builder, args.text_column)
             raise ValueError(f"{', '.join(files)} cannot be read: {error}") from error
         if builder != "text" and not args.streaming and not all(_holds_text(data, args) for data in splits.values()):
             require_texts(files, builder, args.text_column)
     elif args.dataset_name == STANDARD_LIBRARY:
-        splits = as_streams(standard_library_dataset(), args)
+        splits = loading.as_streams(standard_library_dataset(), args)
     else:
-        splits = load_splits(args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision)
-    train, evaluation = choose_splits(splits, args, evaluates)
+        splits = loading.load_splits(
+            args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision
+        )
+    train, evaluation = loading.choose_splits(splits, args, evaluates)
     pair = []
     for data in (train, evaluation):
         if data is not None:
-            find_column(data, args.text_column, "text_column", datasets.Value, ())
+            loading.find_column(data, args.text_column, "text_column", datasets.Value, ())
             kind = (data.features or {}).get(args.text_column, TEXTS[0])
             if kind not in TEXTS:
                 raise ValueError(f"`text_column` must be a column of text, got {kind} in {args.text_column!r}.")
@@ -99,8 +91,10 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[AnyDataset, An
         pair.append(data)
     train, evaluation = pair
     if evaluation is None and evaluates and (args.streaming or len(train) > 1):
-        train, evaluation = hold_out(train, args)
-    return first_samples(train, args.max_train_samples), first_samples(evaluation, args.max_eval_samples)
+        train, evaluation = loading.hold_out(train, args)
+    return loading.first_samples(train, args.max_train_samples), loading.first_samples(
+        evaluation, args.max_eval_samples
+    )
 
 
 def _holds_text(data: Dataset, args: TextDataArguments) -> bool:
@@ -116,7 +110,7 @@ def _holds_text(data: Dataset, args: TextDataArguments) -> bool:
 
 
 def _texts(folder: str, option: str) -> list[str]:
-    paths = (path for path in require_folder(folder, option).rglob("*") if path.is_file())
+    paths = (path for path in loading.require_folder(folder, option).rglob("*") if path.is_file())
     files = sorted(str(path) for path in paths if path.suffix.lower() in TEXT_BUILDERS)
     if not files:
         raise ValueError(f"`{option}` must hold text, {', '.join(TEXT_BUILDERS)}; there is none in {folder}.")
@@ -124,7 +118,7 @@ def _texts(folder: str, option: str) -> list[str]:
 
 
 def _text_builder(sources: dict[str, list[str]]) -> str:
-    """The one builder that reads all files."""
+    """The builder that reads all files."""
     builders = {}
     for split, files in sources.items():
         for name in files:

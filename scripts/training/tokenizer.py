@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.atomic_folder import written_whole
 from datasets import IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from training.arguments import ModelArguments
-from training.atomic_folder import written_whole
-from training.splits import AnyDataset
+from training.loading import AnyDataset
 from training.text_blocks import BlockArguments
 
 
 END_OF_TEXT = "<|endoftext|>"
-# A tokenizer of its own is trained on the first ones of a stream.
+# Of a stream, a tokenizer is trained on the first ones.
 TOKENIZER_DOCUMENTS = 10_000
 
 
@@ -50,7 +50,7 @@ def load_tokenizer(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every text can be written in it, and comes back as it was."""
+    """A byte-level BPE tokenizer, which encodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        # All 256 bytes, seen or not: there is no unknown token.
+        # All 256 bytes, so that there is no unknown token.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

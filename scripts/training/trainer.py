@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from common.atomic_folder import written_whole
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from training.atomic_folder import written_whole
 from training.checkpoints import TRAINER_STATE
+from training.hub import explain, push
 from training.output_folder import FINAL_MODEL, finish_saving
 
 
@@ -28,37 +29,33 @@ TRAINER_ARGUMENTS, PICKLED_ARGUMENTS = "training_args.json", "training_args.bin"
 
 
 class WholeCheckpointTrainer(Trainer):
-    """`Trainer` writes a checkpoint in place; here it appears, in one rename, when it is complete and on the disk.
+    """Writes checkpoints beside their place and renames them once they are complete and on the disk.
 
-    So a run may be killed at any moment and the newest checkpoint is good. Several processes need a folder that they all
-    see. In place of the pickled `training_args.bin`, arguments are saved as JSON, without tokens. What is pushed is what
-    `push_to_hub.py` pushes: a model, and nothing of what a run needs to go on.
+    A run can therefore be killed at any moment, and its newest checkpoint is complete. Several processes need a shared
+    folder. Arguments are saved as JSON without tokens, not as the pickle `training_args.bin`. Pushes are those of
+    `push_to_hub.py`: a model, and nothing that only a resumed run needs.
     """
-
-    # Where a checkpoint is being written, while it is.
-    _partial: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         try:
             super().__init__(*args, **kwargs)
         except RuntimeError as error:
-            # Of `report_to`, if what it names is not installed.
+            # `report_to` names a package that is not installed.
             raise ValueError(str(error)) from error
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any):
-        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        folder, pushes = Path(self.args.output_dir), self.args.push_to_hub
+        name = f"checkpoint-{self.state.global_step}"
         best = folder / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and best.exists():
             self.state.best_model_checkpoint = str(best)
         with self._shared(folder / name) as partial:
-            self._partial = partial
+            # The Trainer saves to the partial folder, and does not push it.
+            self.args.output_dir, self.args.push_to_hub = str(partial), False
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self._partial = None
+                self.args.output_dir, self.args.push_to_hub = str(folder), pushes
             self.accelerator.wait_for_everyone()
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(folder / name)
@@ -68,33 +65,22 @@ class WholeCheckpointTrainer(Trainer):
                 for path in list(inner.iterdir()):
                     path.rename(partial / path.name)
                 inner.rmdir()
-        # Nobody goes on before the checkpoint is in its place.
+        # No process continues before the checkpoint is in its place.
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
+        if pushes and self.args.hub_strategy != "end" and self.is_world_process_zero():
+            try:
+                self._push(str(folder / name), f"Training in progress, step {self.state.global_step}")
+            except Exception as error:
+                # The next checkpoint, or the final model, is pushed anyway.
+                logger.warning("%s was not pushed: %s", folder / name, explain(error))
         if self.args.should_save:
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str):
-        # While it is being written there is nothing to push yet.
-        if self._partial is not None or not self.is_world_process_zero() or self.args.hub_strategy == "end":
-            return
-        # Imported here, and below: few runs push.
-        from push_to_hub import explain
-
-        try:
-            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
-        except Exception as error:
-            # The next checkpoint, or the model, is pushed anyway.
-            logger.warning("%s was not pushed: %s", checkpoint_folder, explain(error))
-
     def push_to_hub(self, commit_message: str = "End of training") -> str | None:
-        """Pushes what `push_to_hub.py` pushes of the output folder; gives the address of the commit."""
+        """Pushes the output folder as `push_to_hub.py` does, and returns the URL of the commit."""
         return self._push(self.args.output_dir, commit_message) if self.is_world_process_zero() else None
 
     def _push(self, folder: str, message: str) -> str:
-        from push_to_hub import push
-
         if self.hub_model_id is None:
             self.init_hf_repo()
         args = self.args
@@ -105,13 +91,16 @@ class WholeCheckpointTrainer(Trainer):
 
     @contextlib.contextmanager
     def _shared(self, target: Path) -> Iterator[Path]:
-        """`written_whole` of the one process that saves; the others learn its folder."""
+        """`written_whole` for all processes. At the end the arguments are saved as JSON instead of a pickle."""
         with contextlib.ExitStack() as stack:
             partial = stack.enter_context(written_whole(target)) if self.args.should_save else None
             yield Path(broadcast_object_list([str(partial)])[0]) if self.args.world_size > 1 else partial
+            if self.args.should_save:
+                (partial / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+                (partial / TRAINER_ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Saves model and processor: first all of them to one side, then each to its place, see `finish_saving`."""
+        """Saves model and processor beside their place first, then moves the files, see `finish_saving`."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
@@ -122,19 +111,9 @@ class WholeCheckpointTrainer(Trainer):
         if self.args.should_save:
             finish_saving(folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any):
-        """The scripts write a card of their own."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / PICKLED_ARGUMENTS).unlink(missing_ok=True)
-            (folder / TRAINER_ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
-
 
 class ImageTrainer(WholeCheckpointTrainer):
-    """Mixed labels are probabilities `[N, K]`; the model's own loss is about class indices."""
+    """Also takes labels as probabilities `[N, K]`, from mixup and CutMix; the model's own loss takes class indices."""
 
     def compute_loss(
         self,
@@ -154,16 +133,16 @@ class ImageTrainer(WholeCheckpointTrainer):
 
 @dataclass
 class ScriptTrainingArguments(TrainingArguments):
-    """Transformers' arguments; defaults differ where a run should train, evaluate, and resume, if nothing is said."""
+    """`TrainingArguments` with other defaults: a run trains, evaluates and resumes."""
 
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at the end or more often."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at least at the end."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts' own batches need all columns."})
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Whether a resumed run remembers how long it has waited for an improvement."}
+        default=True, metadata={"help": "Whether a resumed run keeps its count of evaluations without improvement."}
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Whether batches lie in pinned memory."}
+        default_factory=torch.accelerator.is_available, metadata={"help": "Whether to pin the memory of batches."}
     )
 
     def __post_init__(self):
@@ -172,18 +151,18 @@ class ScriptTrainingArguments(TrainingArguments):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training data that an epoch begins. Accelerate does not, where there are several processes."""
+    """Calls `set_epoch` of the training data. With several processes, Accelerate does not."""
 
     def __init__(self, data: Any):
         self.data = data
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        # A resumed run begins in the middle of an epoch.
+        # A resumed run starts in the middle of an epoch.
         self.data.set_epoch(int(state.epoch or 0))
 
 
 class PatienceCallback(TrainerCallback):
-    """A resumed run remembers how long it has waited; how long it shall wait is said anew."""
+    """Sets the patience of a resumed run from its arguments; the checkpoint restores only the count."""
 
     def __init__(self, trainer: Trainer, patience: int):
         self.trainer = trainer

@@ -16,7 +16,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def load_weights(model: PreTrainedModel, folder: Path):
-    """Gives a model the weights that are saved in a folder.
+    """Loads the weights in a folder into a model.
 
     Raises:
         ValueError: if some are missing; further ones as `from_pretrained` and `load_state_dict`.
@@ -41,7 +41,7 @@ def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> Pre
         ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
     """
     name = args.model_name_or_path
-    # Which tensors they are tells the report alone.
+    # Only the loading report names the tensors that do not fit.
     model, report = auto_class.from_pretrained(
         name,
         revision=args.model_revision or "main",

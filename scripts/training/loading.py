@@ -41,7 +41,7 @@ def load_splits(path: str, args: DataArguments, **options: object) -> DatasetDic
     except OSError:
         raise
     except DatasetsError as error:
-        # It says that something went wrong, and its cause says what.
+        # Only its cause says what went wrong.
         raise ValueError(f"The data cannot be read: {error.__cause__ or error}") from error
 
 
@@ -87,7 +87,7 @@ def hold_out(data: AnyDataset, args: DataArguments, stratify_by_column: str | No
     if stratify_by_column is not None:
         classes = data.features[stratify_by_column].num_classes
         held_out = round(len(data) * args.validation_share)
-        # Where some class would have no picture on either side, chance decides.
+        # Not stratified if a class would be missing on one side.
         counts = [data[stratify_by_column].count(label) for label in range(classes)]
         if min(counts) < 2 or min(held_out, len(data) - held_out) < classes:
             stratify_by_column = None
