@@ -18,16 +18,17 @@ threads, versions and commit. Times of different rows are comparable within one 
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
-from benchmark_generation import generation_suite
-from benchmark_length import LENGTHS, draw, length_suite
-from benchmark_models import layer_suite, training_suite
-from benchmark_operator import operator_suite
-from command import ArgumentParser, run_command
-from measuring import FIELDS, hardware
+from benchmarks.generation import generation_suite
+from benchmarks.length import LENGTHS, draw, length_suite
+from benchmarks.measuring import FIELDS
+from benchmarks.models import layer_suite, training_suite
+from benchmarks.operator import operator_suite
+from common.command import ArgumentParser, run_command
+from common.hardware import hardware
+from common.tables import write_csv
 
 
 SUITES = {
@@ -48,7 +49,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--patience", type=float, default=15, help="seconds a step of the suite length may take")
     parser.add_argument("--memory", type=float, default=6000, help="MiB a mixer of the suite length may need")
     parser.add_argument("--output", type=Path, default=None, help="CSV to write")
-    parser.add_argument("--picture", type=Path, default=None, help="draw the suite length of the CSV instead")
+    parser.add_argument(
+        "--picture", type=Path, default=None, help="only draw the results of the suite `length` in the CSV"
+    )
     options = parser.parse_args(arguments)
     for name, values in (
         ("repeats", [options.repeats]),
@@ -70,16 +73,12 @@ def main(arguments: list[str]) -> None:
             rows.append({"suite": suite, "dtype": "float32", **row, **facts})
             print_row(rows[-1])
             if options.output is not None:
-                # After every row: a run that is stopped keeps what it has measured.
-                write(rows, options.output)
+                # After every row, so that a run that is stopped keeps its results.
+                write_csv(options.output, FIELDS, map(rounded, rows))
 
 
-def write(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+def rounded(row: dict) -> dict:
+    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
 
 
 def print_row(row: dict) -> None:

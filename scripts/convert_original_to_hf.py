@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from command import ArgumentParser, run_command
+from common.atomic_folder import written_whole
+from common.command import ArgumentParser, run_command
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -388,22 +388,6 @@ def check_output(output: Path, overwrite: bool):
         raise ValueError(f"`output` must be a new or empty directory, or {allowed}; got {str(output)!r}.")
 
 
-def save_model(model: PreTrainedModel, output: Path):
-    """Saves beside `output` first and then takes its place, so that a failure leaves what was there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        model.save_pretrained(new)
-        if output.exists():
-            output.rename(old)
-        try:
-            new.rename(output)
-        except OSError:
-            if old.exists():
-                old.rename(output)
-            raise
-
-
 def convert(
     checkpoint_path: Path,
     output: Path,
@@ -424,7 +408,8 @@ def convert(
     parameters = convert_state_dict(checkpoint["state_dict"], config)
     model = MODELS[config.modality](config)
     model.load_state_dict(parameters, strict=True)
-    save_model(model, output)
+    with written_whole(output) as folder:
+        model.save_pretrained(folder)
     return model
 
 

@@ -1,69 +1,46 @@
-"""Trains Translution and attention on real data, saves the best, and uses them from a fresh process.
+"""Trains Translution and attention on real data with the training scripts, and uses the best models from a fresh process.
 
     python scripts/demo.py --output_dir runs/demo
 
-Pictures: handwritten digits in the middle of a canvas ("static") or anywhere on it ("dynamic"). Text: the source text of
-Python's standard library. Models of one comparison have the same width and are trained alike; only the mixer differs.
+Images: handwritten digits in the middle of a canvas ("static") or anywhere on it ("dynamic"). Text: the source text of
+Python's standard library. Models of one comparison have the same width and are trained alike, by the recipes `digits.yaml`
+and `stdlib.yaml`; only the mixer differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import math
-import os
-import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
+import datasets
 import matplotlib
 import numpy as np
-import sklearn
+import run_clm
+import run_image_classification
 import torch
 import transformers
-from data import (
-    CANVAS_SIZE,
-    NUM_CHANNELS,
-    DigitCanvases,
-    TokenBlocks,
-    digits_processor,
-    digits_split,
-    read_texts,
-    split_files,
-    standard_library_files,
-    token_blocks,
-    train_tokenizer,
-)
-from model_card import write_model_card
-from saved_files import RUN
-from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    pipeline,
-    set_seed,
-)
-
-import translution
-from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+from common.atomic_folder import written_whole
+from common.command import ArgumentParser, run_command
+from common.hardware import hardware
+from common.saved_files import RUN
+from common.tables import markdown
+from datasets import Dataset
+from training.digits import PLACEMENTS
+from training.image_data import digits_dataset
+from training.model_card import write_model_card
+from training.output_folder import LEFT_BEHIND, RUN_ARGUMENTS
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, pipeline, set_seed
 
 
 # A backend that needs no screen.
@@ -71,453 +48,227 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How much to train, and how; the same for all models of a comparison."""
-
-    image_epochs: int = 10
-    image_batch: int = 64
-    # Half and twice as much were tried for attention as well: rotary gained at most 4 points, absolute none.
-    image_learning_rate: float = 2e-3
-    train_digits: int | None = None
-    test_digits: int | None = None
-    text_steps: int = 600
-    text_batch: int = 16
-    text_learning_rate: float = 6e-3
-    text_length: int = 64
-    vocab_size: int = 1024
-    train_files: int | None = None
-    held_out_files: int | None = None
-    held_out_blocks: int = 512
-    weight_decay: float = 0.05
-    warmup_steps: int = 20
-
-
-QUICK = Settings(
-    image_epochs=1,
-    train_digits=64,
-    test_digits=40,
-    text_steps=2,
-    vocab_size=300,
-    train_files=2,
-    held_out_files=1,
-    held_out_blocks=8,
-)
-
-IMAGE_FIELDS = {
-    "modality": "image",
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "head_dim": 16,
-    "intermediate_size": 192,
-    "image_size": CANVAS_SIZE,
-    "patch_size": 4,
-    "num_channels": NUM_CHANNELS,
-    "id2label": {digit: str(digit) for digit in range(10)},
-    "label2id": {str(digit): digit for digit in range(10)},
-}
+RECIPES = Path(__file__).parent / "recipes"
+# Models of the same width: their names, and what their configs add to the recipe's.
 IMAGE_MODELS = {
     "attention, absolute": {"mixer_types": "attention", "use_absolute_position_embeddings": True},
     "attention, rotary": {"mixer_types": "rope_attention"},
     "LoR-Translution": {"relative_projections": "kv", "relative_rank": 8},
     "Translution": {"relative_projections": "kv"},
 }
+TEXT_MODELS = {name: IMAGE_MODELS[name] for name in ("attention, rotary", "Translution")}
 FULL_TRANSLUTION = "Translution"
-# Name of a comparison: the placement to train on, and the one to test on.
-COMPARISONS = {
-    "static → static": ("static", "static"),
-    "static → dynamic": ("static", "dynamic"),
-    "dynamic → dynamic": ("dynamic", "dynamic"),
-}
-
-TEXT_FIELDS = {
-    "modality": "text",
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "intermediate_size": 256,
-}
-TEXT_MODELS = {
-    "attention, rotary": {"mixer_types": "rope_attention"},
-    "Translution": {"relative_projections": "kv"},
-}
+# The placement to train on, and the one to test on.
+DYNAMIC = "dynamic → dynamic"
+COMPARISONS = ("static → static", "static → dynamic", DYNAMIC)
 PROMPT = "def "
+# With `--quick`.
+QUICK_TEST_IMAGES = 40
+QUICK_IMAGES = f"--num_train_epochs 1 --max_train_samples 64 --max_eval_samples {QUICK_TEST_IMAGES}".split()
+QUICK_TEXT = ["--max_steps", "2", "--vocab_size", "300", "--max_train_samples", "2", "--max_eval_samples", "1"]
 
 IMAGE_CHECKPOINT, TEXT_CHECKPOINT = "image-model", "text-model"
-FRESH_RESULTS = "fresh_process.json"
-REPORT, PICTURE = "demo.json", "demo.png"
+REPORT, PICTURE, FRESH_RESULTS = "demo.json", "demo.png", "fresh_process.json"
 
 
-# Training
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-class ProgressBar(TrainerCallback):
-    """One bar per model; also tells the data set that an epoch begins."""
-
-    def __init__(self, title: str, data: Any):
-        self.title = title
-        self.data = data
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", dynamic_ncols=True)
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if hasattr(self.data, "set_epoch"):
-            self.data.set_epoch(round(state.epoch or 0))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def train(
-    model: PreTrainedModel, data: Any, title: str, folder: Path, seed: int, settings: Settings, **arguments
-) -> float:
-    """Trains a model, moves it to the CPU, and returns the seconds that training took."""
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=str(folder),
-            lr_scheduler_type="cosine",
-            warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            seed=seed,
-            use_cpu=not torch.accelerator.is_available(),
-            dataloader_pin_memory=False,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            **arguments,
-        ),
-        train_dataset=data,
-        callbacks=[ProgressBar(title, data)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    seconds = trainer.train().metrics["train_runtime"]
-    # What is compared with the fresh process is computed on the CPU in both.
-    model.to("cpu").eval()
-    return seconds
+def train(main: Callable[[Sequence[str]], None], title: str, folder: Path, fields: dict[str, Any], *options: str):
+    """Runs a training script with a recipe and config fields of a model, and returns the run's `run.json`."""
+    print(title, flush=True)
+    overrides = ["--config_overrides", json.dumps(fields)]
+    # One evaluation, at the end, and no checkpoints.
+    rare = ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "no", "--report_to", "none"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        main([*options, *overrides, *rare, "--output_dir", str(folder)])
+    return read_json(folder / RUN)
 
 
-def count_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def evaluate(main: Callable[[Sequence[str]], None], folder: Path, *options: str) -> dict[str, float]:
+    """Has a training script evaluate a model, and returns the metrics."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        main([*options, "--do_train", "false", "--output_dir", str(folder)])
+    return read_json(folder / "evaluation_results.json")
 
 
-# Pictures
+def header(text: str):
+    print(f"\n== {text}", flush=True)
 
 
-@torch.no_grad()
-def classify(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
-    """The likeliest class of each of `[N, channels, height, width]`."""
-    return torch.cat([model(pixel_values=batch).logits.argmax(dim=-1) for batch in pixel_values.split(64)])
+# Images
 
 
-def accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Per cent."""
-    return 100 * (predictions == labels).float().mean().item()
+def digits_recipe(args: argparse.Namespace, placement: str) -> list[str]:
+    options = [str(RECIPES / "digits.yaml"), "--dataset_config_name", placement, "--seed", str(args.seed)]
+    return options + (QUICK_IMAGES if args.quick else [])
 
 
-def digit_tests(seed: int, settings: Settings) -> dict[str, DigitCanvases]:
-    """The held-out digits in both placements. Their random places never change."""
-    _, test = digits_split()
-    # A seed of its own: no epoch of any training places digits by it.
-    return {
-        name: DigitCanvases(test.first(settings.test_digits), name, seed=-1 - seed) for name in ("static", "dynamic")
-    }
+def test_images(args: argparse.Namespace) -> Dataset:
+    """The held-out digits anywhere on the canvas, always at the same places."""
+    data = digits_dataset("dynamic")["test"]
+    return data.select(range(QUICK_TEST_IMAGES)) if args.quick else data
 
 
-def all_pixels(canvases: DigitCanvases) -> Tensor:
-    return torch.stack([canvases[index]["pixel_values"] for index in range(len(canvases))])
-
-
-def train_image_models(folder: Path, seed: int, settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Trains each model on static and on dynamic digits; returns the table's rows, and the models of the dynamic ones."""
-    digits, _ = digits_split()
-    digits = digits.first(settings.train_digits)
-    tests = digit_tests(seed, settings)
-    rows, dynamic_models = [], {}
+def run_images(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains the classifiers, keeps the best one on dynamic digits, draws, and returns the figures."""
+    header("Images: handwritten digits on a 16 × 16 canvas")
+    runs, main = folder / "runs", run_image_classification.main
+    rows = []
     for name, fields in IMAGE_MODELS.items():
         row = {"model": name, "seconds": {}, "accuracy": {}}
-        for placement in ("static", "dynamic"):
-            set_seed(seed)
-            model = TranslutionForImageClassification(TranslutionConfig(**IMAGE_FIELDS, **fields))
-            row["parameters"] = count_parameters(model)
-            row["seconds"][placement] = train(
-                model,
-                DigitCanvases(digits, placement, seed),
-                f"{name}, {placement}",
-                folder,
-                seed,
-                settings,
-                num_train_epochs=settings.image_epochs,
-                per_device_train_batch_size=settings.image_batch,
-                learning_rate=settings.image_learning_rate,
-            )
-            for comparison, (trained_on, tested_on) in COMPARISONS.items():
-                if trained_on == placement:
-                    predictions = classify(model, all_pixels(tests[tested_on]))
-                    row["accuracy"][comparison] = accuracy(predictions, tests[tested_on].digits.labels)
+        for placement in PLACEMENTS:
+            trained = runs / f"{name}, {placement}"
+            run = train(main, f"{name}, {placement}", trained, fields, *digits_recipe(args, placement))
+            row["seconds"][placement] = run["seconds"]
+            row["accuracy"][f"{placement} → {placement}"] = 100 * run["metrics"]["accuracy"]
+        # The model of the static run, on the data of the dynamic one.
+        options = [*digits_recipe(args, "dynamic"), "--config_overrides", json.dumps(fields)]
+        options += ["--resume_from_checkpoint", str(runs / f"{name}, static")]
+        moved = evaluate(main, runs / f"{name}, evaluated", *options)
+        row["accuracy"]["static → dynamic"] = 100 * moved["eval_accuracy"]
+        row["parameters"] = AutoModelForImageClassification.from_pretrained(trained).num_parameters()
         rows.append(row)
-        dynamic_models[name] = model
-    return rows, dynamic_models
-
-
-def run_images(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
-    """The pictures' part: trains, saves the best model on dynamic digits, draws; returns the figures."""
-    header("Pictures: handwritten digits on a 16 × 16 canvas")
-    rows, models = train_image_models(folder, seed, settings)
-    scores = {row["model"]: row["accuracy"]["dynamic → dynamic"] for row in rows}
+    scores = {row["model"]: row["accuracy"][DYNAMIC] for row in rows}
     best = max(scores, key=scores.get)
-    attention = max(score for name, score in scores.items() if name.startswith("attention"))
-    model, test = models[best], digit_tests(seed, settings)["dynamic"]
-    model.save_pretrained(folder / IMAGE_CHECKPOINT)
-    digits_processor().save_pretrained(folder / IMAGE_CHECKPOINT)
-    predictions = classify(model, all_pixels(test))
-    draw(folder / PICTURE, rows, test, predictions, models[FULL_TRANSLUTION])
+    full_model = AutoModelForImageClassification.from_pretrained(runs / f"{FULL_TRANSLUTION}, dynamic")
+    keep(runs / f"{best}, dynamic", folder / IMAGE_CHECKPOINT, args, {"accuracy": scores[best] / 100})
+    test = test_images(args)
+    predictions = classify(folder / IMAGE_CHECKPOINT, test)
+    draw(folder / PICTURE, rows, test, predictions, full_model)
     return {
         "models": rows,
         "best": best,
-        "points_above_attention": max(score for score in scores.values()) - attention,
-        "train_digits": len(digits_split()[0].first(settings.train_digits)),
+        "points_above_attention": scores[best]
+        - max(score for name, score in scores.items() if name.startswith("attention")),
         "test_digits": len(test),
-        "predictions": predictions.tolist(),
+        "predictions": predictions,
         "accuracy": scores[best],
     }
 
 
-def check_images(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
-    """What a fresh process makes of the saved classifier: from pictures, with the Auto classes and a pipeline."""
-    test = digit_tests(seed, settings)["dynamic"]
-    pictures = test.pictures()
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    predictions = classify(model.eval(), processor(images=pictures, return_tensors="pt")["pixel_values"])
-    classifier = pipeline("image-classification", model=str(folder), device="cpu")
-    labels = [found[0]["label"] for found in classifier(pictures, top_k=1)]
-    return {
-        "predictions": predictions.tolist(),
-        "pipeline_predictions": [int(label) for label in labels],
-        "accuracy": accuracy(predictions, test.digits.labels),
-    }
+def classify(model: Path, data: Dataset) -> list[int]:
+    """The most likely class of each image."""
+    classifier = pipeline("image-classification", model=str(model), device="cpu")
+    return [int(found[0]["label"]) for found in classifier(list(data["image"]), top_k=1)]
 
 
 # Text
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: TokenBlocks) -> float:
-    """Of one token after the other, the first of a block excepted."""
-    losses = []
-    for batch in blocks.blocks.split(32):
-        losses.append(model(input_ids=batch, labels=batch).loss.double() * len(batch))
-    return math.exp(sum(losses).item() / len(blocks))
+def text_recipe(args: argparse.Namespace, folder: Path) -> list[str]:
+    options = [str(RECIPES / "stdlib.yaml"), "--cache_dir", str(folder / "cache"), "--seed", str(args.seed)]
+    return options + (QUICK_TEXT if args.quick else [])
 
 
-def held_out_blocks(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> TokenBlocks:
-    """Blocks of the files that nothing is trained on, spread evenly over them."""
-    _, files = split_files(standard_library_files())
-    data = token_blocks(read_texts(files[: settings.held_out_files]), tokenizer, settings.text_length)
-    data.blocks = data.blocks[:: max(1, len(data) // settings.held_out_blocks)][: settings.held_out_blocks]
-    return data
+def run_text(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains the language models, keeps the best one, and returns the figures."""
+    header("Text: the source text of Python's standard library")
+    rows = []
+    for name, fields in TEXT_MODELS.items():
+        trained = folder / "runs" / name
+        run = train(run_clm.main, name, trained, fields, *text_recipe(args, folder))
+        parameters = AutoModelForCausalLM.from_pretrained(trained).num_parameters()
+        row = {"model": name, "parameters": parameters, "seconds": run["seconds"]}
+        rows.append({**row, "perplexity": run["metrics"]["perplexity"]})
+    best = min(rows, key=lambda row: row["perplexity"])
+    metrics = {"perplexity": best["perplexity"]}
+    keep(folder / "runs" / best["model"], folder / TEXT_CHECKPOINT, args, metrics)
+    return {
+        "models": rows,
+        "best": best["model"],
+        **metrics,
+        "sample": write_sample(folder / TEXT_CHECKPOINT, args.seed),
+    }
 
 
-def write_sample(model: Any, tokenizer: Any, seed: int, settings: Settings) -> str:
-    """A text that a model (or the checkpoint in a folder) continues from `PROMPT`, up to the block length."""
-    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    room = settings.text_length - len(generator.tokenizer(PROMPT)["input_ids"])
+def write_sample(model: Path, seed: int) -> str:
+    """A continuation of `PROMPT`, as long as the model's context."""
+    generator = pipeline("text-generation", model=str(model), device="cpu")
+    room = generator.model.config.max_position_embeddings - len(generator.tokenizer(PROMPT)["input_ids"])
     set_seed(seed)
     return generator(PROMPT, max_new_tokens=room, do_sample=True, temperature=0.7, top_k=50)[0]["generated_text"]
 
 
-def run_text(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
-    """The text's part: trains a tokenizer and the models, saves the best; returns the figures."""
-    header("Text: the source text of Python's standard library")
-    files, _ = split_files(standard_library_files())
-    texts = list(read_texts(files[: settings.train_files]))
-    tokenizer = train_tokenizer(texts, settings.vocab_size, settings.text_length)
-    data, held_out = token_blocks(texts, tokenizer, settings.text_length), held_out_blocks(tokenizer, settings)
-    rows, models = [], {}
-    for name, fields in TEXT_MODELS.items():
-        set_seed(seed)
-        tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        tokens |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-        config = TranslutionConfig(**TEXT_FIELDS, **tokens, max_position_embeddings=settings.text_length, **fields)
-        models[name] = TranslutionForCausalLM(config)
-        seconds = train(
-            models[name],
-            data,
-            name,
-            folder,
-            seed,
-            settings,
-            max_steps=settings.text_steps,
-            per_device_train_batch_size=settings.text_batch,
-            learning_rate=settings.text_learning_rate,
-        )
-        row = {"model": name, "parameters": count_parameters(models[name]), "seconds": seconds}
-        rows.append({**row, "perplexity": perplexity(models[name], held_out)})
-    best = min(rows, key=lambda row: row["perplexity"])
-    models[best["model"]].save_pretrained(folder / TEXT_CHECKPOINT)
-    tokenizer.save_pretrained(folder / TEXT_CHECKPOINT)
-    return {
-        "models": rows,
-        "best": best["model"],
-        "train_blocks": len(data),
-        "held_out_blocks": len(held_out),
-        "perplexity": best["perplexity"],
-        "sample": write_sample(models[best["model"]], tokenizer, seed, settings),
-    }
+# What stays
 
 
-def check_text(folder: Path, seed: int, settings: Settings) -> dict[str, Any]:
-    """What a fresh process makes of the saved language model: with the Auto classes and a pipeline."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return {
-        "perplexity": perplexity(model.eval(), held_out_blocks(tokenizer, settings)),
-        "sample": write_sample(str(folder), None, seed, settings),
-    }
+def command(args: argparse.Namespace) -> str:
+    return shlex.join(["python", "scripts/demo.py", *args.arguments])
 
 
-# The cards
+def keep(run: Path, target: Path, args: argparse.Namespace, metrics: dict[str, float]) -> None:
+    """Moves a run to its place, with a card of the demo's command and of the metrics that the demo shows."""
+    run.rename(target)
+    # Nobody resumes this run.
+    (target / RUN_ARGUMENTS).unlink()
+    shutil.rmtree(target / LEFT_BEHIND, ignore_errors=True)
+    write_json(target / RUN, read_json(target / RUN) | {"metrics": metrics, "command": command(args)})
+    write_model_card(target)
 
 
-def image_run(report: dict[str, Any]) -> dict[str, Any]:
-    """What the card of the saved classifier tells of its training."""
-    images, settings = report["images"], report["settings"]
-    best = next(row for row in images["models"] if row["model"] == images["best"])
-    return {
-        "task": "image-classification",
-        "dataset": {
-            "name": f"scikit-learn's handwritten digits, anywhere on a canvas of {CANVAS_SIZE} × {CANVAS_SIZE}",
-            "train_split": f"{images['train_digits']} digits",
-            "eval_split": f"{images['test_digits']} held-out digits",
-        },
-        "metrics": {"accuracy": images["accuracy"] / 100},
-        "hyperparameters": {
-            "num_train_epochs": settings["image_epochs"],
-            "per_device_train_batch_size": settings["image_batch"],
-            "learning_rate": settings["image_learning_rate"],
-            **shared_hyperparameters(report),
-        },
-        "seconds": best["seconds"]["dynamic"],
-        **run_circumstances(report),
-    }
-
-
-def text_run(report: dict[str, Any]) -> dict[str, Any]:
-    """What the card of the saved language model tells of its training."""
-    text, settings = report["text"], report["settings"]
-    best = next(row for row in text["models"] if row["model"] == text["best"])
-    return {
-        "task": "text-generation",
-        "dataset": {
-            "name": f"source text of Python's standard library, blocks of {settings['text_length']} tokens",
-            "train_split": f"{text['train_blocks']} blocks",
-            "eval_split": f"{text['held_out_blocks']} blocks of held-out files",
-        },
-        "metrics": {"perplexity": text["perplexity"]},
-        "hyperparameters": {
-            "max_steps": settings["text_steps"],
-            "per_device_train_batch_size": settings["text_batch"],
-            "learning_rate": settings["text_learning_rate"],
-            **shared_hyperparameters(report),
-        },
-        "seconds": best["seconds"],
-        **run_circumstances(report),
-    }
-
-
-def shared_hyperparameters(report: dict[str, Any]) -> dict[str, Any]:
-    settings = report["settings"]
-    return {
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": settings["warmup_steps"],
-        "weight_decay": settings["weight_decay"],
-        "seed": report["seed"],
-    }
-
-
-def run_circumstances(report: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "hardware": report["accelerator"] or report["cpu"],
-        "versions": report["versions"],
-        "commit": report["commit"],
-        "command": report["command"],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def leave_card(checkpoint: Path, run: dict[str, Any]):
-    """Writes `run.json` and the model card beside a saved model."""
-    (checkpoint / RUN).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_model_card(checkpoint)
-
-
-# The fresh process
-
-
-def use_checkpoints(folder: Path, seed: int, settings: Settings):
-    """Runs in a fresh process: loads what was saved, uses it, and writes down what came out."""
+def use_checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Results of the models that were kept, by the Auto classes and pipelines."""
     results = {}
     if (folder / IMAGE_CHECKPOINT).exists():
-        results["images"] = check_images(folder / IMAGE_CHECKPOINT, seed, settings)
+        results["images"] = {"predictions": classify(folder / IMAGE_CHECKPOINT, test_images(args))}
     if (folder / TEXT_CHECKPOINT).exists():
-        results["text"] = check_text(folder / TEXT_CHECKPOINT, seed, settings)
-    (folder / FRESH_RESULTS).write_text(json.dumps(results), encoding="utf-8")
+        results["text"] = {"sample": write_sample(folder / TEXT_CHECKPOINT, args.seed)}
+        model = folder / TEXT_CHECKPOINT
+        options = ["--model_name_or_path", str(model), "--dataset_name", "stdlib", "--seed", str(args.seed)]
+        options += ["--max_eval_samples", "1" if args.quick else "8", "--cache_dir", str(folder / "cache")]
+        metrics = evaluate(run_clm.main, folder / "runs" / "fresh", *options, "--report_to", "none")
+        results["text"]["perplexity"] = metrics["eval_perplexity"]
+    return results
 
 
 def compare_with_fresh_process(folder: Path, args: argparse.Namespace, report: dict[str, Any]) -> dict[str, Any]:
-    """Has a fresh process use the checkpoints, and makes sure that it finds what this one found; returns what it found.
+    """Has a fresh process use the saved models, checks its results against this process's, and returns them.
 
     Raises:
-        RuntimeError: if it does not.
+        RuntimeError: if they differ.
     """
     header("The same from a fresh process")
-    command = [sys.executable, str(Path(__file__).resolve()), "--use_checkpoints", "--output_dir", str(folder)]
-    command += ["--seed", str(args.seed)] + ["--quick"] * args.quick
-    subprocess.run(command, check=True)
-    fresh = json.loads((folder / FRESH_RESULTS).read_text(encoding="utf-8"))
+    options = ["--use_checkpoints", "--output_dir", str(folder), "--seed", str(args.seed)] + ["--quick"] * args.quick
+    subprocess.run([sys.executable, str(Path(__file__).resolve()), *options], check=True)
+    fresh = read_json(folder / FRESH_RESULTS)
     (folder / FRESH_RESULTS).unlink()
     if "images" in report:
         here, there = report["images"], fresh["images"]
-        require_equal("predictions", here["predictions"], there["predictions"])
-        require_equal("predictions of the pipeline", here["predictions"], there["pipeline_predictions"])
-        require_equal("accuracy", here["accuracy"], there["accuracy"])
-        print(f"{here['best']}: {len(here['predictions'])} predictions equal, accuracy {there['accuracy']:.1f} %")
+        labels = test_images(args)["label"]
+        there["accuracy"] = 100 * float(np.mean(np.equal(there["predictions"], labels)))
+        require_agreement("predictions", here["predictions"] == there["predictions"])
+        # Rounding depends on batch size and device, and may decide between two classes of one image.
+        require_agreement("accuracies", abs(here["accuracy"] - there["accuracy"]) < 101 / len(labels))
+        print(f"{here['best']}: {len(labels)} predictions equal, accuracy {there['accuracy']:.1f} %")
     if "text" in report:
         here, there = report["text"], fresh["text"]
-        require_equal("perplexity", round(here["perplexity"], 4), round(there["perplexity"], 4))
-        require_equal("generated text", here["sample"], there["sample"])
+        require_agreement("perplexities", math.isclose(here["perplexity"], there["perplexity"], rel_tol=1e-4))
+        require_agreement("generated texts", here["sample"] == there["sample"])
         print(f"{here['best']}: generated text equal, perplexity {there['perplexity']:.2f}")
     return fresh
 
 
-def require_equal(what: str, here: Any, there: Any):
-    if here != there:
-        raise RuntimeError(f"The {what} of the training process and of a fresh one differ: {here} and {there}.")
+def require_agreement(what: str, agree: bool):
+    if not agree:
+        raise RuntimeError(f"The {what} of the training process and of a fresh one differ.")
 
 
-# Results
-
-
-def draw(
-    path: Path, rows: list[dict[str, Any]], test: DigitCanvases, predictions: Tensor, full_model: PreTrainedModel
-):
-    """Sample canvases with predictions, accuracies, and the size of each offset's matrix."""
+def draw(path: Path, rows: list[dict[str, Any]], test: Dataset, predictions: list[int], full_model: PreTrainedModel):
+    """Test images with predictions, accuracies, and the norm of each offset's matrix."""
     figure = plt.figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.5, 0.95))
 
-    left.suptitle("What the best model says")
-    for index, axes in enumerate(left.subplots(3, 4).flat):
-        axes.imshow(test.picture(index), cmap="gray_r")
-        says, is_right = predictions[index].item(), predictions[index] == test.digits.labels[index]
-        axes.set_title(f"{says}" if is_right else f"{says}, not {test.digits.labels[index]}", fontsize=9)
+    left.suptitle("Predictions of the best model")
+    for axes, row, prediction in zip(left.subplots(3, 4).flat, test, predictions, strict=False):
+        axes.imshow(row["image"], cmap="gray_r")
+        is_right = prediction == row["label"]
+        axes.set_title(f"{prediction}" if is_right else f"{prediction}, not {row['label']}", fontsize=9)
         axes.title.set_color("black" if is_right else "crimson")
         axes.set(xticks=[], yticks=[])
 
@@ -543,56 +294,13 @@ def draw(
     plt.close(figure)
 
 
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of this checkout, if it is one."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return None
-
-
-def circumstances(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
-    """What someone needs to know to get the same figures."""
-    packages = (translution, torch, transformers, accelerate, sklearn, np)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return {
-        "command": f"python scripts/demo.py {' '.join(args.arguments)}".strip(),
-        "commit": commit(),
-        "seed": args.seed,
-        "settings": asdict(settings),
-        "image_fields": IMAGE_FIELDS,
-        "text_fields": TEXT_FIELDS,
-        "versions": {"python": platform.python_version()}
-        | {package.__name__: package.__version__ for package in packages},
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "accelerator": str(accelerator) if accelerator else None,
-    }
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A markdown table: the first column is text, the others are numbers."""
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)] + rows
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def image_table(images: dict[str, Any]) -> str:
     rows = [
         [row["model"], f"{row['parameters']:,}", f"{sum(row['seconds'].values()):.0f}"]
         + [f"{row['accuracy'][name]:.1f} %" for name in COMPARISONS]
         for row in images["models"]
     ]
-    return table(["model", "parameters", "seconds", *COMPARISONS], rows)
+    return markdown(["model", "parameters", "seconds", *COMPARISONS], rows)
 
 
 def text_table(text: dict[str, Any]) -> str:
@@ -600,15 +308,11 @@ def text_table(text: dict[str, Any]) -> str:
         [row["model"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", f"{row['perplexity']:.1f}"]
         for row in text["models"]
     ]
-    return table(["model", "parameters", "seconds", "perplexity"], rows)
-
-
-def header(text: str):
-    print(f"\n== {text}", flush=True)
+    return markdown(["model", "parameters", "seconds", "perplexity"], rows)
 
 
 def print_report(report: dict[str, Any], folder: Path):
-    """Tables to paste, and where the files are."""
+    """Prints the tables, and where the files are."""
     header("Results")
     if "images" in report:
         images = report["images"]
@@ -619,7 +323,7 @@ def print_report(report: dict[str, Any], folder: Path):
         )
     if "text" in report:
         text = report["text"]
-        print(f"\nPerplexity on held-out files\n\n{text_table(text)}\n\nThe best one goes on from {PROMPT!r}:\n")
+        print(f"\nPerplexity on held-out files\n\n{text_table(text)}\n\nThe best one continues {PROMPT!r}:\n")
         print("\n".join("    " + line for line in text["sample"].splitlines()))
     print(f"\n{report['seconds']:.0f} seconds in all. Written to {folder}:")
     for path in sorted(folder.iterdir()):
@@ -628,35 +332,25 @@ def print_report(report: dict[str, Any], folder: Path):
 
 @contextlib.contextmanager
 def replaced_when_done(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` once all is well; until then the old one stays as it is.
+    """A new folder that replaces `folder` at the end; if anything fails, `folder` stays as it is.
 
     Raises:
-        FileExistsError: if `folder` holds something else than an earlier output of this script.
+        FileExistsError: if `folder` holds something other than an earlier output of this script.
     """
     if folder.exists() and not (folder / REPORT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an earlier output of this script: give another `--output_dir`.")
-    partial, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    with written_whole(folder) as new:
+        yield new
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="replaced by a run that succeeds")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order of training, and places of digits")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and of the order of training")
     parser.add_argument("--skip_images", action="store_true", help="text only")
-    parser.add_argument("--skip_text", action="store_true", help="pictures only")
+    parser.add_argument("--skip_text", action="store_true", help="images only")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything runs")
     parser.add_argument("--use_checkpoints", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -669,26 +363,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]):
     args = parse_arguments(arguments)
-    settings = QUICK if args.quick else Settings()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     if args.use_checkpoints:
-        use_checkpoints(args.output_dir, args.seed, settings)
+        write_json(args.output_dir / FRESH_RESULTS, use_checkpoints(args.output_dir, args))
         return
-    start = time.perf_counter()
+    start, machine = time.perf_counter(), hardware()
     with replaced_when_done(args.output_dir) as folder:
-        report = circumstances(args, settings)
+        report = {
+            "command": command(args),
+            "commit": machine["commit"],
+            "seed": args.seed,
+            "versions": {name: machine[name] for name in ("python", "torch", "transformers")},
+            "cpu": machine["device"],
+            "threads": machine["threads"],
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        }
         if not args.skip_images:
-            report["images"] = run_images(folder, args.seed, settings)
-            leave_card(folder / IMAGE_CHECKPOINT, image_run(report))
+            report["images"] = run_images(folder, args)
         if not args.skip_text:
-            report["text"] = run_text(folder, args.seed, settings)
-            leave_card(folder / TEXT_CHECKPOINT, text_run(report))
+            report["text"] = run_text(folder, args)
         report["fresh_process"] = compare_with_fresh_process(folder, args, report)
+        shutil.rmtree(folder / "runs")
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         report["seconds"] = time.perf_counter() - start
-        (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / REPORT, report)
     print_report(report, args.output_dir)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

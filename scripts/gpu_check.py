@@ -12,7 +12,6 @@ counted). `share` is of the rate that an 8192³ product of the same device reach
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 import time
@@ -23,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command import ArgumentParser, run_command
-from measuring import hardware
+from benchmarks.measuring import relative_error
+from common.command import ArgumentParser, run_command
+from common.hardware import hardware
+from common.tables import write_csv
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForImageClassification
@@ -134,10 +135,6 @@ def results(
     (output * weight).sum().backward()
     gradients = {key: parameter.grad for key, parameter in mixer.named_parameters()}
     return {"output": output.detach(), "tokens": tokens.grad, **gradients}
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
 def check(bench: Bench) -> None:
@@ -338,11 +335,11 @@ def time_training(bench: Bench) -> None:
 def train_digits(bench: Bench) -> None:
     """Full Translution learns digits at random places."""
     try:
-        from data import DigitCanvases, digits_split
+        from studies.settings import IMAGE_FIELDS
+        from training.digits import DigitCanvases, digits_split
     except ImportError as error:
         bench.row(part="digits", case="dynamic", ok=False, note=f"not run: {error}")
         return
-    from demo import IMAGE_FIELDS, all_pixels
 
     digits, held_out = digits_split()
     torch.manual_seed(0)
@@ -354,7 +351,7 @@ def train_digits(bench: Bench) -> None:
     start, epochs = time.perf_counter(), 1 if bench.dry else 30
     for epoch in range(epochs):
         canvases = DigitCanvases(digits, "dynamic", epoch)
-        pixels, labels = all_pixels(canvases), torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
+        pixels, labels = canvases.pixel_values(), torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
         for chosen in torch.randperm(len(labels)).split(4 if bench.dry else 64)[: 1 if bench.dry else None]:
             loss = model(pixel_values=pixels[chosen].to(bench.device), labels=labels[chosen].to(bench.device)).loss
             loss.backward()
@@ -364,7 +361,7 @@ def train_digits(bench: Bench) -> None:
     canvases = DigitCanvases(held_out, "dynamic", 0)
     labels = torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
     with torch.no_grad():
-        pixels = all_pixels(canvases)[: 2 if bench.dry else None]
+        pixels = canvases.pixel_values()[: 2 if bench.dry else None]
         guessed = model.eval()(pixel_values=pixels.to(bench.device)).logits.argmax(-1).cpu()
     right = (guessed == labels[: len(guessed)]).float().mean().item()
     bench.row(part="digits", case=f"dynamic, {epochs} epochs", accuracy=right, note=f"{seconds:.0f} s", ok=bench.dry or right > 0.5)  # fmt: skip
@@ -373,11 +370,7 @@ def train_digits(bench: Bench) -> None:
 def write(bench: Bench, path: Path) -> None:
     common = {**hardware(), "triton": triton.__version__, "cuda": torch.version.cuda}
     common["gpu"] = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "none"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**common, **row} for row in bench.rows)
+    write_csv(path, FIELDS, [{**common, **row} for row in bench.rows])
 
 
 def main(arguments: list[str]) -> int:

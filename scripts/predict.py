@@ -1,4 +1,4 @@
-"""Predictions of a saved model: classes of pictures, or how a text goes on.
+"""Predictions of a saved model: classes of pictures, or continuations of texts.
 
     python scripts/predict.py runs/digits picture.png another.jpg
     python scripts/predict.py runs/stdlib "def main("
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from command import ArgumentParser, run_command
-from pictures import FORMATS, open_picture, read_picture
+from common.command import ArgumentParser, run_command
+from common.pictures import FORMATS, open_picture, read_picture
+from common.saved_files import check_model_name, misshapen
 from PIL import UnidentifiedImageError
-from saved_files import check_model_name, misshapen
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +33,7 @@ from transformers.utils import logging
 import translution  # noqa: F401 (registers the Auto classes)
 
 
-# Task of the pipeline, Auto class, and what turns inputs into tensors.
+# Task of the pipeline, Auto class, and preprocessor.
 TASKS = {
     "TranslutionForImageClassification": ("image-classification", AutoModelForImageClassification, "image_processor"),
     "TranslutionForCausalLM": ("text-generation", AutoModelForCausalLM, "tokenizer"),
@@ -71,7 +71,7 @@ def load(name: str, revision: str | None = None) -> Pipeline:
 
 @contextlib.contextmanager
 def damage(what: str) -> Iterator[None]:
-    """Says what is damaged: reading it, Transformers raises whatever the first wrong value leads to."""
+    """Names the damaged file: Transformers raises errors of any kind for a wrong value in it."""
     try:
         yield
     except (OSError, ValueError):
@@ -82,7 +82,7 @@ def damage(what: str) -> Iterator[None]:
 
 
 def require_whole(name: str, report: dict[str, Any]):
-    """Refuses weights that are drawn at random, or left over: Transformers only warns of them."""
+    """Refuses missing and unknown weights, for which Transformers only warns."""
     problems = [f"{key} is missing" for key in sorted(report["missing_keys"])]
     problems += [f"{key} is unknown" for key in sorted(report["unexpected_keys"])]
     problems += misshapen(report)
@@ -91,7 +91,7 @@ def require_whole(name: str, report: dict[str, Any]):
 
 
 def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Iterator[tuple[str, list[dict]]]:
-    """Each picture, and its likeliest classes with their probabilities.
+    """Each picture with its most likely classes and their probabilities.
 
     Raises:
         FileNotFoundError: if a picture is missing.
@@ -123,7 +123,7 @@ def is_picture(path: str) -> bool:
 
 
 def read_prompt(prompt: str) -> str:
-    """A prompt, or standard input for `-`; half a character, which a shell makes of bytes of another encoding, is refused."""
+    """A prompt, or standard input for `-`. Text that is not UTF-8 is refused."""
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
         text.encode()
@@ -134,7 +134,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
-    """Each prompt with what the model writes after it.
+    """Each prompt with the model's continuation.
 
     Raises:
         ValueError: if a prompt is the name of a picture, or no text in UTF-8.
@@ -154,13 +154,13 @@ def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespa
 def main(arguments: Sequence[str]):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model, or its name on the Hub")
-    parser.add_argument("inputs", nargs="+", help="pictures, or the beginnings of texts; - is standard input")
+    parser.add_argument("inputs", nargs="+", help="pictures or prompts; - is standard input")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--top_k", type=int, default=5, help="classes to show of each picture")
-    parser.add_argument("--max_new_tokens", type=int, default=50, help="tokens to write")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability to choose from")
-    parser.add_argument("--seed", type=int, help="of the choice; the same seed writes the same text")
+    parser.add_argument("--top_k", type=int, default=5, help="number of classes to show")
+    parser.add_argument("--max_new_tokens", type=int, default=50, help="number of tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy decoding")
+    parser.add_argument("--top_p", type=float, default=1.0, help="probability mass for nucleus sampling")
+    parser.add_argument("--seed", type=int, help="seed for sampling")
     options = parser.parse_args(arguments)
     for name, least in (("top_k", 1), ("max_new_tokens", 1), ("temperature", 0)):
         if getattr(options, name) < least:

@@ -3,21 +3,26 @@
     python scripts/run_clm.py scripts/recipes/stdlib.yaml --output_dir runs/stdlib
     python scripts/run_clm.py --train_dir texts --block_size 128 --output_dir runs/texts
 
-Text is `.txt`, `.md`, `.py`, JSON lines or Parquet. A run that is stopped, in training or before, goes on when it is called again.
+Text is `.txt`, `.md`, `.py`, JSON lines or Parquet. Rerun the command to resume from the last complete checkpoint, or
+from the last tokenized part of the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
-from checkpoints import LEFT_BEHIND, WholeCheckpointTrainer
-from command import run_command
+from common.command import run_command
 from datasets import IterableDataset
-from load_data import TextDataArguments, load_texts
-from metrics import text_metrics, token_losses
-from text_blocks import BlockArguments, BlockBatch, BlockStream, Packer, blocks, hold_out_blocks, load_tokenizer
-from training import Run, ScriptTrainingArguments, load_checkpoint
+from training.arguments import ModelArguments, new_config, refuse_new_model_options
+from training.data_arguments import TextDataArguments
+from training.metrics import text_metrics, token_losses
+from training.output_folder import LEFT_BEHIND
+from training.run import Run
+from training.text_blocks import BlockArguments, BlockBatch, BlockStream, Packer, blocks, hold_out_blocks
+from training.text_data import load_texts
+from training.tokenizer import load_tokenizer
+from training.trainer import WholeCheckpointTrainer
+from training.weights import load_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from translution import TranslutionForCausalLM
@@ -50,23 +55,13 @@ def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTraine
 
 
 def main(arguments: Sequence[str]):
-    classes = (ModelArguments, TextDataArguments, BlockArguments, ScriptTrainingArguments, RunArguments)
-    model_args, data_args, block_args, training, run_args = parse_arguments(
-        classes, arguments, __doc__.splitlines()[0]
+    run = Run.parse(
+        "run_clm.py", "text-generation", TextDataArguments, [BlockArguments], arguments, __doc__.splitlines()[0]
     )
+    model_args, data_args, training, (block_args,) = run.model, run.data, run.training, run.others
     if training.label_smoothing_factor:
-        # The Trainer's own would not shift the labels of a model that Transformers does not know.
+        # The Trainer shifts labels only for the model classes of Transformers.
         raise ValueError(f"`label_smoothing_factor` must be 0 for text, got {training.label_smoothing_factor}.")
-    run = Run(
-        script="run_clm.py",
-        task="text-generation",
-        arguments=list(arguments),
-        model=model_args,
-        data=data_args,
-        training=training,
-        run=run_args,
-        others=(block_args,),
-    )
     with training.main_process_first(desc="reading the text"):
         train, evaluation = load_texts(data_args, training.do_eval)
     checkpoint = run.start()

@@ -3,7 +3,7 @@
     python scripts/run_image_classification.py scripts/recipes/digits.yaml --output_dir runs/digits
     python scripts/run_image_classification.py --train_dir pictures --image_size 32 --patch_size 8 --output_dir runs/pictures
 
-A folder of pictures has one folder for each class. A run that is stopped goes on when it is called again.
+A folder of pictures has a subfolder per class. Rerun the command to resume from the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from arguments import ModelArguments, RunArguments, new_config, parse_arguments, refuse_new_model_options
-from augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
-from command import run_command
+from common.command import run_command
 from datasets import IterableDataset
-from load_data import AnyDataset, ImageDataArguments, load_images
-from metrics import image_metrics, likeliest_classes
-from training import ImageTrainer, Run, ScriptTrainingArguments, load_checkpoint
+from training.arguments import ModelArguments, new_config, refuse_new_model_options
+from training.augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
+from training.data_arguments import ImageDataArguments
+from training.image_data import load_images
+from training.loading import AnyDataset
+from training.metrics import image_metrics, likeliest_classes
+from training.run import Run
+from training.trainer import ImageTrainer
+from training.weights import load_checkpoint
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers import ViTImageProcessorPil as ImageProcessor
 
@@ -28,16 +32,18 @@ from translution import TranslutionForImageClassification
 class ImageArguments:
     """The shape of the pictures."""
 
-    image_size: int | None = field(default=None, metadata={"help": "Pixels; pictures are resized to it."})
-    patch_size: int | None = field(default=None, metadata={"help": "Pixels of a token, of a new model."})
+    image_size: int | None = field(default=None, metadata={"help": "Size that pictures are resized to, in pixels."})
+    patch_size: int | None = field(default=None, metadata={"help": "Patch size of a new model, in pixels."})
     image_mean: list[float] = field(default_factory=lambda: [0.5] * 3, metadata={"help": "Mean of each channel."})
-    image_std: list[float] = field(default_factory=lambda: [0.5] * 3, metadata={"help": "Deviation of each channel."})
+    image_std: list[float] = field(
+        default_factory=lambda: [0.5] * 3, metadata={"help": "Standard deviation of each channel."}
+    )
 
 
 def load_model(
     args: ModelArguments, image: ImageArguments, names: list[str]
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A model whose classes are `names`, and what makes its inputs.
+    """A model whose classes are `names`, and its image processor.
 
     Raises:
         ValueError: for options that contradict each other, the config, or the checkpoint.
@@ -78,27 +84,12 @@ def samples(data: AnyDataset | None, transform: ImageTransform, seed: int | None
 
 
 def main(arguments: Sequence[str]):
-    classes = (
-        ModelArguments,
-        ImageArguments,
-        ImageDataArguments,
-        AugmentationArguments,
-        ScriptTrainingArguments,
-        RunArguments,
+    own = [ImageArguments, AugmentationArguments]
+    description = __doc__.splitlines()[0]
+    run = Run.parse(
+        "run_image_classification.py", "image-classification", ImageDataArguments, own, arguments, description
     )
-    model_args, image_args, data_args, augmentation, training, run_args = parse_arguments(
-        classes, arguments, __doc__.splitlines()[0]
-    )
-    run = Run(
-        script="run_image_classification.py",
-        task="image-classification",
-        arguments=list(arguments),
-        model=model_args,
-        data=data_args,
-        training=training,
-        run=run_args,
-        others=(image_args, augmentation),
-    )
+    model_args, data_args, training, (image_args, augmentation) = run.model, run.data, run.training, run.others
     with training.main_process_first(desc="reading the pictures"):
         train, evaluation = load_images(data_args, training.do_eval)
     checkpoint = run.start()

@@ -12,6 +12,8 @@ threads and the addresses of weights (see `closeness.py`); to see that no test d
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,9 @@ if not THREADS.isdecimal() or int(THREADS) < 1:
     raise ValueError(f"`TRANSLUTION_TEST_THREADS` must be a whole number of at least 1, got {THREADS!r}")
 
 unaligned.follow_switch()
+
+# As when a script is called, so that the tests import what the scripts import.
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,8 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))
-from data import DigitCanvases, digits_split, read_texts, standard_library_files  # noqa: E402
+from training.digits import DigitCanvases, digits_split  # noqa: E402
+from training.standard_library import read_texts, standard_library_files  # noqa: E402
 
 
 # A process that waits for another one fails after so many seconds, and all of them end after so many more.

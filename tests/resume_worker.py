@@ -109,7 +109,7 @@ def kill_in_last_save():
 
 def kill_in_tokenisation(part):
     """Dies in a part of the tokenisation, counted from 0."""
-    packer = importlib.import_module("text_blocks").Packer
+    packer = importlib.import_module("training.text_blocks").Packer
     call, count = packer.__call__, [0]
 
     def or_die(self, documents):
@@ -145,7 +145,7 @@ def main(kind, folder):
     unaligned.follow_switch()
     script = {"image": "run_image_classification", "text": "run_clm"}[kind]
     importlib.import_module(script)
-    importlib.import_module("model_card")
+    importlib.import_module("training.model_card")
     trainer.DEFAULT_CALLBACKS.append(Kill)
     arguments = [*COMMON, *(IMAGE if kind == "image" else [*TEXT, "--train_dir", f"{folder}/texts"])]
     moments = random.Random(0)

@@ -1,7 +1,6 @@
 """Augmentation: what is drawn, that it is drawn again alike, and that mixed labels fit mixed pictures."""
 
 import importlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,19 +10,16 @@ from torch.utils.data import DataLoader
 
 
 pytest.importorskip("datasets")
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
 def augmentation():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("augmentation")
+    return importlib.import_module("training.augmentation")
 
 
 @pytest.fixture(scope="module")
 def processor(augmentation):
-    return importlib.import_module("data").digits_processor()
+    return importlib.import_module("training.digits").digits_processor()
 
 
 def picture(width=24, height=20, seed=0):

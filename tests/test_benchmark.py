@@ -4,7 +4,6 @@ import argparse
 import csv
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ from translution.modeling.operators.pair_layout import PairLayout
 
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import benchmark
-import benchmark_length
-import benchmark_models
-import benchmark_operator
-from measuring import FIELDS, peak_memory, spread, stop_if_wrong, worst_error
+import benchmarks.length as benchmark_length
+import benchmarks.models as benchmark_models
+import benchmarks.operator as benchmark_operator
+from benchmarks.measuring import FIELDS, peak_memory, spread, stop_if_wrong, worst_error
 
 
 CASES = (

@@ -6,21 +6,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import predict
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from training.trainer import WholeCheckpointTrainer
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import predict
-from checkpoints import WholeCheckpointTrainer
 
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8, "intermediate_size": 8}

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.command import ArgumentParser, run_command
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from command import ArgumentParser, run_command  # noqa: E402
 
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8, "intermediate_size": 8}
@@ -51,7 +50,7 @@ def test_a_script_that_is_called_exits_so(tmp_path):
         text = path.read_text(encoding="utf-8")
         if "__main__" in text and path.stem not in ("demo", "study"):
             assert text.rstrip().splitlines()[-1].startswith("    run_command(main"), path.name
-    code = "from command import run_command\ndef main(arguments): open(arguments[0])\nrun_command(main, ['nowhere'])"
+    code = "from common.command import run_command\ndef main(arguments): open(arguments[0])\nrun_command(main, ['nowhere'])"
     options = {
         "cwd": tmp_path,
         "env": {**os.environ, "PYTHONPATH": str(SCRIPTS)},
@@ -156,7 +155,7 @@ def test_a_config_that_is_no_json_is_named(tmp_path, capsys):
 
 
 def test_a_prompt_is_text(tmp_path, monkeypatch, capsys):
-    from data import train_tokenizer
+    from training.tokenizer import train_tokenizer
 
     config = TranslutionConfig(modality="text", vocab_size=260, max_position_embeddings=24, pad_token_id=0, **TINY)
     TranslutionForCausalLM(config).save_pretrained(tmp_path)

@@ -6,23 +6,19 @@
 
 import json
 import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 
+import convert_original_to_hf as converter
 import numpy as np
 import pytest
 import torch
+from common.command import run_command
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import convert_original_to_hf as converter  # noqa: E402
-from command import run_command  # noqa: E402
-
-
 REFERENCES = sorted(path.stem for path in (ROOT / "tests/reference").glob("*.safetensors") if "acmix" not in path.stem)
 AUTO_CLASSES = {"image": AutoModelForImageClassification, "text": AutoModelForCausalLM}
 

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +12,11 @@ from torch.utils.data import DataLoader
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +37,11 @@ def pictures(tmp_path):
 
 def samples(scripts, folder, streaming):
     """Every row as training reads it."""
-    load, augmentation = scripts("load_data"), scripts("augmentation")
+    load, augmentation = scripts("training.image_data"), scripts("training.augmentation")
     data, _ = load.load_images(load.ImageDataArguments(train_dir=str(folder), streaming=streaming), False)
-    transform = augmentation.ImageTransform(scripts("data").digits_processor(), augmentation.AugmentationArguments())
+    transform = augmentation.ImageTransform(
+        scripts("training.digits").digits_processor(), augmentation.AugmentationArguments()
+    )
     return list((augmentation.ImageStream if streaming else augmentation.ImageSamples)(data, transform))
 
 
@@ -74,7 +72,7 @@ def test_other_formats_are_no_pictures_whatever_they_are_called(scripts, picture
 
 def test_every_format_that_is_meant_is_read(scripts, tmp_path):
     Image.init()
-    pictures = scripts("pictures")
+    pictures = scripts("common.pictures")
     for name, endings in pictures.FORMATS.items():
         for ending in endings:
             Image.new("L", (9, 7), 200).save(tmp_path / f"one{ending}")
@@ -92,7 +90,7 @@ def test_a_picture_is_the_right_way_up(scripts, tmp_path):
     exif = picture.getexif()
     exif[0x0112] = 6  # turned by a quarter to the right
     picture.save(tmp_path / "turned.png", exif=exif)
-    found = np.asarray(scripts("pictures").read_picture(str(tmp_path / "turned.png")))
+    found = np.asarray(scripts("common.pictures").read_picture(str(tmp_path / "turned.png")))
     np.testing.assert_array_equal(found, np.rot90(pixels, -1))
 
 
@@ -131,7 +129,7 @@ def test_a_text_that_is_not_utf8_is_named(scripts, tmp_path, sample_by):
     folder.mkdir()
     (folder / "a.txt").write_text("good\n", encoding="utf-8")
     (folder / "b.txt").write_bytes(b"good\ncaf\xe9\n")
-    load = scripts("load_data")
+    load = scripts("training.text_data")
     with pytest.raises(ValueError, match=f"{folder / 'b.txt'} must be text in UTF-8, line 2 is not: "):
         load.load_texts(load.TextDataArguments(train_dir=str(folder), sample_by=sample_by), False)
 
@@ -168,7 +166,7 @@ DAMAGE = [
 def test_what_is_wrong_with_a_text_is_named(scripts, tmp_path, ending, content, message, streaming):
     path = tmp_path / f"bad.{ending}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    load = scripts("load_data")
+    load = scripts("training.text_data")
     with pytest.raises(ValueError, match=re.escape(message.replace("FILE", str(path)))):
         load.load_texts(load.TextDataArguments(train_file=[str(path)], streaming=streaming), False)
 
@@ -176,13 +174,13 @@ def test_what_is_wrong_with_a_text_is_named(scripts, tmp_path, ending, content, 
 def test_the_one_file_that_is_damaged_is_named(scripts, tmp_path):
     for name, content in (("a", GOOD), ("b", GOOD + "{"), ("c", GOOD)):
         (tmp_path / f"{name}.jsonl").write_text(content)
-    load = scripts("load_data")
+    load = scripts("training.text_data")
     with pytest.raises(ValueError, match=rf"^{tmp_path / 'b.jsonl'} must be JSON, line 2"):
         load.load_texts(load.TextDataArguments(train_dir=str(tmp_path)), False)
 
 
 def test_texts_of_every_kind_are_read(scripts, tmp_path):
-    load = scripts("load_data")
+    load = scripts("training.text_data")
     contents = {
         "lines.jsonl": b'{"text": "a"}\n\n{"text": null}\n{"text": "b", "n": 1}\n',
         "list.json": b'[{"text": "a"},\n {"text": null}, {"text": "b"}]',
@@ -202,7 +200,7 @@ def test_a_folder_that_is_called_like_a_text(scripts, tmp_path):
     (folder / "x.py").mkdir(parents=True)
     (folder / "x.py" / "inner.txt").write_text("inner")
     (folder / "a.txt").write_text("outer")
-    load = scripts("load_data")
+    load = scripts("training.text_data")
     train, _ = load.load_texts(load.TextDataArguments(train_dir=str(folder)), False)
     assert sorted(train["text"]) == ["inner", "outer"]
 
@@ -214,11 +212,11 @@ def stream(scripts, tmp_path):
     def make(*counts, first=None):
         for index, count in enumerate(counts):
             (tmp_path / f"{index}.txt").write_text("".join(f"{index} {row}\n" for row in range(count)))
-        load = scripts("load_data")
+        load = scripts("training.text_data")
         files = [str(tmp_path / f"{index}.txt") for index in range(len(counts))]
         args = load.TextDataArguments(train_file=files, sample_by="line", streaming=True, max_train_samples=first)
         train, _ = load.load_texts(args, False)
-        return scripts("text_blocks").BlockStream(train.shuffle(seed=0, buffer_size=4))
+        return scripts("training.text_blocks").BlockStream(train.shuffle(seed=0, buffer_size=4))
 
     return make
 

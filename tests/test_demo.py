@@ -1,16 +1,20 @@
 """The demo runs, its files load, and its data are what it says."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from studies.examples import TokenBlocks, token_blocks
+from training.digits import DigitCanvases, digits_processor, digits_split
+from training.standard_library import read_texts, split_files, standard_library_files
+from training.tokenizer import END_OF_TEXT, train_tokenizer
 from transformers import pipeline
 
 import translution  # noqa: F401 (registers the Auto classes)
@@ -20,26 +24,12 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
-def demo():
-    """`scripts/demo.py`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("demo")
+def digits():
+    return digits_split()
 
 
-@pytest.fixture(scope="module")
-def data(demo):
-    """`scripts/data.py`, as the scripts see it."""
-    return importlib.import_module("data")
-
-
-@pytest.fixture(scope="module")
-def digits(data):
-    return data.digits_split()
-
-
-def canvases(data, digits, placement, seed=0, epoch=0):
-    places = data.DigitCanvases(digits[0], placement, seed)
+def canvases(digits, placement, seed=0, epoch=0):
+    places = DigitCanvases(digits[0], placement, seed)
     places.set_epoch(epoch)
     return torch.stack([places.canvas(index) for index in range(200)])
 
@@ -82,7 +72,7 @@ def test_demo_writes_what_it_says(tmp_path):
         assert json.loads((folder / model / "run.json").read_text(encoding="utf-8"))["metrics"] == {metric: value}
 
 
-def test_failure_keeps_old_output(tmp_path, demo):
+def test_failure_keeps_old_output(tmp_path):
     folder = tmp_path / "demo"
     with demo.replaced_when_done(folder) as new:
         (new / demo.REPORT).write_text("old")
@@ -103,22 +93,22 @@ def test_failure_keeps_old_output(tmp_path, demo):
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_other_folders_are_left_alone(tmp_path, demo):
+def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="not an earlier output"), demo.replaced_when_done(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_static_digits_are_in_the_middle(data, digits):
-    drawn = canvases(data, digits, "static")
+def test_static_digits_are_in_the_middle(digits):
+    drawn = canvases(digits, "static")
     assert torch.equal(drawn[:, 4:12, 4:12], digits[0].images[:200])
     drawn[:, 4:12, 4:12] = 0
     assert not drawn.any()
 
 
-def test_dynamic_digits_are_whole_and_anywhere(data, digits):
-    places = data.DigitCanvases(digits[0], "dynamic")
+def test_dynamic_digits_are_whole_and_anywhere(digits):
+    places = DigitCanvases(digits[0], "dynamic")
     assert {tuple(corner) for corner in places.corners.tolist()} == {(x, y) for x in range(9) for y in range(9)}
     for index in range(50):
         top, left = places.corners[index]
@@ -127,53 +117,53 @@ def test_dynamic_digits_are_whole_and_anywhere(data, digits):
         assert canvas.sum() == digits[0].images[index].sum()
 
 
-def test_places_depend_on_seed_and_epoch_alone(data, digits):
-    drawn = canvases(data, digits, "dynamic", seed=1, epoch=2)
-    assert torch.equal(drawn, canvases(data, digits, "dynamic", seed=1, epoch=2))
-    assert not torch.equal(drawn, canvases(data, digits, "dynamic", seed=1, epoch=3))
-    assert not torch.equal(drawn, canvases(data, digits, "dynamic", seed=2, epoch=2))
+def test_places_depend_on_seed_and_epoch_alone(digits):
+    drawn = canvases(digits, "dynamic", seed=1, epoch=2)
+    assert torch.equal(drawn, canvases(digits, "dynamic", seed=1, epoch=2))
+    assert not torch.equal(drawn, canvases(digits, "dynamic", seed=1, epoch=3))
+    assert not torch.equal(drawn, canvases(digits, "dynamic", seed=2, epoch=2))
     with pytest.raises(ValueError, match="placement"):
-        data.DigitCanvases(digits[0], "moving")
+        DigitCanvases(digits[0], "moving")
 
 
-def test_held_out_digits_are_no_training_digits(data, digits):
+def test_held_out_digits_are_no_training_digits(digits):
     train, test = digits
     assert len(train) + len(test) == 1797
-    assert torch.equal(test.images, data.digits_split()[1].images)
+    assert torch.equal(test.images, digits_split()[1].images)
     seen = {image.numpy().tobytes() for image in train.images}
     assert not any(image.numpy().tobytes() in seen for image in test.images)
     assert test.labels.unique().tolist() == list(range(10))
 
 
-def test_processor_makes_the_inputs_of_training(data, digits):
-    places = data.DigitCanvases(digits[1].first(4), "dynamic")
-    inputs = data.digits_processor()(images=places.pictures(), return_tensors="pt")["pixel_values"]
+def test_processor_makes_the_inputs_of_training(digits):
+    places = DigitCanvases(digits[1].first(4), "dynamic")
+    inputs = digits_processor()(images=places.pictures(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs, torch.stack([places[index]["pixel_values"] for index in range(4)]))
     assert inputs.shape == (4, 3, 16, 16)
 
 
-def test_held_out_files_are_no_training_files(data):
-    files = data.standard_library_files()
-    train, held_out = data.split_files(files)
+def test_held_out_files_are_no_training_files():
+    files = standard_library_files()
+    train, held_out = split_files(files)
     assert sorted(train + held_out) == files
     assert not {path.read_bytes() for path in train} & {path.read_bytes() for path in held_out}
     assert 0.03 < len(held_out) / len(files) < 0.3
-    assert data.split_files(reversed(files))[1] == held_out[::-1]
+    assert split_files(reversed(files))[1] == held_out[::-1]
 
 
-def test_tokens_give_back_the_text(data):
-    texts = list(data.read_texts(data.standard_library_files()[:2]))
-    tokenizer = data.train_tokenizer(texts, 400, 16)
-    again = data.train_tokenizer(texts, 400, 16)
+def test_tokens_give_back_the_text():
+    texts = list(read_texts(standard_library_files()[:2]))
+    tokenizer = train_tokenizer(texts, 400, 16)
+    again = train_tokenizer(texts, 400, 16)
     assert tokenizer.get_vocab() == again.get_vocab()
     assert len(tokenizer) == 400
     unseen = "def größe(x):\n\treturn  x ** 2 # 平方\n"
     assert tokenizer.decode(tokenizer(unseen)["input_ids"]) == unseen
 
-    blocks = data.token_blocks(texts, tokenizer, 16)
+    blocks = token_blocks(texts, tokenizer, 16)
     text = tokenizer.decode(blocks.blocks.flatten())
-    assert (texts[0] + data.END_OF_TEXT + texts[1]).startswith(text)
+    assert (texts[0] + END_OF_TEXT + texts[1]).startswith(text)
     assert blocks[0]["input_ids"].shape == (16,)
     assert torch.equal(blocks[0]["input_ids"], blocks[0]["labels"])
     with pytest.raises(ValueError, match="needs 16 tokens"):
-        data.TokenBlocks(torch.arange(15), 16)
+        TokenBlocks(torch.arange(15), 16)

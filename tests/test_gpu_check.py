@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ pytest.importorskip("triton")
 
 
 @pytest.fixture
-def gpu_check(monkeypatch):
+def gpu_check():
     """`scripts/gpu_check.py`."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
     return importlib.import_module("gpu_check")
 
 
@@ -39,7 +37,7 @@ def test_nothing_is_timed_after_a_wrong_result(gpu_check, tmp_path, monkeypatch,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(gpu_check, capsys):
-    run_command = importlib.import_module("command").run_command
+    run_command = importlib.import_module("common.command").run_command
     with pytest.raises(SystemExit) as exit_:
         run_command(gpu_check.main, [])
     assert exit_.value.code == 1

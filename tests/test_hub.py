@@ -12,15 +12,18 @@ import sys
 from pathlib import Path
 
 import hub_server
+import push_to_hub
 import pytest
 import torch
 import transformers
 from closeness import assert_close_in_rounding
+from common.command import run_command
 from huggingface_hub import HfApi, ModelCard, constants, hf_api
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
 from test_remote_code import TINY, without_package
+from training.tokenizer import train_tokenizer
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers import ViTImageProcessorPil as ImageProcessor
 
@@ -28,10 +31,6 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-import push_to_hub  # noqa: E402
-from command import run_command  # noqa: E402
-from data import train_tokenizer  # noqa: E402
 
 
 NAME = f"{hub_server.USER}/words"

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
-import sys
 from pathlib import Path
 
 import hub_server
 import pytest
 import yaml
+from common.command import run_command
 from huggingface_hub import ModelCard
+from model_card import main
 from test_hub import point_to
+from training.model_card import describe, model_card, write_model_card
 
 from translution import TranslutionConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-from command import run_command  # noqa: E402
-from model_card import describe, main, model_card, write_model_card  # noqa: E402
 
 
 RUN = {

@@ -6,18 +6,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import predict
 import pytest
 import torch
+from common.command import run_command
 from PIL import EpsImagePlugin, Image
+from training.tokenizer import train_tokenizer
 from transformers import ViTImageProcessorPil as ImageProcessor
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import predict
-from command import run_command
-from data import train_tokenizer
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}

@@ -14,7 +14,6 @@ import pytest
 
 
 pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 pytest.importorskip("kornia")
 
 WORKER = Path(__file__).parent / "resume_worker.py"

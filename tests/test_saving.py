@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from common.atomic_folder import recover, written_whole
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-from saving import recover, written_whole  # noqa: E402
 
 
 # Writes versions 1, 2, … of a folder; each file of a version says which one it belongs to.
@@ -23,7 +22,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from saving import written_whole
+from common.atomic_folder import written_whole
 version = 0
 while True:
     version += 1

@@ -25,7 +25,6 @@ import translution  # noqa: F401 (registers the Auto classes)
 
 
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
@@ -43,7 +42,6 @@ def scripts(tmp_path_factory):
     """Imports a script by name; nothing it prepares stays behind."""
     cache = str(tmp_path_factory.mktemp("cache"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         yield importlib.import_module
 
@@ -103,14 +101,18 @@ def assert_card(folder, run):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_understood(scripts, recipe, tmp_path):
-    arguments = scripts("arguments")
-    training = scripts("training").ScriptTrainingArguments
+    arguments = scripts("training.arguments")
+    training = scripts("training.trainer").ScriptTrainingArguments
     text = recipe.stem in ("stdlib", "openwebtext")
     if text:
-        own = (scripts("load_data").TextDataArguments, scripts("text_blocks").BlockArguments)
+        own = (scripts("training.text_data").TextDataArguments, scripts("training.text_blocks").BlockArguments)
     else:
         image = scripts("run_image_classification").ImageArguments
-        own = (scripts("load_data").ImageDataArguments, image, scripts("augmentation").AugmentationArguments)
+        own = (
+            scripts("training.image_data").ImageDataArguments,
+            image,
+            scripts("training.augmentation").AugmentationArguments,
+        )
     classes = (arguments.ModelArguments, arguments.RunArguments, training, *own)
     options = ["--output_dir", str(tmp_path), "--config_overrides", "relative_rank=4", "--weight_decay", "0.25"]
     model, _, parsed, data, *others = arguments.parse_arguments(classes, [str(recipe), *options], "")
@@ -127,7 +129,7 @@ def test_every_recipe_is_understood(scripts, recipe, tmp_path):
 
 
 def test_overrides_are_typed(scripts):
-    read_overrides = scripts("arguments").read_overrides
+    read_overrides = scripts("training.arguments").read_overrides
     found = read_overrides(
         "hidden_size=48, relative_rank=null,layer_norm_eps=1e-6,mixer_types=attention,use_cache=false"
     )
@@ -156,7 +158,7 @@ def test_a_folder_of_pictures_becomes_a_classifier(images, pictures):
 
 
 def test_held_out_pictures_are_always_the_same(scripts, pictures):
-    load = scripts("load_data")
+    load = scripts("training.image_data")
     args = load.ImageDataArguments(train_dir=str(pictures), validation_share=0.2)
     (train, first), (_, second) = load.load_images(args, True), load.load_images(args, True)
     assert (len(train), len(first)) == (24, 6)
@@ -219,8 +221,8 @@ def test_one_document_is_split_by_blocks(text, tmp_path):
 
 
 def test_no_token_of_a_text_is_lost(scripts):
-    blocks = scripts("text_blocks")
-    tokenizer = scripts("data").train_tokenizer(["some text"], 257, 16)
+    blocks = scripts("training.text_blocks")
+    tokenizer = scripts("training.tokenizer").train_tokenizer(["some text"], 257, 16)
     packed = blocks.Packer(tokenizer, 8)({"text": ["some text", "", None, "more"]})["input_ids"]
     assert [len(block) for block in packed[:-1]] == [8] * (len(packed) - 1)
     ids = [token for block in packed for token in block]
@@ -234,7 +236,7 @@ def test_a_finished_run_stays_as_it_is_and_damaged_checkpoints_are_left_out(scri
     arguments = ["--train_dir", str(pictures), "--save_strategy", "steps", "--save_steps", "1"]
     folder = images(*arguments)
     weights = (folder / "model.safetensors").read_bytes()
-    checkpoints = scripts("checkpoints")
+    checkpoints = scripts("training.checkpoints")
     assert checkpoints.newest_checkpoint(folder).name == "checkpoint-2"
     for name, reason in (
         ("model.safetensors", "damaged"),
@@ -289,7 +291,7 @@ def test_a_finished_run_takes_no_further_step(scripts, images, pictures):
     arguments += ["--save_steps", "1", "--max_train_samples", "12"]
     whole = images(*arguments, name="whole")
     before, metrics = states(whole), read(whole)["metrics"]
-    with stopped_at(scripts("checkpoints").WholeCheckpointTrainer, "save_state"):
+    with stopped_at(scripts("training.trainer").WholeCheckpointTrainer, "save_state"):
         images(*arguments, name="stopped")
     for name in ("whole", "stopped"):
         folder = images(*arguments, name=name)
@@ -311,7 +313,7 @@ def test_a_run_that_was_stopped_early_is_finished(scripts, images, pictures, bes
     patient = [*arguments, "--early_stopping_patience", "2"]
     whole = states(images(*patient, name="whole"))
     assert whole[1] == 6
-    with stopped_at(scripts("checkpoints").WholeCheckpointTrainer, "save_state"):
+    with stopped_at(scripts("training.trainer").WholeCheckpointTrainer, "save_state"):
         images(*patient)
     for name in ("whole", "run", "run"):
         assert states(images(*patient, name=name)) == whole
@@ -328,7 +330,7 @@ def test_a_run_that_was_stopped_early_is_finished(scripts, images, pictures, bes
     ids=["longer", "another model"],
 )
 def test_a_run_killed_in_its_last_save_leaves_no_mixture(scripts, images, pictures, options):
-    checkpoints = scripts("checkpoints")
+    checkpoints = scripts("training.output_folder")
     arguments = ["--train_dir", str(pictures), "--learning_rate", "0.01"]
     images(*arguments)
     whole = images(*arguments, *options, name="whole")
@@ -449,8 +451,8 @@ def test_figures_of_a_run(scripts, text, texts):
     assert shlex.split(run["command"])[-4:] == ["--run_name", "a b; c", "--co2_grams", "1.5"]
     assert run["co2_grams"] == ModelCard.load(folder / "README.md").data.co2_eq_emissions["emissions"] == 1.5
     for share, told in ((0.1, "10%"), (0.07, "7%"), (0.0005, "0.05%")):
-        data = scripts("load_data").TextDataArguments(validation_share=share)
-        assert scripts("training").evaluation_split(data) == f"{told} held out"
+        data = scripts("training.text_data").TextDataArguments(validation_share=share)
+        assert scripts("training.run").evaluation_split(data) == f"{told} held out"
     with pytest.raises(ValueError, match=r"`co2_grams` must be a number of at least 0, got -1.0"):
         text("--train_dir", str(texts), "--co2_grams", "-1")
 
@@ -531,7 +533,7 @@ def test_errors_of_text(text, tmp_path, arguments, message):
 
 
 def test_errors_of_recipes(scripts, tmp_path):
-    arguments = scripts("arguments")
+    arguments = scripts("training.arguments")
     recipe = tmp_path / "recipe.yaml"
     with pytest.raises(FileNotFoundError, match="There is no recipe"):
         arguments.parse_arguments((arguments.RunArguments,), [str(recipe)], "")
@@ -556,7 +558,7 @@ def test_errors_of_recipes(scripts, tmp_path):
     ],
 )
 def test_an_unknown_option_is_named_without_its_value(scripts, given, named):
-    arguments = scripts("arguments")
+    arguments = scripts("training.arguments")
     with pytest.raises(ValueError, match=f"--help lists; {named} not among them") as caught:
         arguments.parse_arguments((arguments.RunArguments,), given, "")
     assert "hf_secret" not in "".join(traceback.format_exception(caught.value))

@@ -10,9 +10,7 @@ from test_hub import hub  # noqa: F401 (a fixture)
 
 
 pytest.importorskip("datasets")
-pytest.importorskip("evaluate")
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 NAME = f"{hub_server.USER}/digits"
 TINY = "hidden_size=8,num_hidden_layers=1,num_attention_heads=2,head_dim=4,intermediate_size=16"
 COMMON = f"""--dataset_name digits --image_size 8 --patch_size 4 --max_train_samples 16 --max_eval_samples 8 --max_steps 2
@@ -23,9 +21,7 @@ MODEL = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-
+def run(tmp_path):
     def run(*options):
         folder = tmp_path / "run"
         main = importlib.import_module("run_image_classification").main

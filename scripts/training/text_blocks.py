@@ -1,4 +1,4 @@
-"""From documents to blocks of tokens: a tokenizer, a tokenisation that goes on where it was stopped, and batches.
+"""From documents to blocks of tokens: a tokenization that resumes where it was stopped, and batches.
 
 Legend: `N` blocks, `L` tokens of a block.
 """
@@ -13,21 +13,18 @@ from typing import Any
 
 import datasets
 import torch
-from arguments import ModelArguments
-from data import train_tokenizer
 from datasets import Dataset, IterableDataset
-from load_data import AnyDataset, endless
-from metrics import IGNORED
-from saving import written_whole
 from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from training.loading import AnyDataset
+from training.metrics import IGNORED
+from training.streams import endless
 
 
 # Documents that are put together and cut at a time; only the last block of them may be short.
 PACKED_DOCUMENTS = 1000
-# A tokenizer of its own is trained on the first ones of a stream.
-TOKENIZER_DOCUMENTS = 10_000
 
 
 @dataclass
@@ -46,11 +43,13 @@ class BlockArguments:
     )
     tokenization_shards: int = field(
         default=16,
-        metadata={"help": "Parts that are cached one by one: a run that is stopped goes on after the last."},
+        metadata={
+            "help": "Number of parts that are cached one by one: a run that is stopped resumes after the last one."
+        },
     )
 
     def __post_init__(self):
-        # The bytes, and the end of a text.
+        # All bytes, and the end-of-text token.
         if self.vocab_size < 257:
             raise ValueError(f"`vocab_size` must be an integer of at least 257, got {self.vocab_size}.")
         if self.block_size is not None and self.block_size < 2:
@@ -59,35 +58,6 @@ class BlockArguments:
             raise ValueError(
                 f"`tokenization_shards` must be an integer of at least 1, got {self.tokenization_shards}."
             )
-
-
-def load_tokenizer(
-    args: BlockArguments, model: ModelArguments, data: AnyDataset, folder: Path
-) -> PreTrainedTokenizerBase:
-    """The tokenizer by name, of the checkpoint, or a new one, which is kept in `folder` for a resumed run.
-
-    Raises:
-        ValueError: for a tokenizer without an end-of-text token, and where there is no text to train one on.
-    """
-    name = args.tokenizer_name or model.model_name_or_path
-    if name is not None:
-        revision = model.model_revision if args.tokenizer_name is None else None
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision or "main", trust_remote_code=model.trust_remote_code
-        )
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"`tokenizer_name` must have an end-of-text token, {name} has none.")
-        return tokenizer
-    if folder.is_dir():
-        return AutoTokenizer.from_pretrained(folder)
-    documents = data.take(TOKENIZER_DOCUMENTS) if isinstance(data, IterableDataset) else data
-    texts = [row["text"] for row in documents if row["text"]]
-    if not texts:
-        raise ValueError("The data to train on must hold text, got empty documents only.")
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.block_size or 256)
-    with written_whole(folder) as partial:
-        tokenizer.save_pretrained(partial)
-    return tokenizer
 
 
 class Packer:
@@ -102,7 +72,7 @@ class Packer:
         texts = [text for text in documents["text"] if text]
         if not texts:
             return {"input_ids": []}
-        # The model's length is no matter here: long documents are cut below.
+        # Documents longer than the model's context are cut below.
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [token for document in encoded for token in (*document, self.tokenizer.eos_token_id)]
         return {"input_ids": [ids[start : start + self.length] for start in range(0, len(ids), self.length)]}
@@ -118,15 +88,15 @@ class Packer:
 def blocks(
     data: AnyDataset, packer: Packer, shards: int, num_proc: int | None = None, cache_dir: str | None = None
 ) -> AnyDataset:
-    """The blocks of a data set, one a row.
+    """The blocks of a dataset, one per row.
 
-    They are cached part by part, each complete or not there, under a name that says documents, tokenizer and length. So a run
-    that is stopped goes on with the next part, and a second run finds all.
+    They are cached part by part, keyed by documents, tokenizer and length: a run that is stopped resumes with the next
+    part.
 
     Raises:
         ValueError: if there is no text.
     """
-    # The columns are named: an empty part could not tell them.
+    # Explicit, because an empty part has no columns to infer.
     features = datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))})
     options = {"batched": True, "batch_size": PACKED_DOCUMENTS, "remove_columns": ["text"], "features": features}
     if isinstance(data, IterableDataset):
@@ -180,9 +150,9 @@ class BlockStream(TorchIterableDataset):
 
 
 class BlockBatch:
-    """Collates blocks to `input_ids` and `labels`, `[N, L]`; a short block is filled up, and what fills it is not learned.
+    """Collates blocks to `input_ids` and `labels`, `[N, L]`; short blocks are padded, with ignored labels.
 
-    No mask is needed: what fills a block comes after all of its tokens, which look back only.
+    No mask is needed: padding comes last, and attention is causal.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):

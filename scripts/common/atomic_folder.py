@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, however a run ends."""
+"""Folders that are complete or missing, however the process ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place at the end, once all its files are on the disk.
+    """A new folder beside `target` that replaces it at the end, once all files are on the disk.
 
     An exception leaves `target` as it was. A process killed at any moment leaves the old folder or the new one, whole, under
     its name; or, between two renames, the old one under another name, which `recover` and the next call put back. Only one
@@ -40,7 +40,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def recover(target: Path) -> None:
-    """Puts back a folder that a killed process had moved aside, and deletes what else it left."""
+    """Puts back a folder that a killed process had moved aside, and deletes its other leftovers."""
     target = Path(target).absolute()
     new, old = _beside(target)
     if old.exists() and not target.exists():
@@ -50,7 +50,7 @@ def recover(target: Path) -> None:
 
 
 def _beside(target: Path) -> tuple[Path, Path]:
-    # Not named like a checkpoint: nobody takes them for one.
+    # Not named like a checkpoint, so that they are not taken for one.
     return target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
 
 
@@ -62,7 +62,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
-    # Elsewhere than on POSIX a folder cannot be opened.
+    # Only POSIX can open a folder.
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)

@@ -1,7 +1,7 @@
 """Augmentation of pictures, without torchvision: crop, flip, RandAugment, and mixup or CutMix of a batch.
 
-What is drawn depends on the seed, the epoch and the sample alone: the number of loading processes does not matter, and a
-resumed run sees what an uninterrupted one sees. Legend: `N` pictures, `K` classes.
+Random numbers depend only on the seed, the epoch and the sample: the number of data loading workers does not matter,
+and a resumed run sees the same samples as an uninterrupted one. Legend: `N` pictures, `K` classes.
 """
 
 from __future__ import annotations
@@ -16,33 +16,38 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from common.pictures import as_rgb, read_picture
 from datasets.utils.file_utils import xopen
-from load_data import endless
-from pictures import as_rgb, read_picture
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import BaseImageProcessor
 
+from training.streams import endless
 
-# Ratios of width to height of a random crop, as is usual.
+
+# The usual ratios of width to height of a random crop.
 CROP_RATIOS = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 
 
 @dataclass
 class AugmentationArguments:
-    """What is done to pictures in training; nothing, if nothing is said."""
+    """Augmentation of the pictures in training; none by default."""
 
     crop_scale: float | None = field(
-        default=None, metadata={"help": "Least share of the area that a random crop keeps; 0.08 is usual."}
+        default=None, metadata={"help": "Minimum share of the area that a random crop keeps; 0.08 is common."}
     )
-    flip_probability: float = field(default=0.0, metadata={"help": "How often a picture is mirrored; 0.5 is usual."})
-    rand_augment_ops: int = field(default=0, metadata={"help": "Operations of RandAugment; 2 is usual, 0 is none."})
-    rand_augment_magnitude: float = field(default=9.0, metadata={"help": "Their strength, more than 0, less than 30."})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Parameter of mixup; 0.2 or 0.8 is usual, 0 is none."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "Parameter of CutMix; 1 is usual, 0 is none."})
+    flip_probability: float = field(default=0.0, metadata={"help": "Probability of a horizontal flip; 0.5 is common."})
+    rand_augment_ops: int = field(
+        default=0, metadata={"help": "Number of RandAugment operations; 2 is common, 0 is none."}
+    )
+    rand_augment_magnitude: float = field(
+        default=9.0, metadata={"help": "Magnitude of RandAugment, more than 0 and less than 30."}
+    )
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0.2 or 0.8 is common, 0 is none."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 1 is common, 0 is none."})
 
     def __post_init__(self):
         if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
@@ -97,7 +102,7 @@ def rand_augment(picture: Image.Image, operations: int, magnitude: float, seed: 
 
 
 class ImageTransform:
-    """Makes `pixel_values` of an RGB picture: with a seed augmented, without as the processor does it.
+    """Turns an RGB picture into `pixel_values`, augmented if there is a seed.
 
     Args:
         processor: resizes, rescales and normalises.
@@ -136,7 +141,7 @@ class ImageSamples(Dataset):
         self.data = undecoded(data)
         self.transform = transform
         self.seed = seed
-        # Shared with loading processes, which may outlive an epoch.
+        # Shared with data loading workers, which may outlive an epoch.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int):
@@ -152,7 +157,7 @@ class ImageSamples(Dataset):
 
 
 class ImageStream(IterableDataset):
-    """The same of a stream; in training, with a seed, one without end: its epochs follow each other."""
+    """Model inputs of a stream; with a seed, for training, its augmented epochs follow each other without end."""
 
     def __init__(self, data: Any, transform: ImageTransform, seed: int | None = None):
         self.data = undecoded(data)
@@ -169,7 +174,7 @@ class ImageStream(IterableDataset):
 
 
 def undecoded(data: Any) -> Any:
-    """Leaves pictures to `sample`, which can say whose file is damaged."""
+    """Leaves decoding to `sample`, whose errors name the file."""
     if isinstance(data, datasets.Dataset | datasets.IterableDataset):
         return data.cast_column("image", datasets.Image(decode=False))
     return data
@@ -184,7 +189,7 @@ def sample(row: dict[str, Any], transform: ImageTransform, seed: int | None) -> 
     image = row["image"]
     try:
         picture = read_picture(_content(image)) if isinstance(image, dict) else as_rgb(image)
-    # Of a damaged file Pillow raises whatever its decoders do.
+    # Pillow's decoders raise errors of any kind for damaged files.
     except Exception as error:
         name = (image["path"] if isinstance(image, dict) else None) or "without a name"
         raise ValueError(f"The picture {name} cannot be read: {error}.") from error

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import peak_memory, spread, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from benchmarks.measuring import peak_memory, spread, stop_if_wrong, time_in_turn, worst_error
 from translution import TranslutionConfig, TranslutionForCausalLM
 
 

@@ -1,4 +1,4 @@
-"""What a saved run consists of: names of its files, whether its weights can be read, and whether they fit its config."""
+"""Files of a saved run: their names, whether weights can be read, and whether they fit the config."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shards(folder: Path) -> list[str]:
 
 
 def check_readable(weights: Path) -> None:
-    """Reads the head of a file of weights alone, and compares it with the file's length.
+    """Checks the header of a file of weights, and the file's length.
 
     Raises:
         ValueError: if the file is missing or damaged.
@@ -43,7 +43,7 @@ def check_readable(weights: Path) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Makes sure that a name is that of a folder, or may be one on the Hub, such as `user/name`.
+    """Checks that a name is that of a folder, or a possible name on the Hub, such as `user/name`.
 
     Raises:
         FileNotFoundError: if it is neither.

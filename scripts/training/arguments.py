@@ -1,4 +1,4 @@
-"""What the training scripts take from the command line and from a recipe, and the config they make of it."""
+"""Options of the training scripts, from the command line and from a recipe, and the config of a new model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from command import unknown_options
-from saved_files import check_model_name
+from common.command import unknown_options
+from common.saved_files import check_model_name
 from transformers import HfArgumentParser, TrainingArguments
 
 from translution import TranslutionConfig
 
 
 RECIPE_ENDINGS = (".yaml", ".yml", ".json")
-# What a script decides by itself, from its task or its data.
+# Fields that a script sets itself, from its task or its data.
 DECIDED_FIELDS = ("modality",)
 TOKEN_OPTIONS = ("token", "hub_token")
-# Options of model and data that change neither, so that a run may go on with others.
+# Options that do not change what is trained: a run may be resumed with other values.
 PASSING_FIELDS = (
     *TOKEN_OPTIONS,
     "trust_remote_code",
@@ -42,7 +42,7 @@ class ModelArguments:
     """Which model to train: a new one by size, or a checkpoint."""
 
     model_size: str | None = field(
-        default=None, metadata={"help": "Size of a new model: tiny (if nothing is said), mini, small, base or large."}
+        default=None, metadata={"help": "Size of a new model: tiny (the default), mini, small, base or large."}
     )
     config_overrides: str | None = field(
         default=None,
@@ -52,15 +52,15 @@ class ModelArguments:
         },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on from: a folder, or a name on the Hub."}
+        default=None, metadata={"help": "Checkpoint to fine-tune: a folder, or a name on the Hub."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the checkpoint."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that the checkpoint has."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code from the checkpoint."})
     token: str | None = field(
-        default=None, metadata={"help": "Token for the Hub. It is neither printed nor saved; HF_TOKEN serves as well."}
+        default=None, metadata={"help": "Token for the Hub. Neither printed nor saved. HF_TOKEN works as well."}
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Whether tensors of another shape (another head) start anew."}
+        default=False, metadata={"help": "Whether to initialize tensors whose shape differs, such as a new head."}
     )
 
     def __post_init__(self):
@@ -73,14 +73,14 @@ class ModelArguments:
 
 @dataclass
 class RunArguments:
-    """What Transformers' own arguments leave open."""
+    """Options that `TrainingArguments` does not have."""
 
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Evaluations without improvement of `metric_for_best_model` after which training ends."},
+        metadata={"help": "Stop after so many evaluations without improvement of `metric_for_best_model`."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew: model and checkpoints in the output folder are deleted."}
+        default=False, metadata={"help": "Delete the model and the checkpoints in the output folder, and start over."}
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the model, for its card."})
     co2_grams: float | None = field(
@@ -97,7 +97,7 @@ class RunArguments:
 
 
 def parse_arguments(classes: Sequence[type], arguments: Sequence[str], description: str) -> tuple[Any, ...]:
-    """One instance of each dataclass, from `[recipe] [--name value …]`; the command line wins over the recipe.
+    """One instance of each dataclass, from `[recipe] [--name value …]`. The command line takes precedence.
 
     Raises:
         FileNotFoundError: for a recipe that is not there.
@@ -137,12 +137,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no recipe {path}.")
     try:
-        # JSON is YAML, and YAML's errors know the line.
+        # JSON is YAML, and YAML's errors have line numbers.
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" in line {mark.line + 1}"
-        # The error itself shows the text, where a token may be.
+        # The error itself quotes the text, which may contain a token.
         raise ValueError(f"A recipe must be YAML, {path} is not{where}.") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"A recipe must be a mapping of options to values, got {type(recipe).__name__} in {path}.")
@@ -150,7 +150,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def read_overrides(overrides: str | dict[str, Any] | None) -> dict[str, Any]:
-    """`"a=1,b=x"`, a JSON object, or a mapping, as a mapping. Values are JSON where they can be, or else strings.
+    """`"a=1,b=x"`, a JSON object, or a mapping, as a mapping. Values that are not JSON are strings.
 
     Raises:
         ValueError: for a piece without "=", and for a field that the config does not have.
@@ -203,7 +203,7 @@ def new_config(model: ModelArguments, decided: dict[str, Any], asked: dict[str, 
 
 
 def refuse_new_model_options(model: ModelArguments):
-    """A checkpoint has its config already.
+    """Refuses options that only a new model takes: a checkpoint has its config already.
 
     Raises:
         ValueError: if there are options that only a new model takes.
@@ -216,7 +216,7 @@ def refuse_new_model_options(model: ModelArguments):
 
 
 def hide_tokens(arguments: Any):
-    """Moves the Hub's token from the arguments, which get printed and saved, to where the Hub's client looks for it."""
+    """Moves the Hub's token from the arguments, which are printed and saved, to `HF_TOKEN`."""
     for name in TOKEN_OPTIONS:
         token = getattr(arguments, name, None)
         if token is not None:
@@ -225,7 +225,7 @@ def hide_tokens(arguments: Any):
 
 
 def without_tokens(arguments: Iterable[str]) -> list[str]:
-    """A command line that may be written down."""
+    """The command line without tokens, to be saved."""
     kept, arguments = [], iter(arguments)
     options = {f"--{name}" for name in TOKEN_OPTIONS}
     options |= {option.replace("_", "-") for option in options}
@@ -239,7 +239,7 @@ def without_tokens(arguments: Iterable[str]) -> list[str]:
 
 
 def lasting(*parts: Any) -> dict[str, Any]:
-    """The options that a run cannot change when it goes on, by name, as JSON has them."""
+    """The options that a resumed run must not change, by name, as they are read back from JSON."""
     values = {
         item.name: getattr(part, item.name)
         for part in parts
@@ -250,7 +250,7 @@ def lasting(*parts: Any) -> dict[str, Any]:
 
 
 def hyperparameters(training: TrainingArguments, *others: Any) -> dict[str, Any]:
-    """Everything that was set to something else than its default, without tokens and places of this machine."""
+    """Everything that was set to another value than its default, without tokens and paths of this machine."""
     places = {
         "output_dir",
         "cache_dir",

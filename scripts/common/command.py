@@ -1,4 +1,4 @@
-"""How every script ends: what the user got wrong is one line and exit status 1, and no traceback; no token is printed."""
+"""How every script ends: wrong input is reported in one line with exit status 1, without a traceback or a token."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
 
 
-# What the scripts, and the libraries that they call, raise for wrong input. Anything else is a fault of the code.
+# Raised for wrong input by the scripts and by the libraries that they call. Anything else is a bug.
 EXPECTED = (OSError, ValueError, ImportError, StrictDataclassError)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """`argparse`'s own; of options that it does not know it repeats the names alone: their values may be tokens."""
+    """`argparse`'s parser, whose errors do not repeat the values of unknown options: they may be tokens."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         parsed, left = self.parse_known_args(args, namespace)
@@ -27,7 +27,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def unknown_options(left: Iterable[str]) -> str:
-    """What is wrong with arguments that no parser took."""
+    """The error message for arguments that no parser took."""
     found = [match[0] for match in (re.match(r"--?[A-Za-z][\w-]*", text) for text in left) if match]
     return f"Options must be those that --help lists; {', '.join(found) or 'a value without an option'} is not among them."
 
@@ -43,8 +43,8 @@ def run_command(
     Args:
         main: takes the command line, and returns the exit status if it is not 0.
         arguments: the command line, by default that of the process.
-        explain: the words for an error.
-        expected: the errors to put in words.
+        explain: turns an error into a message.
+        expected: the errors to report in one line.
     """
     try:
         status = main(list(sys.argv[1:] if arguments is None else arguments))

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_models import make_mixer, mix, path_error
-from benchmark_operator import products_of
-from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn
 from torch import nn
 
+from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn
+from benchmarks.models import make_mixer, mix, path_error
+from benchmarks.operator import products_of
 from translution import TranslutionConfig
 from translution.modeling.operators.pair_layout import PairLayout
 

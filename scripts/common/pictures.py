@@ -1,4 +1,4 @@
-"""Pictures: the formats that are read, and pictures of every mode as RGB, alike in training and prediction."""
+"""Reading pictures, in training and in prediction: supported formats, and conversion of every mode to RGB."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-# Pillow's name of a format, and the endings of its files. Pillow reads many more, some of them by running other programs, such as
-# Ghostscript for what is PostScript under whichever name.
+# File name extensions by Pillow's name of a format. Pillow reads many more, some by running other programs, such as
+# Ghostscript for PostScript under any file name.
 FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg"),
@@ -23,7 +23,7 @@ PICTURE_ENDINGS = tuple(ending for endings in FORMATS.values() for ending in end
 
 
 def open_picture(file: str | BinaryIO) -> Image.Image:
-    """`Image.open` of the formats that are meant, whatever the file is called.
+    """`Image.open` of the supported formats only, whatever the file name.
 
     Raises:
         PIL.UnidentifiedImageError: for other formats; further ones as `Image.open`.
@@ -51,7 +51,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
         pixels = np.asarray(picture)
         least, most = pixels.min(), pixels.max()
         white = 1 if picture.mode == "F" else 65535
-        # Written so that it holds for NaN as well.
+        # Written so that NaN fails as well.
         if not (least >= 0 and most <= white):
             raise ValueError(
                 f"pixels of mode {picture.mode} must be at least 0 and at most {white}, got {least} to {most}"

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine, time, memory, and how far a result is from the truth."""
+"""What every benchmark shares: time, memory, and how far a result is from the truth."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import contextlib
 import ctypes
 import gc
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 
@@ -28,29 +25,6 @@ FIELDS = [
     "python", "commit",
 ]  # fmt: skip
 FORWARD, BOTH = "forward", "forward+backward"
-
-
-def hardware() -> dict[str, str | int]:
-    """What a figure depends on beside the code."""
-    device = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        device = names[0] if names else device
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-    }
 
 
 def peak_memory(run: Callable[[], object]) -> float | None:
@@ -105,7 +79,7 @@ def spread(times: list[float]) -> dict[str, float | int]:
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """`|value - expected| / |expected|`, in float64."""
     expected = expected.double()
-    return ((value.double() - expected).norm() / expected.norm()).item()
+    return ((value.double() - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 def worst_error(values: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What is wrong with a file of text, JSON or Parquet: libraries that read them do not say which file it was, nor where."""
+"""Finds the file and the line that cannot be read: the libraries that read text, JSON and Parquet do not name them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 
 def require_texts(files: Iterable[str], builder: str, column: str, rows: int | None = None) -> None:
-    """Reads files again to find the first one, and the line of it, that cannot be trained on.
+    """Reads files again to find the first file, and the line in it, that cannot be used for training.
 
     Args:
         files: all of one kind.
@@ -74,7 +74,7 @@ def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
     try:
         whole = json.loads(first[1])
     except ValueError:
-        # It may go on in the next lines.
+        # The document may span several lines.
         lines, whole = iter(()), _json(name, Path(name).read_text(encoding="utf-8"))
     if isinstance(whole, list):
         for index, row in enumerate(whole, start=1):

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import lru_cache, partial
 
 import torch
-from benchmark_operator import bare_products, weighted_sum
-from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor, nn
 
+from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
+from benchmarks.operator import bare_products, weighted_sum
 from translution import TranslutionConfig, TranslutionForImageClassification
 from translution.modeling.models.modeling_translution import build_mixer
 from translution.modeling.operators.pair_layout import PairLayout

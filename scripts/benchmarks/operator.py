@@ -19,9 +19,9 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from torch import Tensor
 
+from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
 from translution.modeling.operators import grouped, reference
 from translution.modeling.operators.pair_layout import PairLayout
 from translution.modeling.operators.streamed import streamed_attention

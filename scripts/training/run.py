@@ -1,4 +1,4 @@
-"""What both training scripts do once they have a model and data: train, evaluate, and write down what came of it."""
+"""One call of a training script: train, evaluate, and write down the results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import platform
 import shlex
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,94 +16,25 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import ModelArguments, RunArguments, hyperparameters, lasting, without_tokens
-from checkpoints import (
-    TRAINER_STATE,
-    WholeCheckpointTrainer,
-    claim_output_dir,
-    finish_saving,
-    has_weights,
-    load_weights,
-    newest_checkpoint,
-    refuse_changes,
-)
-from load_data import DIGITS, STANDARD_LIBRARY, DataArguments
-from measuring import hardware
-from saved_files import RUN, misshapen
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from common.hardware import hardware
+from common.saved_files import RUN
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 
 import translution
-
-
-@dataclass
-class ScriptTrainingArguments(TrainingArguments):
-    """Transformers' arguments; defaults differ where a run should train, evaluate, and resume, if nothing is said."""
-
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at the end or more often."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts' own batches need all columns."})
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Whether a resumed run remembers how long it has waited for an improvement."}
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Whether batches lie in pinned memory."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.remove_unused_columns = False
-
-
-class EpochCallback(TrainerCallback):
-    """Tells the training data that an epoch begins. Accelerate does not, where there are several processes."""
-
-    def __init__(self, data: Any):
-        self.data = data
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # A resumed run begins in the middle of an epoch.
-        self.data.set_epoch(int(state.epoch or 0))
-
-
-class PatienceCallback(TrainerCallback):
-    """A resumed run remembers how long it has waited; how long it shall wait is said anew."""
-
-    def __init__(self, trainer: Trainer, patience: int):
-        self.trainer = trainer
-        self.patience = patience
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                callback.early_stopping_patience = self.patience
-
-
-class ImageTrainer(WholeCheckpointTrainer):
-    """Mixed labels are probabilities `[N, K]`; the model's own loss is about class indices."""
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        labels = inputs.get("labels")
-        if labels is None or labels.ndim == 1:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(pixel_values=inputs["pixel_values"])
-        smoothing = self.args.label_smoothing_factor
-        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
-        return (loss, outputs) if return_outputs else loss
+from training.arguments import (
+    ModelArguments,
+    RunArguments,
+    hyperparameters,
+    lasting,
+    parse_arguments,
+    without_tokens,
+)
+from training.checkpoints import TRAINER_STATE, newest_checkpoint
+from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
+from training.model_card import write_model_card
+from training.output_folder import claim_output_dir, finish_saving, refuse_changes
+from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
+from training.weights import has_weights, load_weights
 
 
 @dataclass
@@ -126,6 +58,21 @@ class Run:
     run: RunArguments
     others: tuple[Any, ...] = ()
 
+    @classmethod
+    def parse(
+        cls,
+        script: str,
+        task: str,
+        data: type[DataArguments],
+        others: Sequence[type],
+        arguments: Sequence[str],
+        description: str,
+    ) -> Run:
+        """The run of a command line, see `parse_arguments`; `data` and `others` are a script's own classes."""
+        classes = (ModelArguments, data, ScriptTrainingArguments, RunArguments, *others)
+        model, of_data, training, run, *rest = parse_arguments(classes, arguments, description)
+        return cls(script, task, list(arguments), model, of_data, training, run, tuple(rest))
+
     @property
     def folder(self) -> Path:
         return Path(self.training.output_dir)
@@ -135,7 +82,7 @@ class Run:
         return shlex.join(["python", f"scripts/{self.script}", *without_tokens(self.arguments)])
 
     def start(self) -> str | None:
-        """Checks what can be checked before there are data; says where the weights are to go on from, or to evaluate.
+        """Checks the arguments, and returns the folder of the weights to resume from or to evaluate.
 
         Raises:
             ValueError: for arguments that contradict each other; further ones as `claim_output_dir`.
@@ -196,9 +143,9 @@ class Run:
         return hyperparameters(self.training, self.model, self.data, *self.others)
 
     def finish(self, trainer: Trainer, checkpoint: str | None):
-        """Trains, evaluates, saves the model, its figures, `run.json` and its card; pushes them if asked to.
+        """Trains, evaluates, and saves the model, metrics, `run.json` and the card; pushes them if asked to.
 
-        Without training nothing is saved but the figures, in a file of their own.
+        Without training only metrics are saved, in a file of their own.
         """
         training = self.training
         if not training.do_train:
@@ -214,11 +161,11 @@ class Run:
             trainer.add_callback(PatienceCallback(trainer, self.run.early_stopping_patience))
         start, seconds = time.perf_counter(), None
         if checkpoint is not None and self.is_finished(trainer, Path(checkpoint)):
-            # The Trainer would take another step.
+            # `Trainer.train` would take another step.
             self.restore(trainer, Path(checkpoint))
         else:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-            # A resumed run does not know how long the earlier ones took.
+            # Unknown for a resumed run.
             seconds = time.perf_counter() - start if checkpoint is None else None
             save(trainer, "train", metrics)
         trainer.save_state()
@@ -234,7 +181,7 @@ class Run:
             trainer.push_to_hub()
 
     def is_finished(self, trainer: Trainer, checkpoint: Path) -> bool:
-        """Whether the training that wrote a checkpoint came to its end there, or was stopped early."""
+        """Whether training was complete at a checkpoint, or was stopped early there."""
         training, patience = self.training, self.run.early_stopping_patience
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             # Their models are made where training begins.
@@ -249,17 +196,14 @@ class Run:
         return state.epoch is not None and state.epoch >= training.num_train_epochs
 
     def restore(self, trainer: Trainer, checkpoint: Path):
-        """Leaves the trainer as a training does that ends at a checkpoint."""
+        """Puts the trainer in the state at the end of the training that wrote a checkpoint."""
         trainer.state = state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
         best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
         takes_best = self.training.load_best_model_at_end and has_weights(best)
         load_weights(trainer.model, best if takes_best else checkpoint)
 
     def write(self, metrics: dict[str, float], seconds: float | None):
-        """`run.json`, and the model card that is made of it."""
-        # Imported here: it is needed once, at the end.
-        from model_card import write_model_card
-
+        """Writes `run.json` and the model card."""
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         timing = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         machine, data = hardware(), self.data
@@ -299,36 +243,6 @@ class Run:
         write_model_card(self.folder)
 
 
-def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> PreTrainedModel:
-    """The model to train that `model_name_or_path` names, in float32.
-
-    Args:
-        auto_class: of its task.
-        args: where it is, and whether tensors of another shape start anew.
-        fields: of its config.
-
-    Raises:
-        ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
-    """
-    name = args.model_name_or_path
-    # Which tensors they are tells the report alone.
-    model, report = auto_class.from_pretrained(
-        name,
-        revision=args.model_revision or "main",
-        trust_remote_code=args.trust_remote_code,
-        dtype="float32",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **fields,
-    )
-    problems = misshapen(report)
-    if problems and not args.ignore_mismatched_sizes:
-        raise ValueError(
-            f"The weights of {name} do not fit: {'; '.join(problems)}. `--ignore_mismatched_sizes` starts these anew."
-        )
-    return model
-
-
 def save(trainer: Trainer, split: str, metrics: dict[str, float], combined: bool = True):
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics, combined)
@@ -341,10 +255,10 @@ def hub_dataset(data: DataArguments) -> str | None:
 
 
 def evaluation_split(data: DataArguments) -> str:
-    # Of large data a small share is enough.
+    # A share below one per cent is common for large data.
     return data.validation_split or f"{100 * data.validation_share:.4g}% held out"
 
 
 def device_name(cpu: str) -> str:
-    """What the run computed on."""
+    """The device that the run used."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu

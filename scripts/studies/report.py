@@ -1,0 +1,212 @@
+"""Tables and a figure of the study's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from common.tables import markdown
+
+from studies.runs import Run, key_of
+from studies.settings import COMPARISONS, DYNAMIC
+from studies.variants import ATTENTION
+
+
+# A backend that needs no screen.
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+MARKERS = ("<!-- scripts/study.py writes from here -->", "<!-- to here -->")
+NUMBERS = ["parameters", "forward_flops", "train_seconds", "cpu_seconds", *COMPARISONS, "perplexity"]
+TRANSLUTION = ("full", "LoR", "basis", "hybrid")
+# Relative difference of sizes that still count as equal.
+EQUAL = 0.03
+
+STYLES = {
+    "attention, no position": {"fmt": "v", "color": "silver"},
+    "attention, absolute": {"fmt": "s:", "color": "silver"},
+    "attention, rotary": {"fmt": "s-", "color": "black"},
+    "attention, relative bias": {"fmt": "D--", "color": "gray"},
+    "attention, relative vector": {"fmt": "^", "color": "gray"},
+    "convolution": {"fmt": "o", "color": "tab:olive"},
+    "ACmix": {"fmt": "o", "color": "tab:brown"},
+    "full": {"fmt": "o", "color": "tab:blue"},
+    "LoR": {"fmt": "o", "color": "tab:orange"},
+    "basis": {"fmt": "o", "color": "tab:red"},
+    "hybrid": {"fmt": "o", "color": "tab:purple"},
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All models of one task.
+
+    Args:
+        title: of its tables.
+        rows: one per variant and seed.
+        column: what is compared.
+        higher_is_better: whether it is an accuracy, and no perplexity.
+    """
+
+    title: str
+    rows: pd.DataFrame
+    column: str
+    higher_is_better: bool
+
+    @property
+    def seeds(self) -> str:
+        counts = self.rows.groupby("variant").size()
+        return f"{counts.min()} seeds" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()} seeds"
+
+    @property
+    def measure(self) -> str:
+        return "accuracy, %, trained → tested" if self.higher_is_better else "perplexity of held-out files"
+
+    @property
+    def models(self) -> pd.DataFrame:
+        """What does not depend on the seed, and the mean, standard deviation, minimum and maximum of `column`, by variant."""
+        groups = self.rows.groupby("variant", sort=False)
+        fixed = ["family", "widened_to", "parameters", "forward_flops", "learning_rate"]
+        return groups[fixed].first().join(groups[self.column].agg(["mean", "std", "min", "max"]).fillna({"std": 0.0}))
+
+    def spreads(self, column: str) -> pd.Series:
+        """Mean ± standard deviation by variant."""
+        statistics = self.rows.groupby("variant", sort=False)[column].agg(["mean", "std"]).fillna({"std": 0.0})
+        return statistics.apply(lambda row: f"{row['mean']:.1f} ± {row['std']:.1f}", axis=1)
+
+
+def comparisons(rows: list[dict[str, str]], runs: list[Run]) -> list[Comparison]:
+    """The rows of planned runs by task; rows of other settings are left out."""
+    found = {key_of(row): row for row in rows}
+    done = [(run, found.get(key_of(run.identity()))) for run in runs]
+    frame = pd.DataFrame([{**row, "widened_to": run.variant.widened_to} for run, row in done if row is not None])
+    if frame.empty:
+        return []
+    frame[NUMBERS] = frame[NUMBERS].apply(pd.to_numeric)
+    return [
+        Comparison("Digits anywhere on a canvas", part, DYNAMIC, True)
+        if task == "images"
+        else Comparison(f"Text, blocks of {length} tokens", part, "perplexity", False)
+        for (task, length), part in frame.groupby(["task", "length"], sort=False)
+    ]
+
+
+def results_table(comparison: Comparison) -> pd.DataFrame:
+    """Size, cost and results of every model."""
+    models = comparison.models
+    columns = list(COMPARISONS) if comparison.higher_is_better else ["perplexity"]
+    # Of one training on one core; unlike wall-clock time it does not depend on what runs beside it.
+    seconds = comparison.rows.groupby("variant", sort=False)["cpu_seconds"].median()
+    seconds = seconds / (2 if comparison.higher_is_better else 1)
+    return pd.DataFrame(
+        {
+            "mixer": models.index,
+            "parameters": models["parameters"].map("{:,}".format),
+            f"MFLOPs per {'image' if comparison.higher_is_better else 'block'}": models["forward_flops"]
+            .div(1e6)
+            .map("{:.1f}".format),
+            "CPU seconds to train": seconds.map("{:.1f}".format),
+            "learning rate": models["learning_rate"],
+            **{column: comparison.spreads(column) for column in columns},
+        }
+    )
+
+
+def equal_size(models: pd.DataFrame, name: str, kind: str) -> str | None:
+    """The widened attention of a kind that is closest in size to a model, if it is close enough."""
+    is_kind = models["widened_to"].notna() & models.index.str.startswith(f"attention, {kind},")
+    errors = (models["parameters"][is_kind] / models["parameters"][name] - 1).abs()
+    return errors.idxmin() if len(errors) and errors.min() <= EQUAL else None
+
+
+def equal_size_table(comparison: Comparison) -> pd.DataFrame:
+    """Every Translution against widened attention of the same number of parameters."""
+    models, spreads, column = comparison.models, comparison.spreads(comparison.column), comparison.column
+    lines = []
+    for name in models.index[models["family"].isin(TRANSLUTION)]:
+        for kind in ATTENTION:
+            rival = equal_size(models, name, kind)
+            if rival is None:
+                continue
+            one, other = models.loc[name], models.loc[rival]
+            points = one["mean"] - other["mean"]
+            # Of perplexity in per cent, where less is better.
+            gain = f"{points:+.1f}" if comparison.higher_is_better else f"{-100 * points / other['mean']:+.1f} %"
+            overlap = one["min"] <= other["max"] and other["min"] <= one["max"]
+            sizes = [f"{model['parameters']:,}" for model in (one, other)]
+            ranges = "overlap" if overlap else "apart"
+            lines.append([name, sizes[0], spreads[name], kind, sizes[1], spreads[rival], gain, ranges])
+    columns = ["Translution", "parameters", column, "attention", "parameters", column, "gain", "ranges over seeds"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    return markdown(table.columns, table.itertuples(index=False))
+
+
+def report(found: list[Comparison]) -> str:
+    """All tables with their captions."""
+    rows = pd.concat([comparison.rows for comparison in found])
+    machines = ", ".join(sorted(rows["device"].unique()))
+    parts = [
+        f"{len(rows)} runs, {rows['train_seconds'].sum() / 3600:.1f} hours of training without the tuning; {machines}, "
+        f"threads per run: {', '.join(sorted(rows['threads'].unique()))}; commit "
+        f"{', '.join(sorted(rows['commit'].unique()))}. Mean ± standard deviation over seeds."
+    ]
+    for comparison in found:
+        first = comparison.rows.iloc[0]
+        parts += [
+            f"### {comparison.title}",
+            f"{comparison.measure}; {comparison.seeds}; {first['steps']} steps of {first['batch']}.",
+            as_markdown(results_table(comparison)),
+        ]
+        equal = equal_size_table(comparison)
+        if len(equal):
+            parts += [f"Equal parameters, {comparison.column}:", as_markdown(equal)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_between_markers(page: Path, text: str) -> None:
+    """Replaces what a page has between `MARKERS`.
+
+    Raises:
+        ValueError: if it does not have both markers once.
+    """
+    content = page.read_text(encoding="utf-8")
+    if any(content.count(marker) != 1 for marker in MARKERS):
+        raise ValueError(f"{page} must have the markers {' and '.join(MARKERS)} once.")
+    before, rest = content.split(MARKERS[0])
+    page.write_text(f"{before}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}", encoding="utf-8")
+
+
+def series(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The models that are drawn alike: each kind of attention from narrow to wide, and the families of the others."""
+    models = comparison.models.sort_values("parameters")
+    is_attention = models["family"].str.startswith("attention")
+    names = models.index.str.split(", as ").str[0].to_series(index=models.index)
+    yield from models.groupby(names.where(is_attention, models["family"]), sort=False)
+
+
+def draw(found: list[Comparison], path: Path) -> None:
+    """Draws results over numbers of parameters."""
+    figure, all_axes = plt.subplots(1, len(found), figsize=(7 * len(found), 6), layout="constrained", squeeze=False)
+    for comparison, axes in zip(found, all_axes.flat, strict=True):
+        for name, models in series(comparison):
+            style = STYLES[name]
+            axes.errorbar(models["parameters"], models["mean"], models["std"], capsize=2, label=name, **style)
+            if not name.startswith("attention"):
+                for label, x, y in models[["parameters", "mean"]].itertuples():
+                    place = {"xytext": (4, 3), "textcoords": "offset points"}
+                    axes.annotate(label, (x, y), fontsize=7, color=style["color"], **place)
+        measure = f"accuracy, %, {DYNAMIC}" if comparison.higher_is_better else comparison.measure
+        title = f"{comparison.title} ({comparison.seeds}, ± sd)"
+        axes.set(xscale="log", xlabel="parameters", ylabel=measure, title=title)
+        axes.margins(x=0.12)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

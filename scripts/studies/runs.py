@@ -1,0 +1,267 @@
+"""The runs of the study: which there are, what each trains, and what it measures."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from common.hardware import hardware
+from torch import Tensor
+from training.digits import PLACEMENTS, DigitCanvases, digits_split
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
+
+from studies.examples import (
+    TokenBlocks,
+    digits_of,
+    held_out_blocks,
+    image_batches,
+    text_batches,
+    text_tokens,
+)
+from studies.flops import forward_flops
+from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, Settings
+from studies.variants import VARIANTS, Variant, build, model_fields
+
+
+FIRST_TUNING_SEED = 100
+MAX_GRADIENT_NORM = 1.0
+# The columns that tell one run from another.
+KEY = ("stage", "task", "variant", "length", "seed", "setting", "steps", "batch", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One future row: a variant of a task with a seed. `length` is that of a block of text, `stage` is "tuning" or "test"."""
+
+    task: str
+    variant: Variant
+    seed: int
+    learning_rate: float
+    settings: Settings
+    length: int | None = None
+    stage: str = "test"
+
+    def fields(self) -> dict[str, Any]:
+        return model_fields(self.task, self.variant, self.length, self.settings.vocab_size)
+
+    @property
+    def title(self) -> str:
+        task = self.task if self.length is None else f"{self.task} {self.length}"
+        return f"{self.stage}, {task}, seed {self.seed}: {self.variant.name}, learning rate {self.learning_rate:g}"
+
+    @property
+    def steps(self) -> int:
+        """The same number for tuning and for testing, although tuning has fewer digits."""
+        if self.task == "text":
+            return self.settings.text_steps
+        digits = len(digits_split()[0].first(self.settings.train_digits))
+        return self.settings.image_epochs * -(-digits // self.settings.image_batch)
+
+    @property
+    def batch(self) -> int:
+        if self.task == "images":
+            return self.settings.image_batch
+        return max(1, self.settings.text_batch * self.settings.text_lengths[0] // self.length)
+
+    def identity(self) -> dict[str, Any]:
+        """The columns that are known before the run; those of `KEY` identify it."""
+        return {
+            "stage": self.stage,
+            "task": self.task,
+            "variant": self.variant.name,
+            "family": self.variant.family,
+            "length": "" if self.length is None else self.length,
+            "seed": self.seed,
+            "setting": self._setting(),
+            "steps": self.steps,
+            "epochs": self.settings.image_epochs if self.task == "images" else "",
+            "batch": self.batch,
+            "learning_rate": f"{self.learning_rate:g}",
+        }
+
+    def _setting(self) -> str:
+        """A hash of what determines the result and has no column of its own."""
+        names = ["weight_decay", "warmup_steps"]
+        own = ["train_digits", "test_digits"]
+        if self.task == "text":
+            own = ["vocab_size", "train_files", "held_out_files", "held_out_blocks"]
+        values = {name: getattr(self.settings, name) for name in names + own}
+        text = json.dumps([values, self.fields()], sort_keys=True, default=str)
+        return f"{zlib.crc32(text.encode()):08x}"
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def plan_tuning(tasks: Iterable[str], seeds: int, settings: Settings) -> list[Run]:
+    """The runs that tune every variant's learning rate."""
+    length = {"images": None, "text": settings.text_lengths[0]}
+    return [
+        Run(task, variant, seed, rate, settings, length[task], "tuning")
+        for task in tasks
+        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+        for variant in VARIANTS[task]
+        for rate in LEARNING_RATES[task]
+    ]
+
+
+def best_learning_rates(runs: list[Run], rows: list[dict[str, str]]) -> dict[tuple[str, str], float]:
+    """The best learning rate by task and variant, for variants whose tuning is complete."""
+    found = {key_of(row): row for row in rows}
+    losses: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in runs:
+        row = found.get(key_of(run.identity()))
+        loss = float("nan") if row is None else float(row["perplexity"] or -float(row[DYNAMIC]))
+        losses.setdefault((run.task, run.variant.name), {}).setdefault(run.learning_rate, []).append(loss)
+    means = {name: {rate: statistics.mean(each) for rate, each in rates.items()} for name, rates in losses.items()}
+    return {
+        name: min(rates, key=rates.get) for name, rates in means.items() if not any(map(math.isnan, rates.values()))
+    }
+
+
+def plan(
+    image_seeds: int, text_seeds: int, settings: Settings, learning_rates: dict[tuple[str, str], float]
+) -> list[Run]:
+    """The runs of all variants whose learning rate is known, seed by seed."""
+    runs = []
+    for seed in range(max(image_seeds, text_seeds)):
+        cases = [("images", None)] if seed < image_seeds else []
+        cases += [("text", length) for length in settings.text_lengths] if seed < text_seeds else []
+        for task, length in cases:
+            for variant in VARIANTS[task]:
+                if (rate := learning_rates.get((task, variant.name))) is not None:
+                    runs.append(Run(task, variant, seed, rate, settings, length))
+    return runs
+
+
+def train(
+    model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], steps: int, learning_rate: float, settings: Settings
+) -> tuple[float, float]:
+    """Trains as `Trainer` does, without its overhead, which would count as a model's cost; returns wall-clock and CPU seconds."""
+    # As in `Trainer`, biases and norms have no weight decay.
+    decay = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, steps)
+    start, processor_start = time.perf_counter(), time.process_time()
+    model.train()
+    for inputs in batches:
+        model(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+    return time.perf_counter() - start, time.process_time() - processor_start
+
+
+@torch.no_grad()
+def classify(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """The likeliest class of each of `[N, channels, height, width]`."""
+    return torch.cat([model(pixel_values=batch).logits.argmax(dim=-1) for batch in pixel_values.split(64)])
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Percentage of right predictions."""
+    return 100 * (predictions == labels).float().mean().item()
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, blocks: TokenBlocks) -> float:
+    """Perplexity of the tokens of all blocks but the first ones of each, which have no context."""
+    losses = []
+    for batch in blocks.blocks.split(32):
+        losses.append(model(input_ids=batch, labels=batch).loss.double() * len(batch))
+    return math.exp(sum(losses).item() / len(blocks))
+
+
+def run_images(run: Run) -> dict[str, Any]:
+    """Trains on static (not to tune) and on dynamic digits; returns the measured columns."""
+    digits, held_out = digits_of(run.stage, run.settings)
+    # No epoch of any training places digits by this seed.
+    tests = {placement: DigitCanvases(held_out, placement, seed=-1 - run.seed) for placement in PLACEMENTS}
+    row = {"train_seconds": 0.0, "cpu_seconds": 0.0}
+    for placement in PLACEMENTS if run.stage == "test" else ("dynamic",):
+        set_seed(run.seed)
+        model = build(run.fields())
+        batches = image_batches(DigitCanvases(digits, placement, run.seed), run.seed, run.steps, run.batch)
+        seconds, cpu_seconds = train(model, batches, run.steps, run.learning_rate, run.settings)
+        row["train_seconds"] += seconds
+        row["cpu_seconds"] += cpu_seconds
+        for comparison, (trained_on, tested_on) in COMPARISONS.items():
+            if trained_on == placement:
+                row[comparison] = accuracy(classify(model, tests[tested_on].pixel_values()), held_out.labels)
+    pixels = tests["static"][0]["pixel_values"].unsqueeze(0)
+    return {
+        **row,
+        "parameters": model.num_parameters(),
+        "forward_flops": forward_flops(model, {"pixel_values": pixels}),
+    }
+
+
+def run_text(run: Run) -> dict[str, Any]:
+    """Trains a language model; returns the measured columns."""
+    settings = run.settings
+    tokens, held_out = text_tokens(settings)
+    set_seed(run.seed)
+    model = build(run.fields())
+    batches = text_batches(TokenBlocks(tokens, run.length), run.seed, run.steps, run.batch)
+    seconds, cpu_seconds = train(model, batches, run.steps, run.learning_rate, settings)
+    return {
+        "train_seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "perplexity": perplexity(model, held_out_blocks(held_out, run.length, run.stage, settings)),
+        "parameters": model.num_parameters(),
+        "forward_flops": forward_flops(model, {"input_ids": tokens[None, : run.length]}),
+    }
+
+
+TASKS = {"images": run_images, "text": run_text}
+circumstances: dict[str, Any] = {}
+
+
+def prepare(threads: int, processes: int):
+    """Initializes a process."""
+    torch.set_num_threads(threads)
+    circumstances.update(hardware(), processes=processes)
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """The row of a run."""
+    row = {**run.identity(), **TASKS[run.task](run), **circumstances}
+    return {**row, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def execute_all(
+    runs: list[Run], threads: int, processes: int, has_time: Callable[[], bool]
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Rows as they are completed. No run is started once there is no time left."""
+    if processes == 1:
+        prepare(threads, processes)
+        for run in runs:
+            if not has_time():
+                return
+            yield run, execute(run)
+        return
+    context = get_context("spawn")  # a fork of a process whose threads have worked may hang
+    with ProcessPoolExecutor(processes, context, initializer=prepare, initargs=(threads, processes)) as pool:
+        waiting, working = iter(runs), {}
+        while True:
+            while len(working) < processes and has_time() and (run := next(waiting, None)) is not None:
+                working[pool.submit(execute, run)] = run
+            if not working:
+                return
+            for future in wait(working, return_when=FIRST_COMPLETED).done:
+                yield working.pop(future), future.result()

@@ -1,0 +1,132 @@
+"""The models of the study: every mixer at one width, and attention widened to the same number of parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from studies.settings import IMAGE_FIELDS, SETTINGS, TEXT_FIELDS
+from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A model of the comparison.
+
+    Args:
+        name, family: its row in the tables, and its series in the figure.
+        fields: config fields beside those that all models of the task share.
+        widened_to: the variant whose number of parameters it is widened to.
+    """
+
+    name: str
+    family: str
+    fields: dict[str, Any]
+    widened_to: str | None = None
+
+
+ATTENTION = {
+    "absolute": {"mixer_types": "attention", "use_absolute_position_embeddings": True},
+    "rotary": {"mixer_types": "rope_attention"},
+    "relative bias": {"mixer_types": "relative_bias_attention"},
+}
+RANK = {"relative_rank": 8}
+LOR_KV, FULL_KV, BASIS_KV = "LoR kv", "full kv", "basis 8 kv"
+
+
+def attention(kind: str, **fields: Any) -> Variant:
+    return Variant(f"attention, {kind}", "attention", fields or ATTENTION[kind])
+
+
+def translution(name: str, family: str, projections: str, **fields: Any) -> Variant:
+    return Variant(name, family, {"relative_projections": projections, **fields})
+
+
+def widened(kind: str, target: str) -> Variant:
+    return Variant(f"attention, {kind}, as {target}", "attention, widened", ATTENTION[kind], target)
+
+
+IMAGE_VARIANTS = [
+    attention("no position", mixer_types="attention"),
+    attention("absolute"),
+    attention("rotary"),
+    attention("relative bias"),
+    attention("relative vector", mixer_types="relative_vector_attention"),
+    # A convolution's class token sees no patch, so only the mean tells the head of the image.
+    Variant("convolution", "convolution", {"mixer_types": "convolution", "pooling": "mean"}),
+    Variant("ACmix", "ACmix", {"mixer_types": "acmix"}),
+    *(translution(f"full {names}", "full", names) for names in ("qkv", "kv", "qv", "qk", "k", "v")),
+    *(translution(f"LoR {names}", "LoR", names, **RANK) for names in ("qkv", "kv")),
+    translution("rotary LoR kv", "LoR", "kv", mixer_types="rope_translution", **RANK),
+    translution(BASIS_KV, "basis", "kv", offset_basis=8),
+    translution("basis 16 kv", "basis", "kv", offset_basis=16),
+    translution("basis 8 LoR kv", "basis", "kv", offset_basis=8, **RANK),
+    translution("full kv, then rotary", "hybrid", "kv", mixer_types=["translution"] + ["rope_attention"] * 2),
+    *(widened(kind, target) for target in (FULL_KV, LOR_KV, BASIS_KV) for kind in ATTENTION),
+    # The best Translution needs rotary attention of its size, whichever it is.
+    *(widened("rotary", target) for target in ("full qkv", "full v", "LoR qkv", "basis 16 kv", "full kv, then rotary")),
+]  # fmt: skip
+TEXT_VARIANTS = [
+    *(attention(kind) for kind in ATTENTION),
+    translution(FULL_KV, "full", "kv"),
+    translution(LOR_KV, "LoR", "kv", **RANK),
+    translution(BASIS_KV, "basis", "kv", offset_basis=8),
+    *(widened(kind, target) for target in (FULL_KV, LOR_KV, BASIS_KV) for kind in ("rotary", "relative bias")),
+]
+VARIANTS = {"images": IMAGE_VARIANTS, "text": TEXT_VARIANTS}
+
+
+def task_fields(task: str, length: int | None, vocab_size: int) -> dict[str, Any]:
+    """What the configs of all models of a task share."""
+    if task == "images":
+        return dict(IMAGE_FIELDS)
+    return {**TEXT_FIELDS, "vocab_size": vocab_size, "max_position_embeddings": length}
+
+
+def model_fields(
+    task: str, variant: Variant, length: int | None = None, vocab_size: int = SETTINGS.vocab_size
+) -> dict:
+    """All fields of a variant's config."""
+    fields = {**task_fields(task, length, vocab_size), **variant.fields}
+    if variant.widened_to is None:
+        return fields
+    target = next(other for other in VARIANTS[task] if other.name == variant.widened_to)
+    return widen(fields, count_parameters(model_fields(task, target, length, vocab_size)))
+
+
+def build(fields: dict[str, Any]) -> PreTrainedModel:
+    model = TranslutionForImageClassification if fields["modality"] == "image" else TranslutionForCausalLM
+    return model(TranslutionConfig(**fields))
+
+
+def count_parameters(fields: dict[str, Any]) -> int:
+    """Number of parameters, counted without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(fields).parameters())
+
+
+def widen(fields: dict[str, Any], target: int) -> dict[str, Any]:
+    """The fields of a model of the same depth and number of heads, and as close to `target` parameters as possible.
+
+    The hidden size grows in steps that keep the head size a multiple of 4, with the MLP in proportion; the MLP
+    makes up the rest.
+    """
+    heads, width = fields["num_attention_heads"], fields["hidden_size"]
+
+    def resized(hidden: int, intermediate: int) -> dict[str, Any]:
+        return {**fields, "hidden_size": hidden, "head_dim": hidden // heads, "intermediate_size": intermediate}
+
+    def same_shape(hidden: int) -> dict[str, Any]:
+        return resized(hidden, hidden * fields["intermediate_size"] // width)
+
+    def error(hidden: int) -> int:
+        return abs(count_parameters(same_shape(hidden)) - target)
+
+    hidden = 4 * heads
+    while error(hidden + 4 * heads) < error(hidden):
+        hidden += 4 * heads
+    one, two = (count_parameters(resized(hidden, intermediate)) for intermediate in (1, 2))
+    return resized(hidden, max(1, 1 + round((target - one) / (two - one))))

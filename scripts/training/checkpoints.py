@@ -1,0 +1,66 @@
+"""The search for the newest complete checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+
+from common.saved_files import WEIGHTS, WEIGHTS_INDEX, check_readable, shards
+
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+TRAINER_STATE = "trainer_state.json"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; incomplete ones are skipped with a warning."""
+    found = [(CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
+    steps = {int(match[1]): path for match, path in found if match and path.is_dir()}
+    for step in sorted(steps, reverse=True):
+        reason = why_incomplete(steps[step])
+        if reason is None:
+            return steps[step]
+        logger.warning("%s is left out: %s", steps[step], reason)
+    return None
+
+
+def why_incomplete(checkpoint: Path) -> str | None:
+    """Why training cannot be resumed from a checkpoint, or None if it can."""
+    state = checkpoint / TRAINER_STATE
+    try:
+        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except OSError:
+        return f"there is no {TRAINER_STATE}"
+    except (ValueError, KeyError, TypeError):
+        return f"{TRAINER_STATE} is damaged"
+    if checkpoint.name != f"checkpoint-{step}":
+        return f"{TRAINER_STATE} is of step {step}"
+    # The sharded formats of FSDP and DeepSpeed have no safetensors and check themselves.
+    sharded = any(path.is_dir() for path in checkpoint.iterdir())
+    try:
+        if (checkpoint / WEIGHTS_INDEX).is_file():
+            names = shards(checkpoint)
+        else:
+            names = [name for name in WEIGHTS if (checkpoint / name).is_file()]
+        if not names and not sharded:
+            return f"there is no {WEIGHTS[0]}"
+        for name in names:
+            check_readable(checkpoint / name)
+    except ValueError as error:
+        return str(error)
+    if not (sharded or (checkpoint / "scheduler.pt").is_file()):
+        # Without it the Trainer would silently continue with a new optimizer.
+        return "there is no scheduler.pt"
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "there is no rng_state.pth"
+    for path in checkpoint.glob("*.pt*"):
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} is damaged"
+    if not sharded and not (checkpoint / "optimizer.pt").is_file():
+        return "there is no optimizer.pt (`save_only_model`?)"
+    return None

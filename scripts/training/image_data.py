@@ -1,0 +1,124 @@
+"""Loads images to train on and to evaluate on: from the Hub, from folders, or the bundled digits."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+from common.pictures import PICTURE_ENDINGS
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
+
+from training import loading
+from training.data_arguments import DIGITS, ImageDataArguments
+from training.digits import DigitCanvases, digits_split
+
+
+def digits_dataset(placement: str = "static") -> DatasetDict:
+    """Scikit-learn's digits on a canvas, see `DigitCanvases`, as `image` and `label`.
+
+    Random places are drawn once: a training that wants new ones for each epoch asks for an augmentation.
+    """
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    splits = {}
+    for seed, (name, digits) in enumerate(zip(("train", "test"), digits_split(), strict=True)):
+        canvases = DigitCanvases(digits, placement, seed)
+        columns = {"image": canvases.pictures(), "label": digits.labels.tolist()}
+        splits[name] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(splits)
+
+
+def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
+    """Pictures with the columns `image` and `label`, a `ClassLabel`: to train on, and to evaluate on.
+
+    Raises:
+        FileNotFoundError: for a folder that is not there.
+        ValueError: if there are no data, no pictures, no such split or column, fewer than two classes, or pictures that are
+            not in the folder of a class.
+    """
+    if args.dataset_name is None:
+        loading.require_one(args, ("dataset_name", "train_dir"))
+        folders = {"train": args.train_dir, "validation": args.validation_dir}
+        data_files = {split: _pictures(folder, split) for split, folder in folders.items() if folder is not None}
+        # A folder with a single class would otherwise lose its label, and with it the error below.
+        drop_labels = None if _has_metadata(folders.values()) else False
+        splits = loading.load_splits("imagefolder", args, data_files=data_files, drop_labels=drop_labels)
+    elif args.dataset_name == DIGITS:
+        loading.require_one(args, ("dataset_name", "train_dir"))
+        splits = loading.as_streams(digits_dataset(args.dataset_config_name or "static"), args)
+    else:
+        loading.require_one(args, ("dataset_name", "train_dir"))
+        splits = loading.load_splits(
+            args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision
+        )
+    train, evaluation = loading.choose_splits(splits, args, evaluates)
+    image = loading.find_column(train, args.image_column, "image_column", datasets.Image, ("image", "img"))
+    label = loading.find_column(
+        train, args.label_column, "label_column", ClassLabel, ("label", "labels", "fine_label")
+    )
+    pair = [None if data is None else _as_image_and_label(data, image, label) for data in (train, evaluation)]
+    train, evaluation = _with_class_names(*pair, label)
+    names = train.features["label"].names
+    if len(names) < 2:
+        raise ValueError(f"`{label}` must have at least 2 classes, got {names}.")
+    if evaluation is None and evaluates:
+        train, evaluation = loading.hold_out(train, args, stratify_by_column="label")
+    return loading.first_samples(train, args.max_train_samples), loading.first_samples(
+        evaluation, args.max_eval_samples
+    )
+
+
+def _pictures(folder: str, split: str) -> list[str]:
+    option = f"{split}_dir"
+    files = (path for path in loading.require_folder(folder, option).rglob("*") if path.is_file())
+    pictures = [path.relative_to(folder) for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    if not pictures:
+        raise ValueError(f"`{option}` must hold pictures, {', '.join(PICTURE_ENDINGS)}; there is none in {folder}.")
+    if not _has_metadata([folder]):
+        for path in sorted(pictures):
+            # `datasets` takes the name of the innermost folder for the class. It passes over hidden files and `__MACOSX`.
+            hidden = path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parts[:-1])
+            if len(path.parts) != 2 and not hidden:
+                raise ValueError(
+                    f"`{option}` must have one folder for each class, and its pictures right in it, got {Path(folder) / path}."
+                )
+    # The pattern keeps `datasets` from reading splits out of the classes' names.
+    return [f"{glob.escape(str(Path(folder)))}/**"]
+
+
+def _has_metadata(folders: Iterable[str | None]) -> bool:
+    names = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+    return any(path.name in names for folder in folders if folder for path in Path(folder).rglob("metadata.*"))
+
+
+def _as_image_and_label(data: loading.AnyDataset, image: str, label: str) -> loading.AnyDataset:
+    data = data.select_columns([image, label])
+    renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    return data.rename_columns(renamed) if renamed else data
+
+
+def _with_class_names(
+    train: loading.AnyDataset, evaluation: loading.AnyDataset | None, label: str
+) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
+    """Encodes labels that are strings or plain integers as classes, in sorted order."""
+    if isinstance(train.features["label"], ClassLabel):
+        return train, evaluation
+    if isinstance(train, IterableDataset):
+        raise ValueError(
+            f"`label_column` must be a ClassLabel in a stream, got {train.features['label']} in {label!r}."
+        )
+    train = train.class_encode_column("label")
+    if evaluation is not None:
+        unknown = set(map(str, evaluation.unique("label"))) - set(train.features["label"].names)
+        if unknown:
+            raise ValueError(
+                f"`{label}` must have the classes of the training split, got {', '.join(sorted(unknown))}."
+            )
+        feature = train.features["label"]
+        evaluation = evaluation.map(lambda row: {"label": feature.str2int(str(row["label"]))}).cast_column(
+            "label", feature
+        )
+    return train, evaluation

@@ -1,0 +1,65 @@
+"""Accuracy, top-k accuracy and perplexity for the `Trainer`.
+
+Legend: `N` samples, `L` tokens, `V` classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import EvalPrediction
+
+
+IGNORED = -100
+TOP_K = 5
+
+
+def likeliest_classes(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """What the `Trainer` keeps of `[N, V]` logits: the likeliest classes `[N, at most 5]`, best first."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.topk(min(TOP_K, logits.shape[-1])).indices
+
+
+def image_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Accuracy, and top-5 accuracy where there are more than 5 classes, of `likeliest_classes`."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        found = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)[:, None]
+        metrics = {"accuracy": float(found[:, 0].mean())}
+        if num_labels > TOP_K:
+            metrics[f"top_{TOP_K}_accuracy"] = float(found.any(axis=1).mean())
+        return metrics
+
+    return compute
+
+
+def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """What the `Trainer` keeps of `[N, L, V]` logits: for each block the sum of losses and of right guesses, `[N, 2]`."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
+    right = logits.argmax(dim=-1) == labels
+    return (losses.double().sum(dim=1, keepdim=True), right.double().sum(dim=1, keepdim=True))
+
+
+def perplexity(loss: float, tokens: int) -> float:
+    """Exponential of the mean loss of a token; `loss` is their sum."""
+    mean = loss / tokens if tokens else math.nan
+    # Beyond this a float is infinite, and `math.exp` raises.
+    return math.inf if mean > 709 else math.exp(mean)
+
+
+def text_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
+    """Perplexity, and the share of tokens that are predicted right, of `token_losses`."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        losses, right = (part[:, 0] for part in prediction.predictions)
+        tokens = int((prediction.label_ids[:, 1:] != IGNORED).sum())
+        accuracy = float(right.sum() / tokens) if tokens else math.nan
+        return {"perplexity": perplexity(math.fsum(losses), tokens), "accuracy": accuracy}
+
+    return compute

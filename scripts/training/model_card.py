@@ -1,0 +1,184 @@
+"""The model card of a saved run, written from the files of the run: `config.json` and `run.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common.saved_files import CARD, RUN
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from translution import TranslutionConfig
+
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
+TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
+# Types of metrics on the Hub; those of other metrics are their names.
+METRIC_TYPES = {"top_5_accuracy": "accuracy"}
+# Config fields in the card's table.
+FIELDS = (
+    "modality",
+    "mixer_types",
+    "relative_projections",
+    "relative_rank",
+    "offset_basis",
+    "max_relative_distance",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "intermediate_size",
+    "use_absolute_position_embeddings",
+)
+IMAGE_FIELDS, TEXT_FIELDS = ("image_size", "patch_size", "pooling"), ("vocab_size", "max_position_embeddings")
+
+
+def write_model_card(directory: Path, name: str | None = None) -> Path:
+    """Writes `README.md` beside a saved model, and returns its path; arguments and errors as `model_card`."""
+    path = Path(directory) / CARD
+    model_card(directory, name).save(path)
+    return path
+
+
+def model_card(directory: Path, name: str | None = None) -> ModelCard:
+    """The card of a saved model.
+
+    Args:
+        directory: with `config.json` and `run.json`, which names the task; whatever else it does not tell, or
+            tells as null, is left out.
+        name: what the model is loaded by: its repository's name, by default the folder's.
+
+    Raises:
+        FileNotFoundError: if `config.json` or `run.json` is missing.
+        ValueError: if `run.json` is no JSON object, or its `task` is none of `TASKS`.
+    """
+    directory = Path(directory)
+    run = _without_null(_read(directory / RUN))
+    if run.get("task") not in TASKS:
+        raise ValueError(f"`task` of {directory / RUN} must be one of {', '.join(TASKS)}, got {run.get('task')!r}.")
+    config = TranslutionConfig.from_dict(_read(directory / "config.json"))
+    name = name or run.get("name") or directory.resolve().name
+    return ModelCard.from_template(
+        card_data=_metadata(name, run),
+        template_path=str(TEMPLATE),
+        name=" ".join(name.split()),
+        # A string of Python, whatever quotes are in it.
+        quoted_name=json.dumps(name, ensure_ascii=False),
+        run=run,
+        variant=describe(config),
+        auto_class=TASKS[run["task"]],
+        fields={field: _plain(getattr(config, field)) for field in _told(config)},
+        citation=bibtex(),
+    )
+
+
+def bibtex() -> str:
+    """The paper's entry of `CITATION.cff`."""
+    paper = yaml.safe_load(CITATION.read_text(encoding="utf-8"))["references"][0]
+    authors = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    key = f"{paper['authors'][0]['family-names']}{paper['year']}{paper['title'].split(':')[0]}".lower()
+    lines = [f"  title = {{{paper['title']}}}", f"  author = {{{authors}}}", f"  year = {{{paper['year']}}}"]
+    return ",\n".join([f"@article{{{key}", *lines, f"  url = {{{paper['url']}}}"]) + "\n}"
+
+
+def describe(config: TranslutionConfig) -> str:
+    """The kind of model in words, such as `"LoR-Translution (rank 8) of keys and values"`."""
+    names = [_describe_mixer(config, name) for name in dict.fromkeys(config.mixer_types)]
+    return names[0] if len(names) == 1 else f"a hybrid of {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _describe_mixer(config: TranslutionConfig, mixer: str) -> str:
+    if mixer.removeprefix("rope_") != "translution":
+        return mixer.replace("rope_", "rotary ").replace("_", " ").replace("acmix", "ACmix")
+    kind = "Translution" if config.relative_rank is None else f"LoR-Translution (rank {config.relative_rank})"
+    if config.offset_basis is not None:
+        kind = f"basis {kind} ({config.offset_basis} matrices)"
+    words = [{"q": "queries", "k": "keys", "v": "values"}[letter] for letter in config.relative_projections]
+    relative = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{'rotary ' if mixer.startswith('rope_') else ''}{kind} of {relative}"
+
+
+def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
+    """What the Hub reads: YAML at the head of the card."""
+    data, metrics = run.get("dataset") or {}, run.get("metrics") or {}
+    dataset_id = data.get("id") if _is_hub_id(data.get("id")) else None
+    results = [
+        EvalResult(
+            task_type=run["task"],
+            # The Hub requires a type even for data that are not on it.
+            dataset_type=dataset_id or _slug(data["name"]),
+            dataset_name=data["name"],
+            dataset_config=data.get("config"),
+            dataset_split=data.get("eval_split"),
+            dataset_revision=data.get("revision"),
+            metric_type=METRIC_TYPES.get(metric, metric),
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in metrics.items()
+        if data.get("name")
+    ]
+    grams = run.get("co2_grams")
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=run["task"],
+        license=run.get("license"),
+        base_model=run.get("base_model"),
+        # Only names on the Hub: a folder's name may be that of another dataset there.
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=list(dict.fromkeys(METRIC_TYPES.get(metric, metric) for metric in metrics)) or None,
+        tags=["translution"],
+        # The Hub's client wants a name for a model with results, and no name for one without.
+        model_name=name if results else None,
+        eval_results=results or None,
+        co2_eq_emissions=None if grams is None else {"emissions": grams},
+    )
+
+
+def _is_hub_id(text: str | None) -> bool:
+    """Whether a dataset on the Hub may be called so, such as `user/name` or `imagenet-1k`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _slug(name: str) -> str:
+    # The Hub takes ASCII alone.
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.").lower() or "data"
+
+
+def _told(config: TranslutionConfig) -> list[str]:
+    fields = FIELDS + (IMAGE_FIELDS if config.modality == "image" else TEXT_FIELDS)
+    return [field for field in fields if getattr(config, field) is not None]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return value[0] if len(set(value)) == 1 else ", ".join(map(str, value))
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the card is written from it.")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}.")
+    return found

@@ -1,0 +1,143 @@
+"""The folder a run writes to: whether a run may use it, what it keeps of an earlier run, and its final model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.saved_files import CARD, RUN
+
+from training.checkpoints import CHECKPOINT, newest_checkpoint, why_incomplete
+from training.weights import has_weights
+
+
+# Identifies the folder of a run that was killed before its first checkpoint.
+RUN_ARGUMENTS = "arguments.json"
+# Its key for the options that a resumed run must not change.
+LASTING = "model_and_data"
+# Besides checkpoints, what a resumed run uses again.
+LEFT_BEHIND = "tokenizer"
+# Where the model is saved before its files are moved.
+FINAL_MODEL = "final-model"
+WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+def claim_output_dir(
+    folder: Path, resume: str | None, overwrite: bool, arguments: dict[str, Any], lasting: dict[str, Any]
+) -> Path | None:
+    """Returns the checkpoint to resume from, and refuses a folder that holds something else.
+
+    Args:
+        folder: what a run writes to; made if it is not there.
+        resume: a checkpoint that the user asks for.
+        overwrite: whether to delete the checkpoints, the tokenizer and the model of an earlier run.
+        arguments: what to leave behind, so that the folder is known as a run's.
+        lasting: those that a resumed run must not change.
+
+    Raises:
+        FileExistsError: if `folder` is no folder, or has files and none of them is a run's.
+        FileNotFoundError: if `resume` is no folder.
+        ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`; or for another value in `lasting`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"`output_dir` must be a folder, got the file {folder}.")
+    checkpoint = None if overwrite else newest_checkpoint(folder)
+    if resume is not None:
+        if overwrite:
+            raise ValueError(f"`overwrite_output_dir` starts anew, and `resume_from_checkpoint` {resume} goes on.")
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(f"`resume_from_checkpoint` must be a folder, got {resume}.")
+        reason = why_incomplete(Path(resume))
+        if reason is not None:
+            raise ValueError(f"`resume_from_checkpoint` {resume} cannot be continued: {reason}.")
+        checkpoint = Path(resume)
+    known = (folder / RUN_ARGUMENTS).is_file() or checkpoint is not None
+    if folder.is_dir() and any(folder.iterdir()) and not known and not overwrite:
+        raise FileExistsError(
+            f"`output_dir` {folder} has files and no checkpoint: give another folder, or `--overwrite_output_dir`."
+        )
+    if not overwrite:
+        refuse_changes(folder, lasting)
+    if int(os.environ.get("RANK", "0")) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            delete_run(folder)
+        finish_saving(folder)
+        if changes(folder, lasting):
+            # Nothing is trained yet, or it would be refused; the tokenizer may be that of other data.
+            shutil.rmtree(folder / LEFT_BEHIND, ignore_errors=True)
+        text = json.dumps({**arguments, LASTING: lasting}, indent=2, ensure_ascii=False, default=str)
+        partial = folder / f".{RUN_ARGUMENTS}"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, folder / RUN_ARGUMENTS)
+    return checkpoint
+
+
+def delete_run(folder: Path):
+    for path in folder.iterdir():
+        if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name in (LEFT_BEHIND, FINAL_MODEL)):
+            shutil.rmtree(path)
+    delete_model(folder)
+
+
+def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options by name whose value differs from that of an earlier call, with both values."""
+    try:
+        earlier = json.loads((folder / RUN_ARGUMENTS).read_text(encoding="utf-8"))[LASTING]
+    except (OSError, ValueError, KeyError):
+        return {}
+    pairs = {name: (earlier[name], value) for name, value in lasting.items() if name in earlier}
+    return {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
+
+
+def _plain(value: Any) -> Any:
+    """Normalizes paths."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str) else value
+
+
+def refuse_changes(folder: Path, lasting: dict[str, Any]):
+    """Refuses to resume with other options than `arguments.json`, `run.json` and the card record.
+
+    Raises:
+        ValueError: if a folder has weights that were trained with other options.
+    """
+    told = [
+        f"`{name}` must be {old!r} as before, got {new!r}" for name, (old, new) in changes(folder, lasting).items()
+    ]
+    if told and (has_weights(folder) or has_weights(folder / FINAL_MODEL) or newest_checkpoint(folder)):
+        raise ValueError(
+            f"{folder} holds what was trained otherwise: {'; '.join(told)}. Give another `--output_dir`, or "
+            "`--overwrite_output_dir` to start anew."
+        )
+
+
+def finish_saving(folder: Path):
+    """Moves a saved model from `FINAL_MODEL` to its place, or completes a move that was interrupted.
+
+    Old weights are deleted first and new ones moved last, so that weights never lie beside another model's config.
+    """
+    final = folder / FINAL_MODEL
+    if not final.is_dir():
+        return
+    paths = sorted(final.iterdir(), key=lambda path: (bool(WEIGHTS_FILE.fullmatch(path.name)), path.name))
+    if paths and not WEIGHTS_FILE.fullmatch(paths[0].name):
+        delete_model(folder)
+    for path in paths:
+        os.replace(path, folder / path.name)
+    final.rmdir()
+
+
+def delete_model(folder: Path):
+    """Deletes the weights, `run.json` and the card; other files stay."""
+    for path in folder.iterdir():
+        if path.is_file() and WEIGHTS_FILE.fullmatch(path.name):
+            path.unlink()
+    if (folder / RUN).is_file():
+        (folder / CARD).unlink(missing_ok=True)
+        (folder / RUN).unlink()

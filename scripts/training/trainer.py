@@ -1,0 +1,174 @@
+"""The Trainer of the training scripts: complete checkpoints, soft labels, callbacks, and its arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from common.atomic_folder import written_whole
+from huggingface_hub import HfApi
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from training.checkpoints import TRAINER_STATE
+from training.hub import explain, push
+from training.output_folder import FINAL_MODEL, finish_saving
+
+
+logger = logging.getLogger(__name__)
+
+TRAINER_ARGUMENTS, PICKLED_ARGUMENTS = "training_args.json", "training_args.bin"
+
+
+class WholeCheckpointTrainer(Trainer):
+    """Writes checkpoints beside their place and renames them once they are complete and on the disk.
+
+    A run can therefore be killed at any moment, and its newest checkpoint is complete. Several processes need a shared
+    folder. Arguments are saved as JSON without tokens, not as the pickle `training_args.bin`. Pushes are those of
+    `push_to_hub.py`: a model, and nothing that only a resumed run needs.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        try:
+            super().__init__(*args, **kwargs)
+        except RuntimeError as error:
+            # `report_to` names a package that is not installed.
+            raise ValueError(str(error)) from error
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any):
+        folder, pushes = Path(self.args.output_dir), self.args.push_to_hub
+        name = f"checkpoint-{self.state.global_step}"
+        best = folder / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and best.exists():
+            self.state.best_model_checkpoint = str(best)
+        with self._shared(folder / name) as partial:
+            # The Trainer saves to the partial folder, and does not push it.
+            self.args.output_dir, self.args.push_to_hub = str(partial), False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir, self.args.push_to_hub = str(folder), pushes
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                inner = partial / name
+                self.state.save_to_json(str(inner / TRAINER_STATE))
+                for path in list(inner.iterdir()):
+                    path.rename(partial / path.name)
+                inner.rmdir()
+        # No process continues before the checkpoint is in its place.
+        self.accelerator.wait_for_everyone()
+        if pushes and self.args.hub_strategy != "end" and self.is_world_process_zero():
+            try:
+                self._push(str(folder / name), f"Training in progress, step {self.state.global_step}")
+            except Exception as error:
+                # The next checkpoint, or the final model, is pushed anyway.
+                logger.warning("%s was not pushed: %s", folder / name, explain(error))
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def push_to_hub(self, commit_message: str = "End of training") -> str | None:
+        """Pushes the output folder as `push_to_hub.py` does, and returns the URL of the commit."""
+        return self._push(self.args.output_dir, commit_message) if self.is_world_process_zero() else None
+
+    def _push(self, folder: str, message: str) -> str:
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        args = self.args
+        api = HfApi(token=args.hub_token)
+        return push(
+            Path(folder), self.hub_model_id, args.hub_private_repo, args.hub_revision, message=message, api=api
+        )
+
+    @contextlib.contextmanager
+    def _shared(self, target: Path) -> Iterator[Path]:
+        """`written_whole` for all processes. At the end the arguments are saved as JSON instead of a pickle."""
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(written_whole(target)) if self.args.should_save else None
+            yield Path(broadcast_object_list([str(partial)])[0]) if self.args.world_size > 1 else partial
+            if self.args.should_save:
+                (partial / PICKLED_ARGUMENTS).unlink(missing_ok=True)
+                (partial / TRAINER_ARGUMENTS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Saves model and processor beside their place first, then moves the files, see `finish_saving`."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with self._shared(folder / FINAL_MODEL) as partial:
+            super().save_model(str(partial), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_saving(folder)
+
+
+class ImageTrainer(WholeCheckpointTrainer):
+    """Also takes labels as probabilities `[N, K]`, from mixup and CutMix; the model's own loss takes class indices."""
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        labels = inputs.get("labels")
+        if labels is None or labels.ndim == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(pixel_values=inputs["pixel_values"])
+        smoothing = self.args.label_smoothing_factor
+        loss = F.cross_entropy(outputs.logits.float(), labels, label_smoothing=smoothing)
+        return (loss, outputs) if return_outputs else loss
+
+
+@dataclass
+class ScriptTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with other defaults: a run trains, evaluates and resumes."""
+
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at least at the end."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts' own batches need all columns."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Whether a resumed run keeps its count of evaluations without improvement."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Whether to pin the memory of batches."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.remove_unused_columns = False
+
+
+class EpochCallback(TrainerCallback):
+    """Calls `set_epoch` of the training data. With several processes, Accelerate does not."""
+
+    def __init__(self, data: Any):
+        self.data = data
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # A resumed run starts in the middle of an epoch.
+        self.data.set_epoch(int(state.epoch or 0))
+
+
+class PatienceCallback(TrainerCallback):
+    """Sets the patience of a resumed run from its arguments; the checkpoint restores only the count."""
+
+    def __init__(self, trainer: Trainer, patience: int):
+        self.trainer = trainer
+        self.patience = patience
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience = self.patience

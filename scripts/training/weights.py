@@ -1,0 +1,59 @@
+"""Weights of saved models: whether they are there, and loading them into a model to train or to evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from common.saved_files import WEIGHTS, WEIGHTS_INDEX, misshapen
+from transformers import PreTrainedModel
+
+from training.arguments import ModelArguments
+
+
+def has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*WEIGHTS, WEIGHTS_INDEX))
+
+
+def load_weights(model: PreTrainedModel, folder: Path):
+    """Loads the weights in a folder into a model.
+
+    Raises:
+        ValueError: if some are missing; further ones as `from_pretrained` and `load_state_dict`.
+    """
+    saved, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"The weights in {folder} must be all, {', '.join(sorted(report['missing_keys']))} is missing."
+        )
+    model.load_state_dict(saved.state_dict())
+
+
+def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> PreTrainedModel:
+    """The model to train that `model_name_or_path` names, in float32.
+
+    Args:
+        auto_class: of its task.
+        args: where it is, and whether tensors of another shape start anew.
+        fields: of its config.
+
+    Raises:
+        ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
+    """
+    name = args.model_name_or_path
+    # Only the loading report names the tensors that do not fit.
+    model, report = auto_class.from_pretrained(
+        name,
+        revision=args.model_revision or "main",
+        trust_remote_code=args.trust_remote_code,
+        dtype="float32",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **fields,
+    )
+    problems = misshapen(report)
+    if problems and not args.ignore_mismatched_sizes:
+        raise ValueError(
+            f"The weights of {name} do not fit: {'; '.join(problems)}. `--ignore_mismatched_sizes` starts these anew."
+        )
+    return model
