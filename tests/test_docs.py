@@ -223,23 +223,25 @@ def test_the_study_is_its_csv():
     text = read(DOCS / "study.md")
     begin, end = "<!-- scripts/study.py writes from here -->", "<!-- to here -->"
     assert (text.count(begin), text.count(end)) == (1, 1)
-    written = text.split(begin)[1].split(end)[0]
-    parts = re.split(r"\n(?=Digits|Text)", written)[1:]
-    assert len(parts) == 3
-    for part in parts:
-        length = re.search(r"blocks of (\d+) tokens", part)
+    sections = text.split(begin)[1].split(end)[0].split("\n### ")[1:]
+    assert len(sections) == 3
+    for section in sections:
+        length = re.search(r"blocks of (\d+) tokens", section)
         groups = tables.tuned_rows("text", length[1]) if length else tables.tuned_rows("images")
         column = "perplexity" if length else "dynamic → dynamic"
-        shown = [row for row in cells(part) if row[0] not in ("mixer", "---")]
-        assert {row[0] for row in shown} == {name for name in groups if ", as " not in name}
-        for variant, parameters, _, figure, rival, _ in shown:
-            rows = groups[variant]
-            assert parameters == f"{int(rows[0]['parameters']):,}"
-            assert len(rows) == int(re.search(r"(\d) seeds", part)[1])
+        every, comparisons = section.split("Equal parameters, ")
+        shown = {row[0]: row for row in cells(every) if row[0] not in ("mixer", "---")}
+        assert shown.keys() == groups.keys()
+        figures = {}
+        for variant, rows in groups.items():
+            assert len(rows) == int(re.search(r"(\d) seeds", section)[1])
             values = [float(row[column]) for row in rows]
-            assert figure == f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-            if rival:
-                assert rival == tables.spread(tables.widened(groups, variant), column)
+            figures[variant] = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+            assert shown[variant][1] == f"{int(rows[0]['parameters']):,}"
+            assert shown[variant][-1] == figures[variant]
+        for variant, _, figure, _, rival_parameters, rival, *_ in cells(comparisons)[2:]:
+            assert figure == figures[variant]
+            assert (rival_parameters, rival) in {(row[1], row[-1]) for row in shown.values()}
 
 
 def test_the_demo_is_its_cards():

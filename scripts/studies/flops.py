@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from translution.modeling.operators import registration
 from translution.modeling.operators.pair_layout import PairLayout
 
 
@@ -64,11 +65,11 @@ def forward_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     backend replaces.
     """
     formulas = {
-        torch.ops.translution.pair_scores: pair_scores_flops,
-        torch.ops.translution.pair_values: pair_values_flops,
-        torch.ops.translution.streamed_attention: streamed_attention_flops,
-        torch.ops.translution.basis_scores: basis_scores_flops,
-        torch.ops.translution.basis_values: basis_values_flops,
+        registration.operator("pair_scores"): pair_scores_flops,
+        registration.operator("pair_values"): pair_values_flops,
+        registration.operator("streamed_attention"): streamed_attention_flops,
+        registration.operator("basis_scores"): basis_scores_flops,
+        registration.operator("basis_values"): basis_values_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
