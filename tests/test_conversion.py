@@ -471,7 +471,7 @@ def test_output_in_use_is_left_alone(kv, tmp_path, capsys, monkeypatch):
     content = {path.name: path.read_bytes() for path in output.iterdir()}
 
     def fail(self, folder, *args, **kwargs):
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         Path(folder, "config.json").write_text("half")
         raise OSError("disk full")
 

@@ -12,7 +12,7 @@ import study
 import torch
 from studies.examples import TokenBlocks, digits_of, held_out_blocks, image_batches, text_batches
 from studies.flops import forward_flops
-from studies.report import Comparison, equal_size_table, results_table
+from studies.report import MARKERS, Comparison, equal_size_table, results_table, write_between_markers
 from studies.rows import read_rows
 from studies.runs import TASKS, Run, key_of
 from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, SETTINGS, Settings
@@ -254,3 +254,15 @@ def test_tables_follow_from_the_rows():
     assert line[2] == f"50.0 ± {20 / 2**0.5:.1f}"
     first = next(results_table(comparison([3, 5], [1, 2])).itertuples(index=False))
     assert first[:5] == ("full kv", "1,000", "2.0", "1.5", "0.001")
+
+
+def test_report_leaves_the_text_around_its_tables_alone(tmp_path):
+    page = tmp_path / "study.md"
+    page.write_text(f"before\n\n{MARKERS[0]}\nold\n{MARKERS[1]}\n\nafter\n")
+    for text in ("new\n", "newer\n"):
+        write_between_markers(page, text)
+        assert page.read_text() == f"before\n\n{MARKERS[0]}\n\n{text}\n{MARKERS[1]}\n\nafter\n"
+    page.write_text("before\n")
+    with pytest.raises(ValueError, match="must have the markers"):
+        write_between_markers(page, "new\n")
+    assert page.read_text() == "before\n"

@@ -373,7 +373,9 @@ def test_a_run_killed_in_its_last_save_leaves_no_mixture(scripts, images, pictur
     assert read(saved)["metrics"] == read(whole)["metrics"]
 
 
-def test_evaluation_alone_changes_nothing(images, pictures):
+def test_evaluation_alone_changes_nothing(images, pictures, monkeypatch):
+    # Which an option of the last calls sets.
+    monkeypatch.setenv("HF_TOKEN", "")
     arguments = [
         "--train_dir",
         str(pictures),

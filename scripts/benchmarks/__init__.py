@@ -1,1 +1,1 @@
-"""The suites of `benchmark.py`."""
+"""The suites of `benchmark.py`, and how they measure."""

@@ -1,1 +1,3 @@
-"""What all scripts share."""
+"""What commands of every kind share: how they end, the machine they run on, files of saved models, pictures,
+tables.
+"""

@@ -1,1 +1,3 @@
-"""The parts of `study.py`."""
+"""The study: its models (`variants`), what they train on (`examples`), its runs (`runs`), their rows in a CSV
+(`rows`), and the tables and the figure of these rows (`report`).
+"""
