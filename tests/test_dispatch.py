@@ -104,6 +104,7 @@ def test_an_exported_model_has_plain_operations(kind, path, monkeypatch):
     monkeypatch.setattr(dispatch, "is_exporting", lambda: True)
     assert choose_path(call(kind)).path == path
     assert choose_path(call(kind, TEXT)).path == path
+    assert choose_path(call(kind, wish=EAGER)).path == path
     assert choose_path(call("convolution", masked=True, hides_pairs=True)).path == "gathered"
     assert choose_path(call("relative_bias")).path == "reference"
     assert choose_path(call("attention")).path == "sdpa"

@@ -352,7 +352,7 @@ def test_what_does_not_fit_is_known_for_what_is_compiled(where):
     kernel = Picky(64)
     kernel.__name__ = f"picky_by_{where}"
 
-    def launch(width, length=1001, tokens=None):
+    def tried(width, length=1001, tokens=None):
         kernel.tried = []
         shape = {"WIDTH": width}
         given = shape if where == "arguments" else {}
@@ -361,13 +361,13 @@ def test_what_does_not_fit_is_known_for_what_is_compiled(where):
         launch.launch(kernel, lambda option: (1,), options, lambda option: derived, tokens=tokens, length=length, scale=length / 7, **given)  # fmt: skip
         return kernel.tried
 
-    assert launch(256) == [128, 64]
-    assert launch(64) == [(128, 64)]
-    assert launch(256) == [64]
-    assert launch(256, length=2003) == [64]
-    assert launch(64) == [(128, 64)]
-    assert launch(256, tokens=torch.zeros(4, dtype=torch.bfloat16)) == [128, 64]
-    assert launch(512) == [128, 64]
+    assert tried(256) == [128, 64]
+    assert tried(64) == [(128, 64)]
+    assert tried(256) == [64]
+    assert tried(256, length=2003) == [64]
+    assert tried(64) == [(128, 64)]
+    assert tried(256, tokens=torch.zeros(4, dtype=torch.bfloat16)) == [128, 64]
+    assert tried(512) == [128, 64]
 
 
 def test_constants_of_kernels_have_names_in_capitals():

@@ -127,7 +127,7 @@ class TranslutionMixer(Mixer):
         if path == "basis_kernel":
             return self.o_proj(self._basis_attention(pairs, *dense, mask.additive)), None
         if path == "streamed":
-            return self.o_proj(self._streamed_attention(pairs, *dense)), None
+            return self.o_proj(self._streamed_attention(pairs, (query, key, value), dense)), None
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
         scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2
@@ -148,17 +148,17 @@ class TranslutionMixer(Mixer):
         return self.o_proj(output), weights if path == "reference" else None
 
     def _streamed_attention(
-        self, pairs: AllPairs, query: Tensor | None, key: Tensor | None, value: Tensor | None
+        self,
+        pairs: AllPairs,
+        relative: tuple[PairInputs | None, PairInputs | None, PairInputs | None],
+        dense: tuple[Tensor | None, Tensor | None, Tensor | None],
     ) -> Tensor:
-        """`[B, L, C']`, in one pass over the pairs, from what each side brings to them and what is dense."""
-        relative, dense = (pairs.query, pairs.key, pairs.value), (query, key, value)
-        tokens, banks = zip(
-            *(
-                PairInputs(merge_heads(heads), None) if inputs is None else inputs
-                for inputs, heads in zip(relative, dense, strict=True)
-            ),
-            strict=True,
-        )
+        """`[B, L, C']`, in one pass over the pairs, from what queries, keys and values of these tokens bring to them."""
+        inputs = [
+            PairInputs(merge_heads(heads), None) if side is None else side
+            for side, heads in zip(relative, dense, strict=True)
+        ]
+        tokens, banks = zip(*inputs, strict=True)
         far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
         return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
 

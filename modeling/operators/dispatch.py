@@ -4,15 +4,15 @@
 
 | layer | path | where | condition |
 | --- | --- | --- | --- |
-| Translution | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `decode` | `decode.py` | one new token with a cache |
+| Translution | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
+| | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache |
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve |
 | | `streamed` | `streamed.py` | full Translution, nothing masked, no attention dropout, no cached tokens; a text, a large image, or one with a small distance |
 | | `grouped` | `grouped.py` | everything else |
-| attention, relative bias | `reference` | the mixer | as above; relative bias in an exported model |
+| attention, relative bias | `reference` | the mixer | `attn_implementation="eager"`, or attention weights are asked for; relative bias in an exported model |
 | | `sdpa` | PyTorch | everything else |
 | relative vectors | `products` | the mixer | always |
 | convolution | `window` | the mixer | text with a cache, or whose mask hides pairs |
@@ -124,21 +124,23 @@ def _choose_path(call: Call) -> Choice:
         return _convolution(call)
     if call.kind == "relative_vector":
         return Choice("products", "vectors are added for each pair, so that the square of scores is computed")
-    one_token = isinstance(call.layout, StepLayout)
-    is_attention = call.kind in ("attention", "relative_bias")
-    if (call.wish == EAGER or call.wants_weights) and (is_attention or not one_token):
-        return _reference(call)
-    if call.kind == "relative_bias" and is_exporting():
-        # PyTorch's fused attention orders its output in memory one way when a graph is traced, and another way when ONNX takes
-        # the graph apart, which then fails.
-        return Choice("reference", "fused attention with a learned bias cannot be exported to ONNX")
-    if is_attention:
+    wants_reference = call.wish == EAGER or call.wants_weights
+    if call.kind in ("attention", "relative_bias"):
+        if wants_reference:
+            return _reference(call)
+        if call.kind == "relative_bias" and is_exporting():
+            # PyTorch's fused attention orders its output in memory one way when a graph is traced, and another way when ONNX
+            # takes the graph apart, which then fails.
+            return Choice("reference", "fused attention with a learned bias cannot be exported to ONNX")
         return Choice("sdpa", "PyTorch's fused attention")
-    if one_token and call.layout.num_queries == 1:
+    adds_tokens = isinstance(call.layout, StepLayout)
+    if adds_tokens and call.layout.num_queries == 1:
         return Choice("decode", "one new token with a cache")
-    if one_token or (is_exporting() and say_what_serves()):
-        reason = "a compiled step adds several tokens to a static cache" if one_token else "the model is exported"
+    if adds_tokens or (is_exporting() and say_what_serves()):
+        reason = "a compiled step adds several tokens to a static cache" if adds_tokens else "the model is exported"
         return Choice("basis" if call.kind == "basis" else "gathered", reason)
+    if wants_reference:
+        return _reference(call)
     if call.kind == "basis":
         obstacle = ""
         if call.drops:

@@ -23,7 +23,7 @@ NOT_OF_MODELS = ("__init__", "configuration_translution", "configuration_remote_
 # Imports within the package, and what `remote_code.py` makes of them there.
 _IMPORT = re.compile(r"^[ \t]*from \.[\w.]* import (?:\([^)]*\)|[^\n]*)$", flags=re.MULTILINE)
 _ADDED = re.compile(r"^if False:\n(?:    from \.\w+ import \*  # noqa: F403\n)+", flags=re.MULTILINE)
-_FOLDERS = "models|mixers|operators|kernels|configuration"
+_FOLDERS = "models|mixers|operators|kernels"
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +53,8 @@ def _own_text(source: Path) -> str:
 
 def _without_folders(statement: re.Match[str]) -> str:
     text = re.sub(r"[\s()]+", " ", statement.group()).strip(" ,")
-    text = re.sub(rf"from \.+(?:(?:{_FOLDERS})[._]?)?(\w*) import", r"from \1 import", text)
+    text = re.sub(rf"from \.+(?:\w+\.)*(?:(?:{_FOLDERS})_)?(\w*) import", r"from \1 import", text)
+    text = re.sub(rf"from (?:{_FOLDERS})? import", "import", text)
     return re.sub(rf"\b(?:{_FOLDERS})_(\w+) as \1\b", r"\1", text)
 
 
