@@ -27,7 +27,6 @@ HEADS = {"image": TranslutionForImageClassification, "text": TranslutionForCausa
 SWITCHES = {
     (runs, "WORKSPACE_ELEMENTS"): (1, 64, 1 << 18),
     (runs, "NARROW"): (2, 33),
-    (dispatch, "SQUARE_ELEMENTS"): (1, 1 << 20),
     (streamed, "GROUP_ELEMENTS"): (1, 1 << 17),
     (dispatch, "STREAM"): (True, True, False),
     (basis, "CHUNK_ELEMENTS"): (1, 100, 1 << 20),

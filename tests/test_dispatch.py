@@ -16,12 +16,11 @@ from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TEXT, IMAGE = PairLayout.for_text(9, 9), PairLayout.for_image(3, 4, 3, 4)
-LARGE = PairLayout.for_image(23, 24, 23, 24)
 STEP, SEVERAL = StepLayout(4, 9, 9, False), StepLayout(4, 9, 9, False, num_queries=3)
 
 
 def call(kind="full", layout=IMAGE, device=CPU, **fields):
-    return Call(kind, 0, layout, 2, 2, 8, device, torch.float32, **fields)
+    return Call(kind, 0, layout, 8, device, torch.float32, **fields)
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +48,8 @@ ROWS = {
     "basis": (call("basis"), "basis", "need a GPU"),
     "streamed-text": (call(layout=TEXT), "streamed", "one pass"),
     "streamed-far-text": (call(layout=PairLayout.for_text(9, 9, 3)), "streamed", "one pass"),
-    "streamed-large-image": (call(layout=LARGE), "streamed", "one pass"),
+    "streamed-image": (call(), "streamed", "one pass"),
     "streamed-far-columns": (call(layout=PairLayout.for_image(7, 8, 7, 8, 2)), "streamed", "one pass"),
-    "grouped-near-columns": (call(layout=PairLayout.for_image(7, 8, 7, 8, 4)), "grouped", "this small"),
-    "grouped-small-image": (call(), "grouped", "this small"),
     "grouped-low-rank": (call("low_rank", TEXT), "grouped", "low-rank"),
     "grouped-mask": (call(layout=TEXT, masked=True), "grouped", "a mask"),
     "grouped-dropout": (call(layout=TEXT, drops=True), "grouped", "dropout"),
@@ -84,7 +81,7 @@ ON_A_GPU = {
     "basis_kernel": (call("basis", device=CUDA), "basis_kernel", "one CUDA kernel"),
     "basis-dropout": (call("basis", device=CUDA, drops=True), "basis", "dropout"),
     "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 3), CUDA, cached=True), "basis", "a cache"),
-    "wide-heads": (call(device=CUDA)._replace(head_size=512), "grouped", "this small"),
+    "wide-heads": (call(device=CUDA)._replace(head_size=512), "streamed", "one pass"),
     "far-text-without-flash": (call("full", PairLayout.for_text(9, 9, 3), CUDA)._replace(dtype=torch.float64), "grouped", "log-sum-exp"),
     "step": (call(layout=STEP, device=CUDA, cached=True), "decode", "one new token"),
     "eager": (call(device=CUDA, wish=EAGER), "reference", "eager"),
@@ -137,7 +134,7 @@ def test_the_readme_has_the_same_table():
 @pytest.mark.parametrize(
     ("modality", "variant", "paths"),
     [
-        ("image", "full-kv", ["grouped", "grouped"]),
+        ("image", "full-kv", ["streamed", "streamed"]),
         ("text", "full-kv", ["streamed", "streamed"]),
         ("text", "lor-qkv", ["grouped", "grouped"]),
         ("image", "basis-qkv", ["basis", "basis"]),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from translution import TranslutionConfig
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.mixers.translution import TranslutionMixer
-from translution.modeling.operators import grouped, reference, registration, runs
+from translution.modeling.operators import dispatch, grouped, reference, registration, runs
 from translution.modeling.operators.pair_autograd import register_pair_operators
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -29,6 +29,12 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def square_of_scores(monkeypatch):
+    """Full Translution would do without it; that one pass is tested in `test_streamed.py`."""
+    monkeypatch.setattr(dispatch, "STREAM", False)
 
 
 def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **fields) -> TranslutionMixer:

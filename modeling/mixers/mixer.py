@@ -50,8 +50,6 @@ class Mixer(nn.Module):
             kind,
             self.layer_idx,
             layout,
-            tokens.shape[0],
-            self.num_heads,
             self.config.head_dim if head_size is None else head_size,
             tokens.device,
             tokens.dtype,

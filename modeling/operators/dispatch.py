@@ -10,7 +10,7 @@
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache |
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve |
-| | `streamed` | `streamed.py` | full Translution, nothing masked, no attention dropout, no cached tokens; a text, a large image, or one with a small distance |
+| | `streamed` | `streamed.py` | full Translution, nothing masked, no attention dropout, no cached tokens |
 | | `grouped` | `grouped.py` | everything else |
 | attention, relative bias | `reference` | the mixer | `attn_implementation="eager"`, or attention weights are asked for; relative bias in an exported model |
 | | `sdpa` | PyTorch | everything else |
@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
-from .far_columns import has_far_columns, has_flash
+from .far_columns import has_flash
 from .pair_layout import PairLayout, StepLayout
 from .streamed import has_far_pairs
 
@@ -54,8 +54,6 @@ FORBID, INSIST = ("0", "false", "off", "no"), ("1", "true", "on", "yes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A head is never split between programs.
 MAX_HEAD_SIZE = 256
-# Smaller squares of an image's scores are cheaper to keep for the backward pass than to compute again.
-SQUARE_ELEMENTS = 1 << 20
 # Off, `grouped` takes the place of `streamed`: a switch for tests and benchmarks.
 STREAM = True
 
@@ -68,7 +66,6 @@ class Call(NamedTuple):
             `"convolution"`.
         layer: index of the layer.
         layout: the pairs.
-        batch, num_heads: `B`, `A`.
         head_size: features per head that a bank puts out.
         device, dtype: of the tokens.
         wish: `attn_implementation`.
@@ -82,8 +79,6 @@ class Call(NamedTuple):
     kind: str
     layer: int
     layout: PairLayout | StepLayout
-    batch: int
-    num_heads: int
     head_size: int
     device: torch.device
     dtype: torch.dtype
@@ -176,7 +171,7 @@ def _convolution(call: Call) -> Choice:
 
 
 def _streaming_obstacle(call: Call) -> str:
-    """Why one pass over the pairs does not serve, or does not pay; empty where it does."""
+    """Why one pass over the pairs does not serve; empty where it does."""
     layout = call.layout
     if not STREAM:
         return "streaming is switched off"
@@ -188,14 +183,9 @@ def _streaming_obstacle(call: Call) -> str:
         return "attention dropout needs the square of weights"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
-    if has_far_pairs(layout):
-        missing = "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
-        return "" if has_flash(call.device) else missing
-    if layout.causal or call.batch * call.num_heads * layout.num_tokens**2 >= SQUARE_ELEMENTS:
-        return ""
-    if has_far_columns(layout, call.device) and 2 * layout.bank_width <= layout.width:
-        return ""
-    return "a square of scores this small is cheaper to keep than to compute again"
+    if has_far_pairs(layout) and not has_flash(call.device):
+        return "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
+    return ""
 
 
 class PairOperators(NamedTuple):
@@ -348,7 +338,7 @@ def explain_dispatch(model: torch.nn.Module, *args: Any, **inputs: Any) -> str:
 
     ```python
     >>> print(explain_dispatch(model, pixel_values=images))
-    layer 0  full  grouped: a square of scores this small is cheaper to keep than to compute again
+    layer 0  full  streamed: one pass, and no square of scores
     ```
     """
     with _recorded() as choices, torch.no_grad():

@@ -1,5 +1,4 @@
-"""The whole attention of full Translution in one pass over the pairs, with online softmax: the default path on a CPU for
-text, and for images whose square of scores would be large.
+"""The whole attention of full Translution in one pass over the pairs, with online softmax: the default path on a CPU.
 
     out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
 
