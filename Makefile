@@ -23,7 +23,7 @@ demo: install
 test: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	OMP_NUM_THREADS=$(TEST_THREADS) TRANSLUTION_TEST_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses 2 --quiet
+	OMP_NUM_THREADS=$(TEST_THREADS) TRANSLUTION_TEST_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses 2 --dist worksteal --quiet
 
 benchmark: install
 	$(RUN) scripts/benchmark.py
