@@ -15,10 +15,15 @@ import os
 import sys
 from pathlib import Path
 
+import hub_server
 import pytest
 import torch
 import unaligned
+from huggingface_hub import constants
 
+
+# Before anything imports them, so that what they assert shows its values as a test does.
+pytest.register_assert_rewrite("closeness", "distributed_worker", "fuzz", "small_layers", "small_models")
 
 if not torch.cuda.is_available():
     # Read when Triton is imported. The models choose the kernels by themselves on GPUs alone.
@@ -38,3 +43,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 def seed():
     torch.manual_seed(0)
     torch.set_num_threads(int(THREADS))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised memory holds NaN, so that an element that is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in that this process' client talks to, logged in, with a cache of its own."""
+    with hub_server.running() as server:
+        hub_server.point_to(server.endpoint, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+        yield server

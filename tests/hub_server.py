@@ -17,7 +17,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
+import transformers
 import yaml
+from huggingface_hub import constants, hf_api
 
 
 TOKEN, USER = "hf_StandInTokenThatNobodyMayPrint", "user"
@@ -70,6 +73,18 @@ def running() -> Iterator[Hub]:
     finally:
         hub.shutdown()
         hub.server_close()
+
+
+def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch):
+    """Lets this process' client talk to another hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
+    # Transformers keeps a client, from 5.20 on.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
 
 
 class RefusalError(Exception):

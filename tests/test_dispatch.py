@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_modeling import make_config, make_inputs, make_model, num_tokens
+from small_models import make_config, make_inputs, make_model, num_tokens
 from transformers import StaticCache
 
 from translution import TranslutionForImageClassification, explain_dispatch

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from test_modeling import make_tokenizer
+from small_models import make_tokenizer
 from transformers import (
     CompileConfig,
     DynamicCache,

@@ -15,17 +15,17 @@ import hub_server
 import push_to_hub
 import pytest
 import torch
-import transformers
 from closeness import assert_close_in_rounding
 from common.command import run_command
-from huggingface_hub import HfApi, ModelCard, constants, hf_api
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
-from test_remote_code import TINY, without_package
+from small_models import TINY
 from training.tokenizer import train_tokenizer
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers import ViTImageProcessorPil as ImageProcessor
+from without_package import without_package
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 
@@ -40,27 +40,6 @@ RUN = {
     "metrics": {"perplexity": 12.5},
     "license": "apache-2.0",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in that this process' client talks to, logged in, with a cache of its own."""
-    with hub_server.running() as server:
-        point_to(server.endpoint, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-        yield server
-
-
-def point_to(endpoint: str, monkeypatch):
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
-    # Transformers keeps a client, from 5.20 on.
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
 
 
 def make_model(seed: int = 0) -> TranslutionForCausalLM:
@@ -303,7 +282,7 @@ def test_unreachable(hub, run, capsys, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}"
-    point_to(closed, monkeypatch)
+    hub_server.point_to(closed, monkeypatch)
     assert "cannot be reached" in fails(run, capsys)
 
 

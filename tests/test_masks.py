@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from test_modeling import (
+from closeness import assert_close_in_rounding
+from small_models import (
     assert_rejected,
     assert_same,
     each_implementation,
@@ -162,6 +163,102 @@ def test_padded_text_does_not_depend_on_the_cache(variant, side):
     assert_same(cached.loss, plain.loss)
 
 
+@each_variant
+def test_masked_tokens_are_not_read(variant):
+    model = make_model("text", variant)
+    ids = make_inputs(model.config)["input_ids"]
+    changed = ids.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % 19
+    flat = torch.ones(2, 7, dtype=torch.long)
+    flat[:, 2] = 0
+    square = flat[:, None, None].bool().expand(-1, 1, 7, -1)
+    additive = torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~square, -math.inf)
+    others = [0, 1, 3, 4, 5, 6]
+    position_ids = torch.arange(7).expand(2, -1)
+    results = []
+    for mask in (flat, square, additive):
+        logits = model(ids, attention_mask=mask, position_ids=position_ids).logits[:, others]
+        again = model(changed, attention_mask=mask, position_ids=position_ids).logits[:, others]
+        assert_same(logits, again, 1e-12)
+        results.append(logits)
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+
+
+@each_variant
+@each_implementation
+def test_masked_patch_is_not_read(variant, implementation):
+    model = make_model("image", variant, head=False)
+    model.set_attn_implementation(implementation)
+    pixels = make_inputs(model.config)["pixel_values"]
+    changed = pixels.clone()
+    # Patch 3 of the 3 × 2 grid: row 1, column 1.
+    changed[:, :, 4:8, 5:10] = torch.randn(2, 3, 4, 5)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[:, 4] = 0
+    others = [0, 1, 2, 3, 5, 6]
+    tokens = model(pixel_values=pixels, attention_mask=mask).last_hidden_state
+    again = model(pixel_values=changed, attention_mask=mask).last_hidden_state
+    assert_same(again[:, others], tokens[:, others], 1e-12)
+    assert not torch.allclose(again[:, 4], tokens[:, 4])
+    free = model(pixel_values=pixels).last_hidden_state
+    assert not torch.allclose(free[:, others], tokens[:, others])
+    nothing_masked = model(pixel_values=pixels, attention_mask=torch.ones_like(mask)).last_hidden_state
+    assert_close_in_rounding(nothing_masked, free)
+    for weights in model(pixel_values=pixels, attention_mask=mask, output_attentions=True).attentions:
+        assert weights[..., 4].abs().max() == 0
+        assert_same(weights.sum(-1), torch.ones(weights.shape[:-1], dtype=torch.float64))
+
+
+@each_variant
+@each_implementation
+def test_image_masks_of_four_dimensions(variant, implementation):
+    model = make_model("image", variant)
+    model.set_attn_implementation(implementation)
+    inputs = make_inputs(model.config)
+    flat = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 1]])
+    square = flat[:, None, None].bool().expand(-1, 1, 7, -1)
+    expected = model(**inputs, attention_mask=flat).logits
+    additive = torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~square, -math.inf)
+    assert_same(model(**inputs, attention_mask=additive).logits, expected)
+    assert_same(model(**inputs, attention_mask=square).logits, expected)
+
+
+@each_modality
+@each_variant
+def test_finite_masks_hide_as_well(modality, variant):
+    """-1e4 and -1e9 are what many write for minus infinity."""
+    model = make_model(modality, variant, head=False)
+    inputs = make_inputs(model.config)
+    tokens = num_tokens(model.config)
+    changed = {name: value.clone() for name, value in inputs.items()}
+    if modality == "text":
+        changed["input_ids"][:, 3] = (changed["input_ids"][:, 3] + 1) % 19
+        hidden = 3
+    else:
+        changed["pixel_values"][:, :, 4:8, 5:10] += 1
+        hidden = 4
+    others = [i for i in range(tokens) if i != hidden]
+    for value in (-1e4, -1e9, -math.inf):
+        mask = torch.zeros(2, 1, tokens, tokens, dtype=torch.float64)
+        mask[..., hidden] = value
+        first = model(**inputs, attention_mask=mask).last_hidden_state
+        second = model(**changed, attention_mask=mask).last_hidden_state
+        assert_same(second[:, others], first[:, others], 1e-12)
+    # A row that hides everything is no reason for NaN.
+    mask[:, :, 2] = -math.inf
+    assert model(**inputs, attention_mask=mask).last_hidden_state.isfinite().all()
+
+
+@each_modality
+def test_integer_masks_of_four_dimensions_are_refused(modality):
+    model = make_model(modality)
+    tokens = num_tokens(model.config)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.long)
+    words = ("`attention_mask`", "bool", "floating point", "torch.int64")
+    assert_rejected(words, model, **make_inputs(model.config), attention_mask=mask)
+
+
 # Packed texts
 
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
@@ -180,6 +277,16 @@ def test_packed_texts_are_apart_in_evaluation_too(variant, implementation):
         assert_same(packed.logits[:1, 3:], model(ids[:1, 3:]).logits)
         assert_same(packed.logits[1:], model(ids[1:]).logits)
         assert_same(model.train()(ids, position_ids=PACKED).logits, packed.logits)
+
+
+@each_variant
+def test_packed_texts_do_not_see_each_other(variant):
+    model = make_model("text", variant).train()
+    ids = make_inputs(model.config)["input_ids"]
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, -1)
+    packed = model(ids, position_ids=position_ids).logits
+    assert_same(packed[:, :3], model(ids[:, :3]).logits, 1e-10)
+    assert_same(packed[:, 3:], model(ids[:, 3:]).logits, 1e-10)
 
 
 @each_variant

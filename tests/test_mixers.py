@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from test_operators import LargestTensor
+from small_layers import LargestTensor
 from torch.nn import functional as F
 
 from translution import TranslutionConfig, TranslutionForImageClassification, TranslutionModel

@@ -12,7 +12,6 @@ import yaml
 from common.command import run_command
 from huggingface_hub import ModelCard
 from model_card import main
-from test_hub import point_to
 from training.model_card import describe, model_card, write_model_card
 
 from translution import TranslutionConfig
@@ -184,7 +183,7 @@ def test_the_name_of_the_repository(tmp_path):
 
 def test_the_hub_accepts_it(tmp_path, monkeypatch):
     with hub_server.running() as hub:
-        point_to(hub.endpoint, monkeypatch)
+        hub_server.point_to(hub.endpoint, monkeypatch)
         model_card(save(tmp_path / "digits", RUN)).validate()
         assert hub.validated
 

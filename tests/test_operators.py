@@ -1,15 +1,24 @@
 """The grouped operators and the readable reference against each other, brute force, `gradcheck` and identities."""
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from closeness import assert_close_in_rounding
-from test_pair_layout import LAYOUTS, every_layout, expected_rows, layout_id
-from torch.utils._python_dispatch import TorchDispatchMode
+from layouts import LAYOUTS, every_layout, expected_rows, layout_id
+from small_layers import (
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    SUBSETS,
+    LargestTensor,
+    make_mask,
+    make_mixer,
+    relative_error,
+    run,
+)
 
-from translution import TranslutionConfig
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.mixers.translution import TranslutionMixer
 from translution.modeling.operators import dispatch, grouped, reference, registration, runs
@@ -17,72 +26,13 @@ from translution.modeling.operators.pair_autograd import register_pair_operators
 from translution.modeling.operators.pair_layout import PairLayout
 
 
-SUBSETS = ["qkv", "qk", "qv", "kv", "q", "k", "v"]
-BATCH, HIDDEN, HEADS, HEAD_DIM = 3, 6, 2, 4
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory holds NaN, so that an element that is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
 def square_of_scores(monkeypatch):
     """Full Translution would do without it; that one pass is tested in `test_streamed.py`."""
     monkeypatch.setattr(dispatch, "STREAM", False)
-
-
-def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **fields) -> TranslutionMixer:
-    config = TranslutionConfig(
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        head_dim=HEAD_DIM,
-        num_hidden_layers=1,
-        modality="text" if layout.causal else "image",
-        image_size=[layout.bank_height, layout.bank_width],
-        patch_size=1,
-        max_position_embeddings=layout.bank_height,
-        max_relative_distance=layout.bank_height - 1 if layout.clamp else None,
-        relative_projections=subset,
-        relative_rank=rank,
-        **fields,
-    )
-    mixer = TranslutionMixer(config, 0).double()
-    for parameter in mixer.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return mixer
-
-
-def make_mask(layout: PairLayout, masked: bool) -> torch.Tensor | None:
-    """The causal mask where there is one; `masked` hides tokens of some sequences as well, but never a whole row."""
-    rows, _ = layout.offsets()
-    allowed = (rows >= 0).expand(BATCH, 1, -1, -1).clone()
-    if masked and layout.num_tokens > 2:
-        allowed[0, :, :, 1] = False
-        allowed[1, :, :, -1] = False
-    mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
-    return mask if masked or layout.causal else None
-
-
-def run(mixer, implementation, hidden_states, layout, mask, weight):
-    """Output, and the gradients of `sum(output · weight)` by name."""
-    mixer.config._attn_implementation = implementation
-    hidden_states = hidden_states.detach().requires_grad_()
-    mixer.zero_grad()
-    output, _ = mixer(hidden_states, layout, AttentionMask(None if mask is None else mask.to(hidden_states.dtype)))
-    (output * weight.to(output.dtype)).sum().backward()
-    return {"output": output.detach(), "input": hidden_states.grad} | {
-        name: parameter.grad for name, parameter in mixer.named_parameters()
-    }
-
-
-def relative_error(value, expected):
-    return ((value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)).item()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -243,37 +193,6 @@ def test_equal_matrices_are_self_attention(layout):
         expected = mixer.o_proj(expected.transpose(1, 2).flatten(2))
         output, _ = mixer(hidden_states, layout, AttentionMask(mask))
     torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest storage that any operator returns, and the largest of those that are no view of its inputs.
-
-    What a custom operator does inside is seen by `inside` alone.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.numel = self.made = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                numel = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.numel = max(self.numel, numel)
-                if tensor.untyped_storage().data_ptr() not in given:
-                    self.made = max(self.made, numel)
-        return result
-
-    def inside(self, function: Callable) -> Callable:
-        """The function that an operator runs, watched."""
-
-        def watched(*args, **kwargs):
-            with self:
-                return function(*args, **kwargs)
-
-        return watched
 
 
 def test_no_tensor_per_pair(monkeypatch):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import TINY
+from without_package import without_package
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8, "intermediate_size": 16}
 MODELS = {
     "text": (
         "AutoModelForCausalLM",
@@ -30,20 +31,6 @@ MODELS = {
         torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
     ),
 }
-# An editable install finds the package by an import hook, another one by its folder.
-WITHOUT_PACKAGE = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-"""
-SHADOW = "raise ImportError('the package is not here')\n"
-
-
-def without_package(folder: Path) -> str:
-    """Makes a folder; returns a `PYTHONPATH` with which a process finds what the tests share, but not the package."""
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(WITHOUT_PACKAGE)
-    (folder / "translution.py").write_text(SHADOW)
-    return os.pathsep.join((str(folder), str(Path(__file__).parent)))
 
 
 LOAD_AND_SAVE = """

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_operators import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
-from test_pair_layout import every_layout
+from layouts import every_layout
+from small_layers import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
 
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.operators import (
@@ -18,12 +18,7 @@ from translution.modeling.operators import (
 from translution.modeling.operators.pair_layout import PairLayout
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Uninitialised memory holds NaN, so that an element that is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import hub_server
 import pytest
-from test_hub import hub  # noqa: F401 (a fixture)
 
 
 pytest.importorskip("datasets")
@@ -40,7 +39,7 @@ def assert_only_a_model(files):
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "end"])
-def test_a_model_is_pushed_and_nothing_else(hub, run, strategy):  # noqa: F811
+def test_a_model_is_pushed_and_nothing_else(hub, run, strategy):
     folder = run("--hub_strategy", strategy)
     commits = [files for files in hub.repositories[NAME].commits.values() if files]
     assert len(commits) == (3 if strategy == "every_save" else 1)
@@ -53,7 +52,7 @@ def test_a_model_is_pushed_and_nothing_else(hub, run, strategy):  # noqa: F811
     assert not list(folder.rglob("training_args.bin"))
 
 
-def test_a_hub_that_is_down_does_not_end_a_training(hub, run, caplog):  # noqa: F811
+def test_a_hub_that_is_down_does_not_end_a_training(hub, run, caplog):
     hub.faults = {"conflict"}
     with pytest.raises(Exception, match="412"):
         run()
@@ -63,7 +62,7 @@ def test_a_hub_that_is_down_does_not_end_a_training(hub, run, caplog):  # noqa: 
     assert hub.repositories[NAME].files()["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
-def test_checkpoints_are_not_pushed(hub, run):  # noqa: F811
+def test_checkpoints_are_not_pushed(hub, run):
     with pytest.raises(ValueError, match=r"`hub_strategy` must be 'end' or 'every_save', .* got 'all_checkpoints'"):
         run("--hub_strategy", "all_checkpoints")
     assert not hub.repositories

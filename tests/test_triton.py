@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close_in_rounding
-from test_operators import (
+from layouts import layout_id
+from small_layers import (
     BATCH,
     HEAD_DIM,
     HEADS,
     HIDDEN,
     LargestTensor,
+    assert_same,
     make_mask,
     make_mixer,
     relative_error,
     run,
 )
-from test_pair_layout import layout_id
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 from translution.modeling.operators import registration
@@ -33,15 +34,11 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.errors import OutOfResources
+from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
 from translution.modeling.operators import reference, triton_basis, triton_pairs
 
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's tensor cores have no float64; its interpreter has.
-EXACT, TOLERANCE = (torch.float32, 1e-4) if DEVICE == "cuda" else (torch.float64, 1e-10)
 
 LAYOUTS = [
     PairLayout.for_image(1, 1, 1, 1),
@@ -85,15 +82,6 @@ def small_tiles(monkeypatch):
 def on_device(mixer, hidden_states, mask, weight, dtype):
     mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min).to(DEVICE)
     return mixer.to(DEVICE, dtype), hidden_states.to(DEVICE, dtype), mask, weight.to(DEVICE, dtype)
-
-
-def assert_same(actual, expected, tolerance):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        if expected[name].norm() < 1e-12:  # one token: its probability is 1, and the scores' gradients are rounding
-            assert actual[name].norm() < 1e-5, name
-        else:
-            assert relative_error(actual[name], expected[name]) < tolerance, name
 
 
 @pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", None), ("q", None), ("qk", 3), ("v", 3)], ids=str)
@@ -358,23 +346,6 @@ assert not any(name.startswith("translution.modeling.kernels.") for name in sys.
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-class TightDevice:
-    """A kernel on a device that holds tiles of at most `rows`."""
-
-    __name__ = "tight"
-
-    def __init__(self, rows):
-        self.rows, self.tried = rows, []
-
-    def __getitem__(self, programs):
-        def start(ROWS, **arguments):  # noqa: N803
-            self.tried.append(ROWS)
-            if self.rows < ROWS:
-                raise OutOfResources(ROWS, self.rows, "shared memory")
-
-        return start
 
 
 def test_a_device_with_little_shared_memory_gets_smaller_tiles():

@@ -6,9 +6,8 @@ import mmap
 
 import pytest
 import torch
-from test_operators import HIDDEN, make_mixer, run
-from test_pair_layout import layout_id
-from test_triton import DEVICE, EXACT, TOLERANCE, TightDevice, assert_same
+from layouts import layout_id
+from small_layers import HIDDEN, assert_same, make_mixer, run
 from transformers.utils.import_utils import enable_tf32
 
 from translution.modeling.kernels import basis_kernels, pair_kernels
@@ -21,6 +20,7 @@ from translution.modeling.operators.pair_layout import PairLayout
 pytest.importorskip("triton")
 
 from triton.runtime import interpreter
+from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
 from translution.modeling.operators import triton_basis, triton_pairs
