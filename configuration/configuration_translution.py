@@ -251,7 +251,7 @@ class TranslutionConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Transformers' word for the kind of cache of each layer: this package's own, see `modeling/cache.py`."""
+        """Transformers' word for the kind of cache of each layer: this package's own, see `modeling/mixers/cache.py`."""
         return [self.model_type] * self.num_hidden_layers
 
     def validate_layer_type(self):

@@ -365,7 +365,7 @@ def test_caches_that_cannot_work():
 
 
 def elements_per_token(config, mixer):
-    """What a layer remembers of each token, by the table in `modeling/cache.py`."""
+    """What a layer remembers of each token, by the table in `modeling/mixers/cache.py`."""
     hidden, inner, rank = config.hidden_size, INNER, HEADS * (config.relative_rank or 0)
     relative = config.relative_projections
     scores, values = "q" in relative or "k" in relative, "v" in relative

@@ -1,4 +1,4 @@
-"""From the names of a config to mixers."""
+"""Builds the mixer that `config.mixer_types` names for each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What generation remembers of a layer, as cache layers of Transformers.
+"""Transformers cache layers that store what each mixer needs during generation.
 
 Each mixer remembers what it needs of every token (`keys` and `values`, of any width, possibly of none) and what it needs of
 the last few tokens alone (`recent`). Per token of each sequence and layer, in elements:

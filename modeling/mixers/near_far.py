@@ -1,7 +1,7 @@
-"""The relative part of Translution over all pairs of a layer, with what a cache has to remember of it.
+"""The relative part of Translution over all pairs of a layer, and what a cache stores of it.
 
-`AllPairs` gives every pair its own projections. `NearAndFarPairs` is text with a distance `D`: pairs further than that share
-one matrix, so that a far key or value belongs to a token and is computed once, as in attention.
+`AllPairs` gives every pair its own projections. `NearAndFarPairs` is text with a distance `D`: pairs at that distance or more
+share one matrix, so that a far key or value belongs to a token and is computed once, as in attention.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `D` largest distance told apart.
 """

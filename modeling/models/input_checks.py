@@ -1,4 +1,4 @@
-"""What a forward pass is given, checked: each function raises a `ValueError` that names the argument, the value and what is allowed.
+"""Validates the arguments of a forward pass: each function raises a `ValueError` that names the argument, the value and what is allowed.
 
 Legend: `B` batch, `L` tokens, `C` hidden size.
 """

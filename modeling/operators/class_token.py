@@ -1,4 +1,4 @@
-"""The pairs of a class token: three matrices, two tokens of the `L²` pairs wide, as ordinary products.
+"""The pairs of a class token: one row and one column of the `L × L` pairs, three matrices, ordinary matrix products.
 
 Each block of pairs has one query or one key, so that a projection per pair is one per token. Banks may be `None`, as in
 `reference.py`.

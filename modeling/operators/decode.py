@@ -1,9 +1,9 @@
 """Translution of one new token with a cache: a bank is read as one slice, and no matrix is copied.
 
 The signatures are those of `reference.py`, with one query and a `StepLayout`. Tokens are put in the order of
-their distance, so that token `n` back meets row `n` of the bank: the small thing is gathered, not the large one. A basis
-needs no projection of the remembered tokens: with `z = q_i U[m]ᵀ`, `<q_i, x_j U[m]> = <z, x_j>`, and values are summed first
-and projected then.
+their distance, so that the token `n` steps back lines up with row `n` of the bank: the small tensor is reordered, not the large one. A basis
+needs no projection of the cached tokens: with `z = q_i U[m]ᵀ`, `<q_i, x_j U[m]> = <z, x_j>`, and values are first summed,
+then projected.
 
 Legend: `B` batch, `L` slots, `A` heads, `e` bank output size per head, `n` factors.
 """

@@ -1,6 +1,6 @@
 """Which implementation serves a layer, and why: decided here and nowhere else.
 
-`choose_path` takes the first row of its table whose condition holds. `explain_dispatch` prints what it chose, layer by layer.
+`choose_path` takes the first row of its table whose condition holds. `explain_dispatch` shows what it chose, layer by layer.
 
 | layer | path | where | condition |
 | --- | --- | --- | --- |
@@ -21,7 +21,7 @@
 
 The CUDA kernels can serve tensors on a GPU in float32, bfloat16 or float16 where Triton is installed. `attn_implementation="auto"`,
 the default, takes them wherever they can, and logs the reason once where they cannot; `"triton"` insists on them, and what they
-cannot serve raises an error. The environment variable `TRANSLUTION_TRITON` takes precedence over the default: `0` forbids the
+cannot serve in a full pass over Translution layers raises an error. The environment variable `TRANSLUTION_TRITON` takes precedence over the default: `0` forbids the
 kernels, `1` insists on them.
 """
 
@@ -120,6 +120,8 @@ def _choose_path(call: Call) -> Choice:
     if call.kind == "relative_vector":
         return Choice("products", "vectors are added for each pair, so that the square of scores is computed")
     wants_reference = call.wish == EAGER or call.wants_weights
+    if call.kind not in ("attention", "relative_bias", "full", "low_rank", "basis"):
+        raise ValueError(f"no implementation is known for a mixer of kind {call.kind!r}.")
     if call.kind in ("attention", "relative_bias"):
         if wants_reference:
             return _reference(call)

@@ -1,4 +1,4 @@
-"""Whether a model is being exported: then nothing may run that only a process with this package has."""
+"""Detects export, during which only operators that exist without this package may be used."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Pairs of an image whose column distance is clamped: PyTorch's own attention for all of a row offset at once.
 
-With a distance `D`, a query at column `y` and a key at `y' ≤ y - D` use the same matrix, whatever `y - y'`. So their
-projections belong to tokens, and for one row offset the pairs are causal attention of the columns from `D` on to those that many
-before; and likewise to the other side, with columns in reverse. What `streamed.py` keeps of the softmax is where the
-results are merged.
+With a distance `D`, a query at column `y` and a key at `y' ≤ y - D` use the same matrix, whatever `y - y'`. So each
+token needs one projection per row offset, and these pairs are causal attention from columns `y ≥ D` to columns `≤ y − D`; for keys
+on the other side the columns are reversed. The results are merged into the running softmax of `streamed.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` size per head, `w` columns of the grid less `D`.
 """

@@ -1,8 +1,8 @@
-"""Translution in a few plain operations, for graphs that others run or whose sizes are not known yet: exported models.
+"""Translution in a few plain operations, for exported models, and for compiled steps that add several tokens to a static cache.
 
 The signatures are those of `reference.py`. Every token is projected by every matrix, and each pair gathers the
 projection it needs: no loop depends on the number of tokens, and every operation is one that ONNX has. That takes `O·L`
-projections, and memory for one per pair; where PyTorch runs the model itself, `grouped.py` needs neither.
+projections, and memory for one per pair; in eager mode `grouped.py` needs neither.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `O` offsets.
 """

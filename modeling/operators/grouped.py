@@ -1,4 +1,4 @@
-"""Translution over pairs grouped by offset: the default path.
+"""Translution over pairs grouped by offset: what serves on a CPU where `streamed.py` cannot.
 
 All pairs of one offset share a matrix, so their projections are one matrix product over a rectangle of the grid. Two
 operators are enough for every variant:

@@ -1,9 +1,9 @@
-"""What makes three functions over pairs two differentiable operators that PyTorch's compiler and dispatcher know.
+"""Wraps three functions over pairs as two differentiable custom operators of PyTorch.
 
 A way to compute the pairs, be it grouped matrix products or CUDA kernels, brings `scores`, `scores_backward` and `values`; their
 derivatives do not depend on it. Scores are the derivative of the trilinear form `T(s, q, k) = Σ_ij s_ij <q_ij, k_ij>` by `s`,
-values its derivative by a plain `q`. So the backward pass of the scores is the only gradient to write down, and that of the
-values is made of the other two.
+values its derivative by a plain `q`. Only the backward pass of the scores is written by hand; that of the values is
+composed of the other two functions.
 """
 
 from __future__ import annotations
