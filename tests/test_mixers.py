@@ -475,7 +475,7 @@ def test_mirrored_grids_resample_to_mirrored_banks(axis, new):
 def test_resampling_keeps_height_and_width_apart():
     """A bank that varies along one axis alone still does, and keeps its order, on a grid of another shape."""
     layout, new = PairLayout.for_image(2, 4, 2, 4), PairLayout.for_image(5, 3, 5, 3)
-    rows = torch.arange(3.0).repeat_interleave(7)
+    rows = torch.arange(3, dtype=torch.float64).repeat_interleave(7)
     table = torch.cat((rows, torch.zeros(3)))[:, None]
     grid = resample_offsets(table, layout, new)[:-3, 0].view(9, 5)
     torch.testing.assert_close(grid, grid[:, :1].expand(-1, 5))

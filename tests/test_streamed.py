@@ -211,6 +211,11 @@ def test_gradcheck(layout, subset, calls):
     ids=["image", "image-distance", "text"],
 )
 def test_lower_precision_is_as_good_as_the_reference(layout, dtype, calls):
+    """The backward pass takes weights from the log-sum-exp, which costs a few roundings where scores are not small.
+
+    In single precision that is as much as the reference's own error, which hangs on the processor's exponential.
+    """
+    roundings = 4 if dtype == torch.float32 else 1
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     truth = run(mixer, "eager", hidden_states, layout, None, weight)
@@ -221,7 +226,8 @@ def test_lower_precision_is_as_good_as_the_reference(layout, dtype, calls):
     for name in truth:
         assert actual[name].dtype == expected[name].dtype
         error = relative_error(actual[name], truth[name])
-        assert error < 2 * relative_error(expected[name], truth[name]) + torch.finfo(dtype).eps, name
+        allowed = 2 * relative_error(expected[name], truth[name]) + roundings * torch.finfo(dtype).eps
+        assert error < allowed, name
 
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4])
