@@ -259,6 +259,7 @@ class TranslutionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks ranges and contradictions between fields; types are checked on assignment."""
+        self.name_each_mixer()
         _check_choice("modality", self.modality, MODALITIES)
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("relative_projections", self.relative_projections, RELATIVE_PROJECTIONS)

@@ -144,6 +144,9 @@ LABELS = {
         (torch.tensor([-1, 0]), ("`labels`", "`num_labels` 3", "-100", "got -1")),
         (torch.tensor([0, 1, 2]), ("`labels`", "[batch] [2]", "got shape [3]")),
         (torch.zeros(2, 2), ("`labels`", "[2, 3]", "got shape [2, 2]")),
+        (torch.zeros(2, 1, 3), ("`labels`", "[2, 3]", "got shape [2, 1, 3]")),
+        (torch.zeros(3, 2), ("`labels`", "[2, 3]", "got shape [3, 2]")),
+        (torch.zeros(2, dtype=torch.int32), ("`labels`", "int64 [batch] [2]", "torch.int32")),
     ],
     "text": [
         (torch.full((2, 7), 19), ("`labels`", "`vocab_size` 19", "got 19")),
@@ -154,20 +157,35 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize(("modality", "case"), [(modality, case) for modality in LABELS for case in range(4)])
+@pytest.mark.parametrize(
+    ("modality", "case"), [(modality, case) for modality in LABELS for case in range(len(LABELS[modality]))]
+)
 def test_bad_labels(modality, case):
     labels, words = LABELS[modality][case]
     model = make_model(modality)
     assert_rejected(words, model, **make_inputs(model.config), labels=labels)
 
 
-@pytest.mark.parametrize("kept", [-1, 8, torch.tensor([7]), torch.tensor([-8])])
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("labels", [torch.zeros(2, 1, 3), torch.zeros(6), torch.zeros(2, 3, dtype=torch.long)])
+def test_bad_labels_of_several_numbers(problem_type, labels):
+    model = make_model("image")
+    model.config.problem_type = problem_type
+    words = ("`labels`", "floats", "[2, 3]", f"got shape {list(labels.shape)} and {labels.dtype}")
+    assert_rejected(words, model, **make_inputs(model.config), labels=labels)
+
+
+@pytest.mark.parametrize(
+    "kept", [-1, 8, True, None, 1.5, torch.tensor([7]), torch.tensor([-8]), torch.ones(7).bool(), torch.tensor([[1]])]
+)
 def test_bad_logits_to_keep(kept):
     model = make_model("text")
     assert_rejected(("`logits_to_keep`", "7", "got"), model, **make_inputs(model.config), logits_to_keep=kept)
 
 
-@pytest.mark.parametrize("position_ids", [torch.arange(7), torch.zeros(1, 1, 7).long(), torch.zeros(2, 7)])
+@pytest.mark.parametrize(
+    "position_ids", [torch.arange(7), torch.zeros(1, 1, 7).long(), torch.zeros(2, 7), torch.zeros(2, 7).bool()]
+)
 def test_bad_position_ids_rank(position_ids):
     model = make_model("text", "rope")
     words = ("`position_ids`", "[2, 7]", f"got shape {list(position_ids.shape)}")

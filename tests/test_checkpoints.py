@@ -220,6 +220,21 @@ def test_an_index_names_no_file_elsewhere(folder, name, kind, monkeypatch):
     assert not opened
 
 
+def test_an_index_that_the_config_names_is_checked_too(folder, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "other.safetensors.index.json"
+    (folder / "config.json").write_text(json.dumps(config))
+    elsewhere = {BANK: str(folder.parent / "model.safetensors")}
+    (folder / "other.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": elsewhere}))
+    opened = []
+    monkeypatch.setattr(
+        sys.modules["transformers.modeling_utils"], "safe_open", lambda *args, **_: opened.append(args)
+    )
+    with pytest.raises(ValueError, match=r"`weight_map` of .*other.* must name files in its own folder"):
+        load(folder)
+    assert not opened
+
+
 def test_shards_may_lie_in_a_folder_of_their_own(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="2KB")
     path = tmp_path / "model.safetensors.index.json"

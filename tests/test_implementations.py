@@ -51,8 +51,15 @@ def test_grouped_attention_is_the_fused_one(monkeypatch, modality):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
-@pytest.mark.parametrize("variant", ["attention", "rope", "full-kv"])
-def test_implementations_of_transformers(tmp_path, caplog, name, variant):
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ("attention", "all layers run PyTorch's `scaled_dot_product_attention`"),
+        ("full-kv", "layers of translution run operators of their own."),
+        ("hybrid-full", "layers of rope_translution, translution run operators of their own, the others PyTorch's"),
+    ],
+)
+def test_implementations_of_transformers(tmp_path, caplog, name, variant, words):
     """Harnesses pass them to every model; what runs is the default, and a warning says so once."""
     logging.enable_propagation()
     modeling_translution.logger.warning_once.cache_clear()
@@ -61,7 +68,7 @@ def test_implementations_of_transformers(tmp_path, caplog, name, variant):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name, dtype=torch.float64)
     assert loaded.config._attn_implementation == "auto"
     assert name in caplog.text
-    assert "scaled_dot_product_attention" in caplog.text
+    assert words in caplog.text
     inputs = make_inputs(model.config)
     assert_same(loaded(**inputs).logits, model(**inputs).logits)
     model.set_attn_implementation(name)

@@ -142,6 +142,21 @@ def test_any_number_but_zero_shows_a_token(modality, variant, value):
     assert_same(model(**inputs, attention_mask=mask.masked_fill(mask == 1, value)).logits, expected)
 
 
+@pytest.mark.parametrize("variant", ["full-kv", "attention", "convolution", "acmix"])
+def test_a_trace_holds_for_other_masks(variant):
+    """Whether a mask hides anything is no constant of a trace, though it may be looked at otherwise."""
+    model = make_model("text", variant, use_cache=False).requires_grad_(False)
+    ids = make_inputs(model.config)["input_ids"]
+
+    def run(ids, mask):
+        return model(ids, attention_mask=mask).logits
+
+    traced = torch.jit.trace(run, (ids, torch.ones_like(ids)), check_trace=False)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    assert_same(traced(ids, mask), run(ids, mask))
+
+
 @each_variant
 @pytest.mark.parametrize("side", ["left", "right", "hole"])
 def test_padded_text_does_not_depend_on_the_cache(variant, side):

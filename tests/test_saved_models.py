@@ -131,6 +131,10 @@ def test_no_mixer_name_is_the_default():
     config.mixer_types = None
     model = TranslutionForImageClassification(config)
     assert model.config.mixer_types == ["translution"] * 2
+    model.config.mixer_types = None
+    assert model(**make_inputs(model.config)).logits.isfinite().all()
+    model.config.validate()
+    assert model.config.mixer_types == ["translution"] * 2
 
 
 def test_one_mixer_name_overrides_all(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..operators.exporting import can_look
 from ..operators.pair_layout import PairLayout, StepLayout, distances
 
 
@@ -149,8 +150,7 @@ def check_mask(mask: Any, batch: int, num_heads: int, layout: PairLayout | StepL
 
 
 def _all_visible(tokens: Tensor) -> bool:
-    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
-    return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool(tokens.all())
+    return can_look(tokens) and bool(tokens.all())
 
 
 def _fit_length(mask: Tensor, length: int) -> Tensor:

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ...configuration.configuration_translution import TranslutionConfig
+from ..operators.exporting import can_look
 
 
+INTEGERS = (torch.int64, torch.int32)
 # Positions with this label do not count in a loss.
 IGNORED_LABEL = -100
 
@@ -50,7 +52,7 @@ def check_position_ids(position_ids: Tensor | None, batch: int, new: int):
     if position_ids is None:
         return
     shape = list(position_ids.shape)
-    if position_ids.ndim != 2 or shape[0] not in (1, batch) or shape[1] != new or position_ids.is_floating_point():
+    if position_ids.ndim != 2 or shape[0] not in (1, batch) or shape[1] != new or position_ids.dtype not in INTEGERS:
         raise ValueError(
             f"`position_ids` must be integers [batch, length] {[batch, new]}, got shape {shape} and {position_ids.dtype}."
         )
@@ -58,8 +60,7 @@ def check_position_ids(position_ids: Tensor | None, batch: int, new: int):
 
 def check_range(name: str, ids: Tensor, limit: int, field: str, ignored: int | None = None):
     """Whether indices are at least 0 and less than `limit`, the value of `field`, or `ignored`."""
-    # Looking at a value waits for an accelerator, and no graph can be traced through it: the CPU alone can afford to.
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not can_look(ids):
         return
     wrong = (ids < 0) | (ids >= limit)
     if ignored is not None:
@@ -74,10 +75,11 @@ def check_range(name: str, ids: Tensor, limit: int, field: str, ignored: int | N
 def check_logits_to_keep(kept: int | Tensor, tokens: Tensor):
     """Whether a text of `[B, L, C]` tokens has the positions to compute logits for."""
     length = tokens.shape[1]
-    if isinstance(kept, Tensor):
-        if kept.dtype != torch.bool:
-            check_range("logits_to_keep", kept + length * (kept < 0), length, "the text's length")
-    elif not 0 <= kept <= length:
+    if isinstance(kept, Tensor) and kept.ndim == 1 and kept.dtype in INTEGERS:
+        check_range("logits_to_keep", kept + length * (kept < 0), length, "the text's length")
+    elif isinstance(kept, Tensor | bool) or not isinstance(kept, int) or not 0 <= kept <= length:
+        if isinstance(kept, Tensor):
+            kept = f"shape {list(kept.shape)} and {kept.dtype}"
         raise ValueError(
             f"`logits_to_keep` must be 0, for all, to {length}, the text's length, or indices; got {kept}."
         )
@@ -87,18 +89,22 @@ def check_image_labels(labels: Tensor | None, config: TranslutionConfig, batch: 
     """Whether labels suit the loss that Transformers chooses by `problem_type`, or by their type."""
     if labels is None:
         return
-    indices = not labels.is_floating_point()
+    indices = labels.dtype == torch.long
     if config.problem_type == "single_label_classification" or (
         config.problem_type is None and config.num_labels > 1 and indices
     ):
         if list(labels.shape) not in ([batch], [batch, 1]) or not indices:
             raise ValueError(
-                f"`labels` must be class indices [batch] {[batch]}, got shape {list(labels.shape)} and {labels.dtype}."
+                f"`labels` must be class indices [batch] {[batch]} of dtype torch.int64, got shape {list(labels.shape)} and "
+                f"{labels.dtype}."
             )
         check_range("labels", labels, config.num_labels, "`num_labels`", IGNORED_LABEL)
-    elif labels.numel() != batch * config.num_labels:
+        return
+    shapes = [[batch, config.num_labels]] + ([[batch]] if config.num_labels == 1 else [])
+    if list(labels.shape) not in shapes or not labels.is_floating_point():
         raise ValueError(
-            f"`labels` must be [batch, `num_labels`] {[batch, config.num_labels]}, got shape {list(labels.shape)}."
+            f"`labels` must be floats [batch, `num_labels`] {shapes[0]}, got shape {list(labels.shape)} and {labels.dtype}; class "
+            f"indices are int64 [batch] {[batch]}."
         )
 
 

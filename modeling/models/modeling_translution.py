@@ -158,8 +158,7 @@ class TranslutionPreTrainedModel(PreTrainedModel):
             return AUTO
         if requested_attention in OF_TRANSFORMERS:
             logger.warning_once(
-                f"`attn_implementation={requested_attention!r}` is served by {AUTO!r}: layers of attention run PyTorch's "
-                "`scaled_dot_product_attention`, with its flash kernels where the device has them, and all others their own operators."
+                f"`attn_implementation={requested_attention!r}` is served by {AUTO!r}: {_served(self.config.mixer_types)}."
             )
             return AUTO
         if requested_attention not in (AUTO, TRITON, EAGER):
@@ -245,6 +244,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.layers = nn.ModuleList(TranslutionLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
+        self.has_rotary_layers = any(name.startswith("rope_") for name in config.mixer_types)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -479,7 +479,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self, hidden_states: Tensor, layout: PairLayout | StepLayout, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         config, dtype = self.config, hidden_states.dtype
-        if not any(name.startswith("rope_") for name in config.mixer_types):
+        if not self.has_rotary_layers:
             return None
         if position_ids is not None:
             return text_rotation(position_ids, config.head_dim, config.rope_theta, dtype)
@@ -637,6 +637,17 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _served(mixer_types: list[str]) -> str:
+    """What the default runs for a model of these mixers."""
+    fused = "PyTorch's `scaled_dot_product_attention`, with its flash kernels where the device has them"
+    attends = ("attention", "rope_attention", "relative_bias_attention", "acmix")
+    others = sorted({name for name in mixer_types if name not in attends})
+    if not others:
+        return f"all layers run {fused}"
+    own = f"layers of {', '.join(others)} run operators of their own"
+    return own if len(others) == len(set(mixer_types)) else f"{own}, the others {fused}"
 
 
 def _linear_bounds(in_features: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -74,6 +75,9 @@ def check_index(name: Any, variant: str | None = None, use_safetensors: bool | N
         OSError: if the index is not JSON.
         ValueError: as `read_index`.
     """
+    explicit = _explicit_index(_find(name, CONFIG_NAME, **where))
+    if explicit is not None:
+        _check_index(_find(name, explicit, **where))
     for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if use_safetensors is (whole == WEIGHTS_NAME):
             continue
@@ -84,11 +88,27 @@ def check_index(name: Any, variant: str | None = None, use_safetensors: bool | N
             if path is None:
                 continue
             if file == index:
-                try:
-                    read_index(path)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise unreadable(path, error) from error
+                _check_index(path)
             return
+
+
+def _check_index(path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        read_index(path)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise unreadable(path, error) from error
+
+
+def _explicit_index(config: Path | None) -> str | None:
+    """The index that a config names itself, by a field of Transformers."""
+    try:
+        name = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("transformers_weights")
+    except (ValueError, AttributeError):
+        # Transformers says what is wrong with a config.
+        return None
+    return name if isinstance(name, str) and name.endswith(".index.json") else None
 
 
 def _find(name: Any, file: str, subfolder: str = "", **where: Any) -> Path | None:

@@ -1,8 +1,10 @@
-"""Detects export, during which only operators that exist without this package may be used."""
+"""Detects export, during which only operators that exist without this package may be used, and tracing of any kind."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import logging
 
 
@@ -13,8 +15,19 @@ _by_torch_export = getattr(torch.compiler, "is_exporting", None)
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` or `torch.onnx.export` follows the forward pass."""
-    return (_by_torch_export is not None and _by_torch_export()) or torch.onnx.is_in_onnx_export()
+    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` follows the forward pass."""
+    by_export = _by_torch_export is not None and _by_torch_export()
+    return by_export or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether a decision may depend on the values of a tensor.
+
+    Looking at them waits for an accelerator, and a graph that is traced would hold what was decided for one input: plain
+    tensors on a CPU alone can afford it.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(tensor, FakeTensor)
+    return tensor.device.type == "cpu" and not traced and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @torch.compiler.assume_constant_result
@@ -27,4 +40,4 @@ def say_what_serves() -> bool:
     return True
 
 
-__all__ = ["is_exporting", "say_what_serves"]
+__all__ = ["can_look", "is_exporting", "say_what_serves"]
