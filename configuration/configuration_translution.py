@@ -28,6 +28,7 @@ MIXER_TYPES = (
     "acmix",
 )
 RELATIVE_PROJECTIONS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
+FAR_OFFSETS = ("clamped", "shared")
 MODALITIES = ("image", "text")
 POOLINGS = ("cls", "mean")
 # Fields of a saved config that no config class declares.
@@ -51,6 +52,14 @@ SIZES = {
     "base": (768, 12, 12, 3072),
     "large": (1024, 24, 16, 4096),
 }
+
+
+# Local Translution: matrices of their own for near offsets, one for all others.
+LOCAL = {
+    "image": {"mixer_types": "translution", "max_relative_distance": 1, "far_offsets": "shared"},
+    "text": {"mixer_types": "rope_translution", "max_relative_distance": 3},
+}
+PRESETS = {"local": LOCAL}
 
 
 @strict
@@ -77,6 +86,7 @@ class TranslutionConfig(PreTrainedConfig):
         mixer_types (`str` or `list[str]`, *optional*, defaults to `"translution"`):
             The mixer of each layer; a single name stands for all layers. `"translution"`, `"rope_translution"`, `"attention"`,
             `"rope_attention"`, `"relative_bias_attention"`, `"relative_vector_attention"`, `"convolution"`, `"acmix"`.
+            `"rope_translution"` needs a `relative_rank`, a `max_relative_distance`, or `relative_projections="v"`.
         relative_projections (`str`, *optional*, defaults to `"kv"`):
             Which projections of Translution depend on the offset between two tokens: `"qkv"`, `"qk"`, `"qv"`, `"kv"`, `"q"`,
             `"k"` or `"v"`. The authors advise `"kv"` or `"qv"`: the accuracy of `"qkv"` with fewer weights.
@@ -88,6 +98,10 @@ class TranslutionConfig(PreTrainedConfig):
         max_relative_distance (`int`, *optional*):
             Distances (per axis) beyond this share one matrix, so that banks do not grow with the input: `(2D + 1)²` matrices
             and three for images, `D + 1` for text. `None` gives every offset of the input its own matrix.
+        far_offsets (`str`, *optional*, defaults to `"clamped"`):
+            What offsets beyond `max_relative_distance` use. `"clamped"`: each axis is clamped, so that far patches still know
+            their direction. `"shared"`: all of them share one matrix, so that an image bank has `(2D + 1)² + 1` and three. For
+            text both are the same.
         use_absolute_position_embeddings (`bool`, *optional*, defaults to `False`):
             Whether learned absolute position embeddings are added to the input.
         kernel_size (`int`, *optional*, defaults to 3):
@@ -145,6 +159,7 @@ class TranslutionConfig(PreTrainedConfig):
     relative_rank: int | None = None
     offset_basis: int | None = None
     max_relative_distance: int | None = None
+    far_offsets: str = "clamped"
     use_absolute_position_embeddings: bool = False
     kernel_size: int = 3
     rope_theta: float | int = 10000.0
@@ -190,14 +205,25 @@ class TranslutionConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_size(cls, size: str, **fields: Any) -> "TranslutionConfig":
+    def from_size(cls, size: str, preset: str | None = None, **fields: Any) -> "TranslutionConfig":
         """One of the paper's sizes, `"tiny"`, `"mini"`, `"small"`, `"base"` or `"large"`; `fields` override.
 
+        Args:
+            size: name of the size.
+            preset: `"local"` for local Translution: relative keys and values with matrices of their own for near offsets and
+                one for all others. Images: `max_relative_distance=1`, `far_offsets="shared"`; text:
+                `max_relative_distance=3`, rotary.
+            fields: of the config.
+
         Raises:
-            ValueError: for an unknown size.
+            ValueError: for an unknown size or preset.
         """
         if size not in SIZES:
             raise ValueError(f"`size` must be one of {_choices(SIZES)}, got {size!r}.")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"`preset` must be None or one of {_choices(PRESETS)}, got {preset!r}.")
+        modality = fields.get("modality", cls.modality)
+        _check_choice("modality", modality, MODALITIES)
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size = SIZES[size]
         values = {
             "hidden_size": hidden_size,
@@ -206,6 +232,8 @@ class TranslutionConfig(PreTrainedConfig):
             "head_dim": 64,
             "intermediate_size": intermediate_size,
         }
+        if preset is not None:
+            values.update(PRESETS[preset][modality], relative_projections="kv")
         return cls(**{**values, **fields})
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any):
@@ -263,6 +291,7 @@ class TranslutionConfig(PreTrainedConfig):
         _check_choice("modality", self.modality, MODALITIES)
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("relative_projections", self.relative_projections, RELATIVE_PROJECTIONS)
+        _check_choice("far_offsets", self.far_offsets, FAR_OFFSETS)
         _check_between("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)
         for field in (
             "hidden_size",
@@ -316,11 +345,17 @@ class TranslutionConfig(PreTrainedConfig):
                 "`mixer_types` with 'acmix' needs `num_attention_heads` × `head_dim` to be `hidden_size`, got "
                 f"{self.num_attention_heads} × {self.head_dim} and {self.hidden_size}."
             )
-        if "rope_translution" in self.mixer_types and self.relative_rank is None and self.relative_projections != "v":
+        bounded = self.relative_rank is not None or self.max_relative_distance is not None
+        if "rope_translution" in self.mixer_types and not bounded and self.relative_projections != "v":
             raise ValueError(
-                "`mixer_types` with 'rope_translution' needs an integer `relative_rank`, or `relative_projections` 'v': a "
-                "full bank of queries or keys already contains every rotation. Got `relative_rank` None and "
-                f"`relative_projections` {self.relative_projections!r}."
+                "`mixer_types` with 'rope_translution' needs an integer `relative_rank` or `max_relative_distance`, or "
+                "`relative_projections` 'v': a full bank of queries or keys for all offsets already contains every rotation. Got "
+                "`relative_rank` None, `max_relative_distance` None and `relative_projections` "
+                f"{self.relative_projections!r}."
+            )
+        if self.far_offsets == "shared" and self.max_relative_distance is None:
+            raise ValueError(
+                "`far_offsets` 'shared' needs an integer `max_relative_distance`, beyond which offsets share a matrix; got None."
             )
         rotates = any(name.startswith("rope_") for name in self.mixer_types)
         divisor = 4 if self.modality == "image" else 2

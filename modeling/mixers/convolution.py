@@ -114,7 +114,7 @@ def convolve_pairs(
         path: of `dispatch.py`, whose operator over pairs serves.
     """
     reach = kernel_size // 2 + 1
-    inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True)
+    inside = replace(layout, bank_height=reach, bank_width=reach, clamp=True, share_far=False)
     allowed = mask.visible & _window(layout, kernel_size).to(tokens.device)
     allowed = allowed.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1)
     return pair_operators(path).pair_values(allowed, tokens, bank.to(tokens.dtype), inside)

@@ -44,6 +44,7 @@ class Mixer(nn.Module):
         output_attentions: bool = False,
         past_key_values: Cache | None = None,
         head_size: int | None = None,
+        rotated: bool = False,
     ) -> Choice:
         """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`."""
         call = Call(
@@ -58,8 +59,9 @@ class Mixer(nn.Module):
             output_attentions,
             mask.additive is not None,
             mask.hides_pairs,
-            self.training and self.attention_dropout > 0,
+            (self.training and self.attention_dropout > 0) or _is_learned(mask.additive),
             past_key_values is not None,
+            rotated,
         )
         return choose_path(call)
 
@@ -85,6 +87,10 @@ class Mixer(nn.Module):
         wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
         weights = scores.softmax(dim=-1, dtype=wide)
         return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
+
+
+def _is_learned(mask: Tensor | None) -> bool:
+    return mask is not None and mask.requires_grad
 
 
 __all__ = ["Mixer"]

@@ -18,7 +18,12 @@ from ..operators.basis import OffsetBasis
 from ..operators.dispatch import pair_operators
 from ..operators.heads import merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout, distances
+from ..operators.rotary import rotate, rotate_bank
 from .cache import remember, remember_recent
+
+
+# Paths whose operators rotate what banks project.
+ROTATING = ("reference", "gathered", "decode")
 
 
 class PairInputs(NamedTuple):
@@ -36,6 +41,7 @@ class AllPairs:
         layout: the pairs.
         num_heads: `A`.
         query, key, value: of the new tokens; `None` where scores or values are not relative.
+        rotation: cosines and sines of the new tokens where relative queries and keys are rotated by position.
     """
 
     def __init__(
@@ -46,8 +52,9 @@ class AllPairs:
         query: PairInputs | None,
         key: PairInputs | None,
         value: PairInputs | None,
+        rotation: tuple[Tensor, Tensor] | None = None,
     ):
-        self.path, self.layout, self.num_heads = path, layout, num_heads
+        self.path, self.layout, self.num_heads, self.rotation = path, layout, num_heads, rotation
         self.query, self.key, self.value = query, key, value
         # One input of two banks is remembered once.
         self.shared = key is not None and value is not None and key.tokens is value.tokens
@@ -91,7 +98,11 @@ class AllPairs:
     def scores(self) -> Tensor:
         """`<q_ij, k_ij>`, `[B, A, queries, L]`."""
         (query, query_bank), (key, key_bank) = self.query, self.key
-        return pair_operators(self.path).pair_scores(query, key, query_bank, key_bank, self.num_heads, self.layout)
+        if self.rotation is None:
+            operator = pair_operators(self.path).pair_scores
+            return operator(query, key, query_bank, key_bank, self.num_heads, self.layout)
+        operator = pair_operators(self.path if self.path in ROTATING else "reference").pair_scores
+        return operator(query, key, query_bank, key_bank, self.num_heads, self.layout, self.rotation)
 
     def values(self, weights: Tensor) -> Tensor:
         """`Σ_j p_ij v_ij`, `[B, queries, A·e]`, from `[B, A, queries, L]` probabilities."""
@@ -99,14 +110,37 @@ class AllPairs:
 
 
 class NearAndFarPairs(AllPairs):
-    """Text with a distance `D`: pairs nearer than `D` have projections of their own, the others share the last matrix."""
+    """Text with a distance `D`: pairs nearer than `D` have projections of their own, the others share the last matrix.
+
+    Where queries and keys are rotated, far ones are rotated by their position. So are near ones, unless positions count on from
+    token to token: then the matrix of a near pair is rotated by its distance instead, which is less work.
+
+    Args:
+        bank_rotation: cosines and sines of the distances, `[D + 1, e]`, where `rotation` is given and positions count on.
+    """
+
+    def __init__(self, *args, bank_rotation: tuple[Tensor, Tensor] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.far_query, self.far_key, self.far_value = (
+            _far_heads(inputs, self.num_heads, rotation)
+            for inputs, rotation in ((self.query, self.rotation), (self.key, self.rotation), (self.value, None))
+        )
+        # Of the near tokens, those that a cache remembers included.
+        self.near_rotation = self.rotation if bank_rotation is None else None
+        if bank_rotation is None:
+            return
+        cos, sin = bank_rotation
+        if self.key.bank is None:
+            self.query = self.query._replace(bank=rotate_bank(self.query.bank, (cos, sin), self.num_heads))
+        else:
+            # The key is rotated back by its distance from the query.
+            self.key = self.key._replace(bank=rotate_bank(self.key.bank, (cos, -sin), self.num_heads))
 
     def remember(
         self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """See `AllPairs.remember`. Of each token its far key and value are remembered, and of the last few their inputs."""
-        far = [_far_heads(inputs, self.num_heads) for inputs in (self.key, self.value)]
-        stored, _ = remember(cache, layer_idx, [dense_key, dense_value, *far], [])
+        stored, _ = remember(cache, layer_idx, [dense_key, dense_value, self.far_key, self.far_value], [])
         dense_key, dense_value, self.far_key, self.far_value = (
             None if part is None else part[:, :, : self.layout.num_tokens] for part in stored
         )
@@ -115,26 +149,29 @@ class NearAndFarPairs(AllPairs):
         self.window = 0 if cache is None else max(self.distance - 1, 0)
         if self.distance == 0:
             return dense_key, dense_value
-        self._extend(*remember_recent(cache, layer_idx, self._inputs(), self.window))
+        turns = None
+        if self.rotation is not None and cache is not None:
+            # Both halves of a head have the same angles.
+            halves = [part[:, 0].chunk(2, dim=-1)[0] for part in self.rotation]
+            turns = torch.cat(halves, dim=-1).expand(self.far_query.shape[0], -1, -1)
+        key, value, turns = remember_recent(cache, layer_idx, [*self._inputs(), turns], self.window)
+        self._extend(key, value)
+        if turns is not None and self.near_rotation is not None:
+            self.near_rotation = tuple(torch.cat((half, half), dim=-1)[:, None] for half in turns.chunk(2, dim=-1))
         return dense_key, dense_value
 
     def far(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `AllPairs.far`."""
-        return _far_heads(self.query, self.num_heads), self.far_key, self.far_value
+        return self.far_query, self.far_key, self.far_value
 
     def scores(self) -> Tensor:
         """See `AllPairs.scores`."""
-        scores = _far_heads(self.query, self.num_heads) @ self.far_key.transpose(-1, -2)
+        scores = self.far_query @ self.far_key.transpose(-1, -2)
         if self.distance == 0:
             return scores
-        near = pair_operators(self.path).pair_scores(
-            self.query.tokens,
-            self.key.tokens,
-            self.query.bank,
-            self.key.bank,
-            self.num_heads,
-            self.layout.near(self.window),
-        )
+        near_pairs = AllPairs(self.path, self.layout.near(self.window), self.num_heads, self.query, self.key, None)
+        near_pairs.rotation = self.near_rotation
+        near = near_pairs.scores()
         between = distances(self.layout, near.device)
         if near.shape != scores.shape or isinstance(self.layout, StepLayout):
             place = self.window + torch.arange(near.shape[2], device=near.device)[:, None] - between
@@ -160,7 +197,7 @@ class NearAndFarPairs(AllPairs):
         return output + pair_operators(self.path).pair_values(near, *self.value, self.layout.near(self.window))
 
 
-def _far_heads(inputs: PairInputs | None, num_heads: int) -> Tensor | None:
+def _far_heads(inputs: PairInputs | None, num_heads: int, rotation: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """The projection that a token has in all far pairs, by the last matrix of its bank, `[B, A, L, e]`."""
     if inputs is None:
         return None
@@ -169,7 +206,8 @@ def _far_heads(inputs: PairInputs | None, num_heads: int) -> Tensor | None:
         tokens = tokens @ torch.einsum("m,mcd->cd", bank.coefficients[-1], bank.factors)
     elif bank is not None:
         tokens = tokens @ bank[-1]
-    return split_heads(tokens, num_heads)
+    heads = split_heads(tokens, num_heads)
+    return heads if rotation is None else rotate(heads, rotation).to(heads.dtype)
 
 
 __all__ = ["AllPairs", "NearAndFarPairs", "PairInputs"]

@@ -13,8 +13,9 @@ from ..operators.basis import OffsetBasis, project_factors
 from ..operators.dispatch import kernels
 from ..operators.heads import merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
-from ..operators.rotary import rotate
+from ..operators.rotary import rotate, text_rotation
 from ..operators.streamed import streamed_attention
+from .local import attend_image, attend_text
 from .masks import ALL_VISIBLE, AttentionMask
 from .mixer import Mixer
 from .near_far import AllPairs, NearAndFarPairs, PairInputs
@@ -37,8 +38,10 @@ class TranslutionMixer(Mixer):
         s_ij = d^-1/2 (<q1_i, k1_j> + <q2_ij, k2_ij>) / 2
         out_i = (Σ_j a_ij v1_j + (Σ_j a_ij yv_j Wv[o(i, j)]) Uo) / 2
 
-    where `q2, k2` project `yq = x Uq, yk = x Uk`, and a sum of one part is not halved. `rotary` rotates the plain queries and
-    keys: the dense ones of LoR, or those of full Translution with `relative_projections` "v".
+    where `q2, k2` project `yq = x Uq, yk = x Uk`, and a sum of one part is not halved.
+
+    `rotary` rotates queries and keys by position (Su et al. 2021), of LoR the dense ones. Of full Translution with relative
+    queries or keys those of every pair are rotated after their projection, `<R_i q_ij, R_j k_ij>`, which takes a distance.
 
     Basis Translution (`offset_basis` n) mixes every bank from `n` shared matrices, `W[o] = Σ_m b[o, m] U[m]`, and never
     builds it, see `basis.py`.
@@ -83,7 +86,14 @@ class TranslutionMixer(Mixer):
     @property
     def kind(self) -> str:
         """What it is to `dispatch.py`."""
-        return "basis" if self.offset_basis is not None else "low_rank" if self.low_rank else "full"
+        if self.offset_basis is not None and not self.rotates_pairs:
+            return "basis"
+        return "low_rank" if self.low_rank else "full"
+
+    @property
+    def rotates_pairs(self) -> bool:
+        """Whether projections by a bank are rotated. With a distance a bank is small, so that a basis may build it for that."""
+        return self.rotary and self.scores_are_relative and not self.low_rank
 
     @property
     def bank_head_size(self) -> int:
@@ -116,18 +126,24 @@ class TranslutionMixer(Mixer):
         if torch.is_autocast_enabled(device):
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         path = self.choose_path(
-            self.kind, hidden_states, layout, mask, output_attentions, past_key_values, self.bank_head_size
+            self.kind,
+            hidden_states,
+            layout,
+            mask,
+            output_attentions,
+            past_key_values,
+            self.bank_head_size,
+            self.rotates_pairs,
         ).path
-        query, key, value = (self._pair_inputs(name, path, hidden_states, layout) for name in "qkv")
-        # Without a cache to keep small, the fused kernel clamps distances itself.
-        near_and_far = layout.causal and layout.clamp and path != "basis_kernel"
-        pairs = (NearAndFarPairs if near_and_far else AllPairs)(path, layout, self.num_heads, query, key, value)
+        pairs = self._pairs(path, hidden_states, layout, mask, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
         dense = (dense_query, dense_key, dense_value)
         if path == "basis_kernel":
             return self.o_proj(self._basis_attention(pairs, *dense, mask.additive)), None
         if path == "streamed":
-            return self.o_proj(self._streamed_attention(pairs, (query, key, value), dense)), None
+            return self.o_proj(self._streamed_attention(pairs, dense)), None
+        if path == "local":
+            return self.o_proj(self._local_attention(pairs, dense, mask, rotation)), None
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
         scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2
@@ -147,20 +163,64 @@ class TranslutionMixer(Mixer):
             output = relative_output if output is None else (output + self.v_up(relative_output)) / 2
         return self.o_proj(output), weights if path == "reference" else None
 
-    def _streamed_attention(
+    def _pairs(
         self,
-        pairs: AllPairs,
-        relative: tuple[PairInputs | None, PairInputs | None, PairInputs | None],
-        dense: tuple[Tensor | None, Tensor | None, Tensor | None],
+        path: str,
+        hidden_states: Tensor,
+        layout: PairLayout | StepLayout,
+        mask: AttentionMask,
+        rotation: tuple[Tensor, Tensor] | None,
+        past_key_values: Cache | None,
+    ) -> AllPairs:
+        """The relative part, as the path and the layout want it."""
+        inputs = (self._pair_inputs(name, path, hidden_states, layout) for name in "qkv")
+        rotation = rotation if self.rotates_pairs else None
+        # The reference holds all pairs, and the fused kernel clamps distances itself, where there is no cache to keep small.
+        whole = path == "basis_kernel" or (path == "reference" and past_key_values is None)
+        if not (layout.causal and layout.clamp) or whole:
+            return AllPairs(path, layout, self.num_heads, *inputs, rotation)
+        bank_rotation = None
+        # Without a mask there is one text, whose positions count on.
+        if rotation is not None and mask.additive is None and isinstance(layout, PairLayout):
+            distances = torch.arange(layout.max_row_distance + 1, device=hidden_states.device)
+            bank_rotation = text_rotation(
+                distances[None], self.config.head_dim, self.config.rope_theta, rotation[0].dtype
+            )
+            bank_rotation = tuple(part[0, 0] for part in bank_rotation)
+        return NearAndFarPairs(path, layout, self.num_heads, *inputs, rotation, bank_rotation=bank_rotation)
+
+    def _streamed_attention(
+        self, pairs: AllPairs, dense: tuple[Tensor | None, Tensor | None, Tensor | None]
     ) -> Tensor:
         """`[B, L, C']`, in one pass over the pairs, from what queries, keys and values of these tokens bring to them."""
         inputs = [
             PairInputs(merge_heads(heads), None) if side is None else side
-            for side, heads in zip(relative, dense, strict=True)
+            for side, heads in zip((pairs.query, pairs.key, pairs.value), dense, strict=True)
         ]
         tokens, banks = zip(*inputs, strict=True)
         far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
         return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
+
+    def _local_attention(
+        self,
+        pairs: AllPairs,
+        dense: tuple[Tensor | None, Tensor | None, Tensor | None],
+        mask: AttentionMask,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """`[B, Q, C']`, near and far pairs apart, see `local.py`."""
+        mixed = self.low_rank and self.scores_are_relative
+        scale = self.scaling / 2 if mixed else self.scaling
+        if pairs.layout.causal:
+            output = attend_text(pairs, dense, scale, mask)
+        else:
+            rotation = rotation if self.rotates_pairs else None
+            output = attend_image(pairs, dense, scale, mask, rotation, self.config.rope_theta)
+        if not (self.low_rank and "v" in self.relative):
+            return output
+        heads = output.unflatten(-1, (self.num_heads, -1))
+        dense_output, relative_output = heads.split([self.config.head_dim, self.config.relative_rank], dim=-1)
+        return (dense_output.flatten(-2) + self.v_up(relative_output.flatten(-2))) / 2
 
     def _basis_attention(
         self,
@@ -228,7 +288,7 @@ class TranslutionMixer(Mixer):
         tokens, bank = hidden_states, None
         if name in self.relative:
             bank = self._bank(name, layout)
-            if isinstance(bank, OffsetBasis) and path not in KEEPS_BASIS:
+            if isinstance(bank, OffsetBasis) and (self.rotates_pairs or path not in KEEPS_BASIS):
                 bank = bank.bank()
         if self.low_rank:
             tokens = getattr(self, f"{name}_down")(tokens)

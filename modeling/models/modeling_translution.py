@@ -360,7 +360,8 @@ class TranslutionModel(TranslutionPreTrainedModel):
         config = self.config
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
-        layout = PairLayout.for_image(height, width, height, width, config.max_relative_distance)
+        share_far = config.far_offsets == "shared"
+        layout = PairLayout.for_image(height, width, height, width, config.max_relative_distance, share_far)
         check_mask(attention_mask, hidden_states.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         mask = make_mask(attention_mask, layout, hidden_states)
         rotation = self._rotation(hidden_states, layout)

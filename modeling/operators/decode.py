@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .basis import OffsetBasis
 from .pair_layout import StepLayout
+from .rotary import rotate
 
 
 def pair_scores(
@@ -24,17 +25,24 @@ def pair_scores(
     key_bank: Tensor | OffsetBasis | None,
     num_heads: int,
     layout: StepLayout,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Inner products `<q_ij, k_ij>`, `[B, A, 1, L]`; without meaning for slots that are not filled.
 
     Args:
         query, key: `[B, 1, in]` and `[B, L, in]`.
+        rotation: see `reference.pair_scores`; the query's is the last. Not of a basis.
     """
     if isinstance(key_bank, OffsetBasis):
         return _basis_scores(query, key, query_bank, key_bank, num_heads, layout)
     order = layout.by_distance(query.device)
     query = _project_one(query, query_bank, order.numel()).unflatten(-1, (num_heads, -1))
     key = _project_each(key, key_bank, order).unflatten(-1, (num_heads, -1))
+    if rotation is not None:
+        # `[B, 1, L, e]` as `[L, B, 1, e]`.
+        turns = [part.permute(2, 0, 1, 3) for part in rotation]
+        query = rotate(query, tuple(part[-1:] for part in turns)).to(query.dtype)
+        key = rotate(key, tuple(part.index_select(0, order) for part in turns)).to(key.dtype)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     scores = (query * key).sum(-1, dtype=wide)  # [distances, B, A]
     return scores.index_select(0, layout.slot_distances(query.device)).permute(1, 2, 0).unsqueeze(2)

@@ -56,6 +56,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 # Off, `grouped` takes the place of `streamed`: a switch for tests and benchmarks.
 STREAM = True
+# Off, the paths that treat all pairs alike take the place of `local`.
+LOCAL = True
+# What near pairs project is kept for the backward pass: for more offsets, paths that compute it again take less memory.
+MAX_NEAR_OFFSETS = 32
 
 
 class Call(NamedTuple):
@@ -72,8 +76,9 @@ class Call(NamedTuple):
         wants_weights: whether attention weights are to be returned.
         masked: whether a mask hides anything that the layout shows.
         hides_pairs: whether what is hidden depends on the query.
-        drops: whether attention dropout is on.
+        drops: whether attention dropout is on, or the mask is learned: both need the square of weights.
         cached: whether there is a cache.
+        rotated: whether what banks project is rotated by position.
     """
 
     kind: str
@@ -88,6 +93,7 @@ class Call(NamedTuple):
     hides_pairs: bool = False
     drops: bool = False
     cached: bool = False
+    rotated: bool = False
 
 
 class Choice(NamedTuple):
@@ -138,8 +144,14 @@ def _choose_path(call: Call) -> Choice:
         return Choice("basis" if call.kind == "basis" else "gathered", reason)
     if wants_reference:
         return _reference(call)
+    if _local_serves(call):
+        return Choice("local", "near pairs by offset, far ones by one attention")
+    obstacle = ""
+    if call.layout.share_far:
+        obstacle = "far offsets share one matrix, which the kernels do not know"
+    elif call.rotated:
+        obstacle = "what banks project is rotated, which the kernels do not know"
     if call.kind == "basis":
-        obstacle = ""
         if call.drops:
             obstacle = "attention dropout is on, and a fused kernel never holds what it would drop"
         elif call.cached and call.layout.clamp:
@@ -147,8 +159,10 @@ def _choose_path(call: Call) -> Choice:
         if _kernels_serve(call, obstacle):
             return Choice("basis_kernel", "one CUDA kernel does the whole attention")
         return Choice("basis", f"no CUDA kernel: {kernel_obstacle(call, obstacle)}")
-    if _kernels_serve(call):
+    if _kernels_serve(call, obstacle):
         return Choice("pair_kernels", "the CUDA kernels serve")
+    if call.rotated and not call.layout.causal:
+        return Choice("reference", "no other path rotates what banks project")
     obstacle = _streaming_obstacle(call)
     return Choice("grouped", obstacle) if obstacle else Choice("streamed", "one pass, and no square of scores")
 
@@ -170,6 +184,16 @@ def _convolution(call: Call) -> Choice:
         reason = "a mask hides pairs, which a convolution of PyTorch cannot tell apart"
         return Choice("gathered" if is_exporting() else "grouped", reason)
     return Choice("conv", "PyTorch's convolution")
+
+
+def _local_serves(call: Call) -> bool:
+    """Whether near and far pairs are computed apart: there is a distance, and near offsets are few."""
+    layout = call.layout
+    if not LOCAL or not layout.clamp or call.drops or _insists(call.wish):
+        return False
+    # The clamped axes of an image make more than one kind of far pairs, and without a distance all pairs are far.
+    splits = layout.max_row_distance > 0 if layout.causal else layout.share_far
+    return splits and (call.rotated or len(layout.near_offsets()) <= MAX_NEAR_OFFSETS)
 
 
 def _streaming_obstacle(call: Call) -> str:
@@ -270,10 +294,7 @@ def use_kernels(
     verdict = can_serve(device, dtype, head_size)
     if verdict.ok and obstacle:
         verdict = Verdict(False, obstacle)
-    wish = os.environ.get(VARIABLE, "auto").strip().lower()
-    if wish not in (*FORBID, *INSIST, "auto", ""):
-        raise ValueError(f"`{VARIABLE}` must be 0, 1 or auto, got {wish!r}.")
-    insists = implementation == TRITON or wish in INSIST
+    wish, insists = _variable(), _insists(implementation)
     if insists and not verdict.ok:
         source = f"`attn_implementation={TRITON!r}`" if implementation == TRITON else f"`{VARIABLE}={wish}`"
         raise ValueError(f"{source} cannot be met: {verdict.reason}. Without it plain PyTorch runs.")
@@ -283,6 +304,19 @@ def use_kernels(
     if chosen:
         _load()
     return chosen
+
+
+def _variable() -> str:
+    wish = os.environ.get(VARIABLE, "auto").strip().lower()
+    if wish not in (*FORBID, *INSIST, "auto", ""):
+        raise ValueError(f"`{VARIABLE}` must be 0, 1 or auto, got {wish!r}.")
+    return wish
+
+
+@torch.compiler.assume_constant_result
+def _insists(implementation: str) -> bool:
+    """Whether the kernels, and nothing else, are asked for."""
+    return implementation == TRITON or _variable() in INSIST
 
 
 def kernel_obstacle(call: Call, obstacle: str = "") -> str:

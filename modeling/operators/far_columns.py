@@ -33,7 +33,7 @@ def has_flash(device: torch.device) -> bool:
 def has_far_columns(layout: PairLayout, device: torch.device) -> bool:
     """Whether several column offsets to one side share matrices, on a device whose attention can serve them."""
     several = 0 < layout.max_column_distance < layout.width - 1
-    return layout.clamp and not layout.causal and several and has_flash(device)
+    return layout.clamp and not layout.causal and not layout.share_far and several and has_flash(device)
 
 
 def near_shifts(layout: PairLayout, device: torch.device) -> tuple[ColumnShift, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .pair_autograd import accumulation_dtype
 from .pair_layout import PairLayout, StepLayout
+from .rotary import rotate
 
 
 def pair_scores(
@@ -23,11 +24,19 @@ def pair_scores(
     key_bank: Tensor | None,
     num_heads: int,
     layout: PairLayout | StepLayout,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, queries, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
-    products = _of_pairs(query, query_bank, reverse_rows, layout, True) * _of_pairs(key, key_bank, rows, layout, False)
-    scores = products.unflatten(-1, (num_heads, -1)).sum(-1, dtype=accumulation_dtype(query.dtype))
+    query = _of_pairs(query, query_bank, reverse_rows, layout, True).unflatten(-1, (num_heads, -1))
+    key = _of_pairs(key, key_bank, rows, layout, False).unflatten(-1, (num_heads, -1))
+    if rotation is not None:
+        # Of tokens, `[…, L, e]`, for pairs `[B, queries, L, A, e]`.
+        first = rows.shape[1] - rows.shape[0]
+        own = tuple(part[..., first:, :] for part in rotation)
+        query = rotate(query, tuple(_of_tokens(part).unsqueeze(-3) for part in own)).to(query.dtype)
+        key = rotate(key, tuple(_of_tokens(part).unsqueeze(-4) for part in rotation)).to(key.dtype)
+    scores = (query * key).sum(-1, dtype=accumulation_dtype(query.dtype))
     return scores.permute(0, 3, 1, 2).masked_fill(rows < 0, 0)
 
 
@@ -37,6 +46,11 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
     projected = _of_pairs(value, value_bank, rows, layout, False).unflatten(-1, (probabilities.shape[1], -1))
     return torch.einsum("baij,bijae->biae", probabilities, projected).flatten(2)
+
+
+def _of_tokens(part: Tensor) -> Tensor:
+    """Cosines or sines `[L, e]` or `[B, 1, L, e]`, without the axis of heads and with one for them at its place: `[…, L, 1, e]`."""
+    return (part.squeeze(1) if part.ndim == 4 else part).unsqueeze(-2)
 
 
 def _of_pairs(

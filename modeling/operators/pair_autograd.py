@@ -163,7 +163,7 @@ def pack(layout: PairLayout) -> list[int]:
 
 def unpack(layout: list[int]) -> PairLayout:
     """The layout that was packed."""
-    height, width, class_token, causal, bank_height, bank_width, clamp, past, band = layout
+    height, width, class_token, causal, bank_height, bank_width, clamp, past, band, share_far = layout
     return PairLayout(
         height,
         width,
@@ -174,6 +174,7 @@ def unpack(layout: list[int]) -> PairLayout:
         bool(clamp),
         past,
         None if band < 0 else band,
+        bool(share_far),
     )
 
 

@@ -54,6 +54,21 @@ class ColumnShift:
 
 
 @dataclass(frozen=True)
+class NearOffset:
+    """A grid offset with a matrix of its own: the rows and columns of its queries and of their keys, in the grids of both.
+
+    `row` and `reverse_row` index the banks of keys and values, and of queries.
+    """
+
+    row_offset: int
+    column_offset: int
+    row: int
+    reverse_row: int
+    queries: tuple[slice, slice]
+    keys: tuple[slice, slice]
+
+
+@dataclass(frozen=True)
 class PairLayout:
     """Geometry of the pairs of one sequence of tokens.
 
@@ -67,7 +82,9 @@ class PairLayout:
         causal: whether only offsets `i - j ≥ 0` exist. Text only (`width == 1`, no class token).
         bank_height, bank_width: largest row and column distance a bank tells apart, plus one. Distances beyond are clamped
             to it where `clamp` is set, and an error otherwise. A bank made for a larger grid serves a smaller one.
-        clamp: whether distances beyond the bank share its outermost row.
+        clamp: whether the bank serves distances beyond it. They share its outermost row, each axis for itself, unless
+            `share_far`.
+        share_far: whether all offsets beyond the bank, on either axis, share one row after the grid's. Images only.
         past: number of tokens that are keys alone. Text only.
         band: where set, pairs at this distance or further do not exist. Text only.
     """
@@ -81,6 +98,7 @@ class PairLayout:
     clamp: bool = False
     past: int = 0
     band: int | None = None
+    share_far: bool = False
 
     def __post_init__(self):
         if self.causal and (self.width != 1 or self.class_token):
@@ -93,12 +111,19 @@ class PairLayout:
 
     @classmethod
     def for_image(
-        cls, height: int, width: int, bank_height: int, bank_width: int, max_relative_distance: int | None = None
+        cls,
+        height: int,
+        width: int,
+        bank_height: int,
+        bank_width: int,
+        max_relative_distance: int | None = None,
+        share_far: bool = False,
     ) -> PairLayout:
         """Layout of `1 + height · width` tokens, with banks made for a `bank_height × bank_width` grid."""
-        if max_relative_distance is not None:
+        clamp = max_relative_distance is not None
+        if clamp:
             bank_height = bank_width = max_relative_distance + 1
-        return cls(height, width, True, False, bank_height, bank_width, max_relative_distance is not None)
+        return cls(height, width, True, False, bank_height, bank_width, clamp, share_far=share_far)
 
     @classmethod
     def for_text(
@@ -146,7 +171,12 @@ class PairLayout:
         """`K`, the bank rows that belong to grid offsets."""
         if self.causal:
             return self.bank_height
-        return (2 * self.bank_height - 1) * (2 * self.bank_width - 1)
+        return (2 * self.bank_height - 1) * (2 * self.bank_width - 1) + int(self.share_far)
+
+    @property
+    def far_row(self) -> int:
+        """Bank row of all offsets beyond the bank, where they share one."""
+        return self.num_grid_offsets - 1
 
     @property
     def num_offsets(self) -> int:
@@ -164,8 +194,10 @@ class PairLayout:
         return self.bank_width - 1
 
     def row(self, row_offset: int, column_offset: int) -> int:
-        """Bank row of the grid offset `(row_offset, column_offset)`, clamped to the bank's distances."""
+        """Bank row of the grid offset `(row_offset, column_offset)`, or of what it shares one with."""
         max_row_distance, max_column_distance = self.max_row_distance, self.max_column_distance
+        if self.share_far and (abs(row_offset) > max_row_distance or abs(column_offset) > max_column_distance):
+            return self.far_row
         row_offset, column_offset = (
             max(-max_row_distance, min(row_offset, max_row_distance)),
             max(-max_column_distance, min(column_offset, max_column_distance)),
@@ -192,9 +224,13 @@ class PairLayout:
         x = torch.arange(self.height, device=device).repeat_interleave(self.width)
         y = torch.arange(self.width, device=device).repeat(self.height)
         max_row_distance, max_column_distance = self.max_row_distance, self.max_column_distance
-        row_offset = (x[:, None] - x).clamp(-max_row_distance, max_row_distance)
-        column_offset = (y[:, None] - y).clamp(-max_column_distance, max_column_distance)
+        row_offset, column_offset = x[:, None] - x, y[:, None] - y
+        beyond = (row_offset.abs() > max_row_distance) | (column_offset.abs() > max_column_distance)
+        row_offset = row_offset.clamp(-max_row_distance, max_row_distance)
+        column_offset = column_offset.clamp(-max_column_distance, max_column_distance)
         rows = (row_offset + max_row_distance) * (2 * self.bank_width - 1) + column_offset + max_column_distance
+        if self.share_far:
+            rows = rows.masked_fill(beyond, self.far_row)
         if self.class_token:
             first, patches = self.num_grid_offsets, self.height * self.width
             above = rows.new_full((1, patches), first + CLASS_FROM_PATCH)
@@ -206,6 +242,10 @@ class PairLayout:
     def column_shifts(self) -> tuple[ColumnShift, ...]:
         """The grid's pairs grouped by offset: by column offset, then by row offset."""
         return _column_shifts(self)
+
+    def near_offsets(self) -> tuple[NearOffset, ...]:
+        """The offsets with a matrix of their own: of a text those of `near`, of an image those no further than the bank."""
+        return _near_offsets(self)
 
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the grouped order keeps each pair of the grid: by column shift, run, query row, query column.
@@ -308,7 +348,9 @@ def bank_layout(config) -> PairLayout:
         length = config.max_position_embeddings
         return PairLayout.for_text(length, length, config.max_relative_distance)
     height, width = config.grid_height_width
-    return PairLayout.for_image(height, width, height, width, config.max_relative_distance)
+    return PairLayout.for_image(
+        height, width, height, width, config.max_relative_distance, config.far_offsets == "shared"
+    )
 
 
 # Only integers and arrays are kept for later calls. A tensor would belong to the mode of the call that came first, and one
@@ -340,6 +382,31 @@ def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     return tuple(shifts)
 
 
+@lru_cache(maxsize=64)
+def _near_offsets(layout: PairLayout) -> tuple[NearOffset, ...]:
+    offsets = []
+    for shift in layout.column_shifts():
+        for run in shift.runs:
+            row_offset = run.query_start + layout.past - run.key_start
+            if layout.causal or max(abs(row_offset), abs(shift.offset)) < layout.bank_height:
+                rows, columns = run.num_rows, shift.num_columns
+                offsets.append(
+                    NearOffset(
+                        row_offset,
+                        shift.offset,
+                        run.row,
+                        run.reverse_row,
+                        (_part(run.query_start, rows), _part(shift.query_start, columns)),
+                        (_part(run.key_start, rows), _part(shift.key_start, columns)),
+                    )
+                )
+    return tuple(offsets)
+
+
+def _part(start: int, size: int) -> slice:
+    return slice(start, start + size)
+
+
 @lru_cache(maxsize=16)
 def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
     tokens, first = layout.num_tokens, int(layout.class_token)
@@ -362,6 +429,7 @@ __all__ = [
     "CLASS_TO_CLASS",
     "NUM_CLASS_ROWS",
     "PATCH_FROM_CLASS",
+    "NearOffset",
     "PairLayout",
     "StepLayout",
     "bank_layout",

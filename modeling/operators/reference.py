@@ -11,11 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .heads import split_heads
 from .pair_layout import PairLayout
+from .rotary import rotate
 
 
 def pair_scores(
-    query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    num_heads: int,
+    layout: PairLayout,
+    rotation: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Inner products `<q_ij, k_ij>` of every pair and head (Fan et al. 2025, equations of section 3).
 
@@ -27,6 +35,8 @@ def pair_scores(
         query_bank, key_bank: `[num_offsets, in, A·e]` or `None`.
         num_heads: `A`.
         layout: the pairs.
+        rotation: cosines and sines of every token, `[L, e]` or `[B, 1, L, e]`: then both projections of a pair are rotated by
+            the positions of their tokens, `<R_i q_ij, R_j k_ij>` (Su et al. 2021).
 
     Returns:
         `[B, A, queries, L]` of the tokens' dtype; 0 for pairs that a causal layout does not have.
@@ -40,8 +50,12 @@ def pair_scores(
         else:
             q_ij = torch.einsum("bc,jcd->bjd", q_i, query_bank[reverse_rows[i]])
         k_ij = key if key_bank is None else torch.einsum("bjc,jcd->bjd", key, key_bank[rows[i]])
-        q_ij, k_ij = q_ij.unflatten(-1, (num_heads, -1)), k_ij.unflatten(-1, (num_heads, -1))
-        scores.append(torch.einsum("bjad,bjad->baj", q_ij, k_ij))
+        q_ij, k_ij = split_heads(q_ij, num_heads), split_heads(k_ij, num_heads)
+        if rotation is not None:
+            own = layout.past + i
+            q_ij = rotate(q_ij, tuple(part[..., own : own + 1, :] for part in rotation)).to(query.dtype)
+            k_ij = rotate(k_ij, rotation).to(query.dtype)
+        scores.append(torch.einsum("bajd,bajd->baj", q_ij, k_ij))
     return torch.stack(scores, dim=2).masked_fill(rows < 0, 0)
 
 

@@ -22,11 +22,19 @@ def image_rotation(
     height: int, width: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of a class token and a `height × width` grid, each `[1 + height · width, d]` of `dtype`."""
-    frequencies = _frequencies(head_dim // 4, head_dim // 2, theta, dtype, device)
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
-    angles = torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=-1)
-    return _cos_sin(torch.nn.functional.pad(angles, (0, 0, 1, 0)), dtype)
+    cos, sin = patch_rotation(rows, columns, head_dim, theta, dtype)
+    # The class token's angle is 0.
+    return torch.nn.functional.pad(cos, (0, 0, 1, 0), value=1), torch.nn.functional.pad(sin, (0, 0, 1, 0))
+
+
+def patch_rotation(
+    rows: Tensor, columns: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of patches, or of offsets between them, at `[n]` rows and columns, each `[n, d]` of `dtype`."""
+    frequencies = _frequencies(head_dim // 4, head_dim // 2, theta, dtype, rows.device)
+    return _cos_sin(torch.cat((rows[:, None] * frequencies, columns[:, None] * frequencies), dim=-1), dtype)
 
 
 def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -34,6 +42,21 @@ def rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rotation
     first, second = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate_bank(bank: Tensor, rotation: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
+    """Rotates what each matrix of a bank puts out by an angle of its own.
+
+    Two rotations of a score are one of its offset, `<R_i q, R_j x W> = <q, x W R_(j - i)>`: where a matrix belongs to a single
+    offset, its few rows may be rotated instead of every token.
+
+    Args:
+        bank: `[num_offsets, in, A·d]`.
+        rotation: cosines and sines of the offsets, each `[num_offsets, d]`.
+        num_heads: `A`.
+    """
+    cos, sin = (part[:, None, None] for part in rotation)
+    return rotate(bank.unflatten(-1, (num_heads, -1)), (cos, sin)).flatten(-2).to(bank.dtype)
 
 
 def _frequencies(count: int, span: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,4 +71,4 @@ def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-__all__ = ["image_rotation", "rotate", "text_rotation"]
+__all__ = ["image_rotation", "patch_rotation", "rotate", "rotate_bank", "text_rotation"]

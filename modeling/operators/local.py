@@ -1,0 +1,369 @@
+"""Attention whose near pairs have projections of their own and whose far pairs share one per token: local Translution.
+
+    out_i = (Σ_near exp(s_ij) v_ij + Σ_far exp(s_ij) v_j) / (Σ_near exp(s_ij) + Σ_far exp(s_ij))
+
+Far pairs are one ordinary attention, see `fused_attention.py`. A near offset shifts the queries against the keys: its scores are
+products of two slices, one number per token and head. The two are merged by their log-sum-exp. Nothing of size `[B, A, L, L]`
+exists; what a pair needs is projected once per token and offset, since the tokens are the same for all queries.
+
+Legend: `B` batch, `N` tokens of a grid (text: `L × 1`), `A` heads, `e` features per head, `T` near terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fused_attention import attention, attention_backward
+from .heads import split_heads
+from .pair_autograd import accumulation_dtype, pack, unpack
+from .pair_layout import NearOffset, PairLayout
+from .registration import define, register_once
+
+
+# Elements of a bias that hides near pairs from the attention to far ones, made for some queries at a time.
+BIAS_ELEMENTS = 1 << 22
+
+
+def _project_backward(gradients: Sequence[Tensor | None], tokens: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    flat = tokens.flatten(0, 1)
+    token_gradient = torch.zeros_like(flat, dtype=accumulation_dtype(flat.dtype))
+    matrix_gradients = []
+    for gradient, matrix in zip(gradients, matrices, strict=True):
+        part = gradient.flatten(0, 1)
+        matrix_gradients.append(flat.t() @ part)
+        if part.dtype == token_gradient.dtype:
+            token_gradient.addmm_(part, matrix.t())
+        else:
+            token_gradient += part @ matrix.t()
+    return [token_gradient.to(tokens.dtype).view(tokens.shape), *matrix_gradients]
+
+
+def _by_head(tokens: Tensor, num_heads: int) -> Tensor:
+    return tokens.unflatten(-1, (num_heads, -1))
+
+
+class _Grid:
+    """Slices of a term's tokens: those of all queries or keys that have a partner at its offset."""
+
+    def __init__(self, layout: PairLayout):
+        self.width, self.layout = layout.width, layout
+
+    def terms(self, count: int) -> tuple[NearOffset, ...]:
+        """The near offsets, and once more all queries, where there is a term for a key of no place in the grid."""
+        offsets = self.layout.near_offsets()
+        everything = (slice(0, self.layout.height - self.layout.past), slice(0, self.width))
+        return (*offsets, *[NearOffset(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
+
+    def of(self, tokens: Tensor, place: tuple[slice, slice]) -> Tensor:
+        """`[B, N, …]` to `[B, rows, columns, …]`; one token for all, `[B, 1, …]`, stays one."""
+        if tokens.shape[1] == 1:
+            return tokens.unsqueeze(1)
+        return tokens.unflatten(1, (-1, self.width))[:, place[0], place[1]]
+
+
+class _Space:
+    """Memory for the products of one term, taken once."""
+
+    def __init__(self, like: Tensor, queries: int, features: int):
+        self.memory = like.new_empty(like.shape[0] * queries * features)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        shape = torch.broadcast_shapes(left.shape, right.shape)
+        out = self.memory[: shape.numel()].view(shape)
+        return torch.mul(left, right, out=out)
+
+
+def _at(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
+    """The part of a term: fewer parts than terms begin with one that serves all near offsets."""
+    return parts[max(index - (terms - len(parts)), 0)]
+
+
+def _far_blocks(
+    far: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, layout: PairLayout
+) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
+    """Parts of the far pairs: queries, keys, whether causal, and the bias that hides what is near, or hidden by the caller's."""
+    queries, keys = far[0].shape[2], far[1].shape[2]
+    device, distance = far[0].device, layout.max_row_distance
+    if layout.causal and bias is None and queries == keys:
+        # A causal square: queries from the distance on, and the keys that many tokens before.
+        yield slice(distance, None), slice(0, keys - distance), True, None
+        return
+    per_query = keys if bias is None else keys * bias.shape[0] * bias.shape[1]
+    size = max(BIAS_ELEMENTS // per_query, 1)
+    key = torch.arange(keys, device=device)
+    for start in range(0, queries, size):
+        part = slice(start, min(start + size, queries))
+        query = torch.arange(part.start, part.stop, device=device)[:, None]
+        if layout.causal:
+            near = query + (keys - queries) - key < distance
+        else:
+            rows = (query // layout.width - key // layout.width).abs() <= distance
+            near = rows & ((query % layout.width - key % layout.width).abs() <= distance)
+        lowest = torch.finfo(far[0].dtype).min
+        hidden = torch.zeros(near.shape, dtype=far[0].dtype, device=device) if bias is None else bias[:, :, part]
+        hidden = hidden.to(far[0].dtype).masked_fill(near, lowest)
+        yield part, slice(0, keys), False, hidden if hidden.ndim == 4 else hidden[None, None]
+
+
+def _forward(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    far: tuple[Tensor, Tensor, Tensor] | None,
+    near_bias: Tensor | None,
+    far_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like, terms = queries[0], max(len(keys), len(values), len(queries))
+    grid, wide = _Grid(layout), accumulation_dtype(queries[0].dtype)
+    batch, count, features = like.shape[0], layout.num_queries, values[0].shape[-1]
+    space = _Space(like, count, max(like.shape[-1], features))
+    offsets = grid.terms(terms)
+    lowest = torch.finfo(wide).min
+    # One row more for the far pairs, as if they were one key.
+    scores = like.new_full((terms + 1, batch, count, num_heads), lowest, dtype=wide)
+    for index, offset in enumerate(offsets):
+        product = space.product(
+            grid.of(_at(queries, index, terms), offset.queries), grid.of(_at(keys, index, terms), offset.keys)
+        )
+        grid.of(scores[index], offset.queries).copy_(_by_head(product, num_heads).sum(-1, dtype=wide))
+    near_scores = scores[:-1].mul_(scale)
+    if near_bias is not None:
+        near_scores += near_bias
+    output = like.new_zeros(batch, count, features, dtype=wide)
+    if far is not None:
+        for part, places, causal, hidden in _far_blocks(far, far_bias, layout):
+            found, logsumexp = attention(
+                far[0][:, :, part], far[1][:, :, places], far[2][:, :, places], scale, causal, hidden
+            )
+            output[:, part] = found.transpose(1, 2).flatten(2)
+            scores[-1, :, part] = logsumexp.transpose(1, 2)
+    logsumexp = scores.logsumexp(0)
+    weights = scores.sub_(logsumexp).exp_()
+    _by_head(output, num_heads).mul_(weights[-1].unsqueeze(-1))
+    for index, offset in enumerate(offsets):
+        target = _by_head(grid.of(output, offset.queries), num_heads)
+        given = _by_head(grid.of(_at(values, index, terms), offset.keys), num_heads)
+        target.addcmul_(grid.of(weights[index], offset.queries).unsqueeze(-1), given.to(wide))
+    return output.to(values[0].dtype), logsumexp, weights[:-1]
+
+
+def _backward(
+    gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    weights: Tensor,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    far: tuple[Tensor, Tensor, Tensor] | None,
+    far_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+) -> list[list[Tensor]]:
+    """Gradients of queries, keys, values and the far three."""
+    grid, wide, terms = _Grid(layout), logsumexp.dtype, len(weights)
+    gradient = gradient.contiguous()
+    space = _Space(queries[0], layout.num_queries, max(queries[0].shape[-1], values[0].shape[-1]))
+    # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
+    delta = _by_head(space.product(gradient, output), num_heads).sum(-1, dtype=wide)
+    # A gradient that several terms share is added up in a wider type.
+    gradients = [
+        [torch.zeros_like(part, dtype=part.dtype if len(parts) > 1 else wide) for part in parts]
+        for parts in (queries, keys, values)
+    ]
+
+    def give(parts: list[Tensor], index: int, place: tuple[slice, slice], factor: Tensor, heads: Tensor) -> None:
+        target = _at(parts, index, terms)
+        if target.shape[1] == 1 and layout.num_queries > 1:
+            target += (factor * heads).sum((1, 2), dtype=wide).flatten(-2).unsqueeze(1)
+        else:
+            _by_head(grid.of(target, place), num_heads).addcmul_(factor, heads)
+
+    for index, offset in enumerate(grid.terms(terms)):
+        q, k, v = (
+            grid.of(_at(parts, index, terms), place)
+            for parts, place in ((queries, offset.queries), (keys, offset.keys), (values, offset.keys))
+        )
+        received = grid.of(gradient, offset.queries)
+        weight = grid.of(weights[index], offset.queries)
+        score_gradient = _by_head(space.product(received, v), num_heads).sum(-1, dtype=wide)
+        score_gradient.sub_(grid.of(delta, offset.queries)).mul_(weight).mul_(scale)
+        weight, score_gradient = (part.unsqueeze(-1).to(gradient.dtype) for part in (weight, score_gradient))
+        q, k, received = (_by_head(part, num_heads) for part in (q, k, received))
+        give(gradients[0], index, offset.queries, score_gradient, k)
+        give(gradients[1], index, offset.keys, score_gradient, q)
+        give(gradients[2], index, offset.keys, weight, received)
+    far_gradients = []
+    if far is not None:
+        far_gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
+        received, whole = (split_heads(part, num_heads) for part in (gradient, output))
+        for part, places, causal, hidden in _far_blocks(far, far_bias, layout):
+            inputs = (far[0][:, :, part], far[1][:, :, places], far[2][:, :, places])
+            pieces = attention_backward(
+                received[:, :, part],
+                *inputs,
+                whole[:, :, part],
+                logsumexp.transpose(1, 2)[:, :, part],
+                scale,
+                causal,
+                hidden,
+            )
+            for target, place, piece in zip(far_gradients, (part, places, places), pieces, strict=True):
+                target[:, :, place] += piece
+    gradients = [
+        [part.to(like.dtype) for part, like in zip(parts, given, strict=True)]
+        for parts, given in zip(gradients, (queries, keys, values), strict=True)
+    ]
+    return [*gradients, far_gradients]
+
+
+NAMES = ("project_each", "project_each_backward", "local_attention", "local_attention_backward")
+
+
+def _register() -> None:
+    @define(NAMES[0])
+    def project(tokens: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+        flat = tokens.flatten(0, 1)
+        return [torch.mm(flat, matrix).view(*tokens.shape[:2], -1) for matrix in matrices]
+
+    @project.register_fake
+    def _(tokens, matrices):
+        return [tokens.new_empty(*tokens.shape[:2], matrix.shape[-1]) for matrix in matrices]
+
+    @define(NAMES[1])
+    def project_backward(gradients: list[Tensor], tokens: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+        return _project_backward(gradients, tokens, matrices)
+
+    @project_backward.register_fake
+    def _(gradients, tokens, matrices):
+        return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in (tokens, *matrices)]
+
+    def save_projection(ctx, inputs, output):
+        tokens, matrices = inputs
+        ctx.save_for_backward(tokens, *matrices)
+
+    def differentiate_projection(ctx, gradients):
+        tokens, *matrices = ctx.saved_tensors
+        token_gradient, *matrix_gradients = project_backward(list(gradients), tokens, matrices)
+        return token_gradient, matrix_gradients
+
+    project.register_autograd(differentiate_projection, setup_context=save_projection)
+
+    @define(NAMES[2])
+    def attend(
+        queries: list[Tensor],
+        keys: list[Tensor],
+        values: list[Tensor],
+        far: list[Tensor],
+        near_bias: Tensor | None,
+        far_bias: Tensor | None,
+        num_heads: int,
+        scale: float,
+        layout: list[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _forward(queries, keys, values, far or None, near_bias, far_bias, num_heads, scale, unpack(layout))
+
+    @attend.register_fake
+    def _(queries, keys, values, far, near_bias, far_bias, num_heads, scale, layout):
+        batch, count = queries[0].shape[0], unpack(layout).num_queries
+        wide = accumulation_dtype(queries[0].dtype)
+        terms = max(len(queries), len(keys), len(values))
+        return (
+            queries[0].new_empty(batch, count, values[0].shape[-1]),
+            queries[0].new_empty(batch, count, num_heads, dtype=wide),
+            queries[0].new_empty(terms, batch, count, num_heads, dtype=wide),
+        )
+
+    @define(NAMES[3])
+    def attend_backward(
+        gradient: Tensor,
+        output: Tensor,
+        logsumexp: Tensor,
+        weights: Tensor,
+        queries: list[Tensor],
+        keys: list[Tensor],
+        values: list[Tensor],
+        far: list[Tensor],
+        far_bias: Tensor | None,
+        num_heads: int,
+        scale: float,
+        layout: list[int],
+    ) -> list[Tensor]:
+        gradients = _backward(
+            gradient, output, logsumexp, weights, queries, keys, values, far or None, far_bias, num_heads, scale,
+            unpack(layout),
+        )  # fmt: skip
+        return [part for parts in gradients for part in parts]
+
+    @attend_backward.register_fake
+    def _(gradient, output, logsumexp, weights, queries, keys, values, far, far_bias, num_heads, scale, layout):
+        parts = (*queries, *keys, *values, *far)
+        return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
+
+    def save(ctx, inputs, output):
+        queries, keys, values, far, _near_bias, far_bias, *ctx.settings = inputs
+        ctx.counts = [len(parts) for parts in (queries, keys, values, far)]
+        ctx.save_for_backward(*output, *queries, *keys, *values, *far, far_bias)
+
+    def differentiate(ctx, gradient, _, __):
+        output, logsumexp, weights, *parts, far_bias = ctx.saved_tensors
+        lists = _split(parts, ctx.counts)
+        gradients = attend_backward(gradient, output, logsumexp, weights, *lists, far_bias, *ctx.settings)
+        return *_split(gradients, ctx.counts), None, None, None, None, None
+
+    attend.register_autograd(differentiate, setup_context=save)
+
+
+def _split(parts: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
+    lists, start = [], 0
+    for count in counts:
+        lists.append(list(parts[start : start + count]))
+        start += count
+    return lists
+
+
+_project, _, _attend, _ = register_once(NAMES, _register)
+
+
+def project_each(tokens: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Tokens `[B, N, in]` times each matrix `[in, out]`: as many `[B, N, out]`."""
+    return _project(tokens, list(matrices))
+
+
+def local_attention(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    far: Sequence[Tensor] | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+    near_bias: Tensor | None = None,
+    far_bias: Tensor | None = None,
+) -> Tensor:
+    """Attention over near and far pairs, `[B, Q, A·v]` of the values' dtype.
+
+    Args:
+        queries, keys, values: `[B, Q, A·e]`, `[B, N, A·e]` and `[B, N, A·v]` each: what they bring to the pairs of each near
+            offset, in the order of `layout.near_offsets()`, or one tensor for all. A last one may follow that is of one more key,
+            which all queries see: a class token, `[B, 1, A·e]`, or `[B, Q, A·e]` where each query sees it differently.
+        far: queries, keys and values of the far pairs, `[B, A, Q, e]`, `[B, A, L, e]`, `[B, A, L, v]`; `None` where there are none.
+        num_heads: `A`.
+        scale: what scores are multiplied by before softmax.
+        layout: the near pairs, without a class token.
+        near_bias: `[T, B or 1, Q, A or 1]`, added to the scores of near pairs; finite.
+        far_bias: `[B or 1, A or 1, Q, L]`, the same of far pairs.
+    """
+    queries, keys, values = list(queries), list(keys), list(values)
+    return _attend(queries, keys, values, list(far or ()), near_bias, far_bias, num_heads, scale, pack(layout))[0]
+
+
+__all__ = ["local_attention", "project_each"]
