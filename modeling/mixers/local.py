@@ -22,7 +22,6 @@ from .masks import AttentionMask
 from .near_far import AllPairs, NearAndFarPairs, PairInputs
 
 
-NAMES = {"q": "query", "k": "key", "v": "value"}
 DenseHeads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -72,7 +71,7 @@ def attend_image(
     rotation: tuple[Tensor, Tensor] | None,
     rope_theta: float,
 ) -> Tensor:
-    """`[B, L, A·e]` of images whose far offsets share a matrix; see `attend_text`.
+    """`[B, L, A·e]` of images; see `attend_text`.
 
     Args:
         rotation: cosines and sines of all tokens, `[L, e]`, where relative queries and keys are rotated.
@@ -80,56 +79,117 @@ def attend_image(
     """
     layout, num_heads = pairs.layout, pairs.num_heads
     grid = replace(layout, class_token=False)
-    offsets, first = grid.near_offsets(), layout.num_grid_offsets
-    has_far = max(layout.height, layout.width) > layout.bank_height
-    patches: dict[int, Tensor] = {}
-    matrices = {name: _matrices(getattr(pairs, side)) for name, side in NAMES.items()}
+    image = _Image(pairs, grid, rotation, rope_theta)
+    of_offsets = image.near_and_shared if layout.share_far else image.clamped
     sides, far = [], []
-    for name, side, heads in zip("qkv", (pairs.query, pairs.key, pairs.value), dense, strict=True):
-        rows = [offset.reverse_row if name == "q" else offset.row for offset in offsets]
-        relative = far_part = None
-        if side is not None:
-            tokens = patches.setdefault(id(side.tokens), side.tokens[:, 1:].contiguous())
-            if side.bank is None:
-                relative, far_part = [tokens], tokens
-                if name != "q":
-                    relative = [tokens, side.tokens[:, :1]]
-            else:
-                own_matrices = list(matrices[name])
-                turned = "k" if pairs.key is not None and pairs.key.bank is not None else "q"
-                if rotation is not None and name == turned:
-                    near = _rotated(side.bank[rows], offsets, num_heads, name == "k", rope_theta, rotation[0].dtype)
-                    for row, matrix in zip(rows, near.unbind(0), strict=True):
-                        own_matrices[row] = matrix
-                chosen = [own_matrices[row] for row in rows]
-                # Each patch looks at the class token once more, and at far patches.
-                ends = [own_matrices[first + CLASS_FROM_PATCH]] if name == "q" else []
-                ends += [own_matrices[layout.far_row]] if has_far else []
-                relative = project_each(tokens, [*chosen, *ends])
-                far_part = relative.pop() if has_far else None
-                if name != "q":
-                    relative.append(side.tokens[:, :1] @ own_matrices[first + PATCH_FROM_CLASS])
-        own = own_far = None
+    for name, heads in zip("qkv", dense, strict=True):
+        near, own_far = of_offsets(name)
+        own = own_heads = None
         if heads is not None:
             merged = merge_heads(heads)
-            own_far = merged[:, 1:]
-            own = [own_far] if name == "q" else [own_far, merged[:, :1]]
-        if rotation is not None and name == "k":
-            # Patches are rotated and the class token is not: seen from a patch it is rotated back.
-            back = tuple(part[1:] for part in (rotation[0], -rotation[1]))
-            relative[-1] = _rotate_tokens(relative[-1], back, num_heads)
-        sides.append(_join(own, relative, num_heads))
-        if has_far:
-            part = None if far_part is None else split_heads(far_part, num_heads)
-            if rotation is not None and name != "v":
-                part = rotate(part, tuple(part[1:] for part in rotation)).to(part.dtype)
-            far.append(_join_heads(None if own_far is None else split_heads(own_far, num_heads), part))
+            patches = merged[:, 1:].contiguous()
+            own = [patches] if name == "q" else [*[patches] * min(len(grid.near_offsets()), 1), merged[:, :1]]
+            own_heads = image.repeated(name, patches)
+        sides.append(_join(own, near, num_heads))
+        far.append(_join(own_heads, own_far, num_heads))
     near_bias = far_bias = None
     if mask.additive is not None:
         far_bias = mask.additive[:, :, 1:, 1:]
         near_bias = _of_near(mask.additive[:, :, 1:], _key_columns(grid, far_bias.device))
-    output = local_attention(*sides, far or None, num_heads, scale, grid, near_bias, far_bias)
-    return torch.cat((_of_class_token(pairs, matrices, dense, scale, mask, rotation), output), dim=1)
+    # All queries, then keys and values of each kind of far pairs.
+    query, keys, values = far
+    count = max(len(keys), len(values))
+    keys, values = (parts if len(parts) == count else parts * count for parts in (keys, values))
+    far = [part for pair in zip(keys, values, strict=True) for part in pair]
+    far = [split_heads(part, num_heads) for part in (*query, *far)]
+    has_far = not layout.share_far or max(layout.height, layout.width) > layout.bank_height
+    output = local_attention(*sides, far if has_far else None, num_heads, scale, grid, near_bias, far_bias)
+    return torch.cat((_of_class_token(pairs, image.matrices, dense, scale, mask, rotation), output), dim=1)
+
+
+class _Image:
+    """What the relative part of an image brings to near and far pairs.
+
+    Args:
+        pairs: the relative part.
+        grid: the layout of the patches.
+        rotation, rope_theta: see `attend_image`.
+    """
+
+    def __init__(self, pairs: AllPairs, grid: PairLayout, rotation: tuple[Tensor, Tensor] | None, rope_theta: float):
+        self.pairs, self.grid, self.rope_theta = pairs, grid, rope_theta
+        self.sides = dict(zip("qkv", (pairs.query, pairs.key, pairs.value), strict=True))
+        self.matrices = {name: _matrices(side) for name, side in self.sides.items()}
+        self.num_heads, self.first_class_row = pairs.num_heads, grid.num_grid_offsets
+        # Patches are rotated and the class token is not.
+        self.rotation = None if rotation is None else tuple(part[1:] for part in rotation)
+        self.patches: dict[int, Tensor] = {}
+
+    def near_and_shared(self, name: str) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Projections for each near offset, then for the pairs of patches with the class token; and for far pairs."""
+        side, matrices = self.sides[name], self.matrices[name]
+        if side is None:
+            return None, None
+        tokens, at_class = self._patches(side), side.tokens[:, :1]
+        if matrices is None:
+            near, far = ([tokens] if name == "q" else [tokens, at_class]), tokens
+        else:
+            # Each patch looks at the class token once more.
+            ends = [matrices[self.first_class_row + CLASS_FROM_PATCH]] if name == "q" else []
+            *near, far = project_each(tokens, [*self._near_matrices(name), *ends, matrices[self.grid.far_row]])
+            if name != "q":
+                near.append(at_class @ matrices[self.first_class_row + PATCH_FROM_CLASS])
+        if self.rotation is None or name == "v":
+            return near, [far]
+        if name == "k":
+            # Seen from a patch, the class token is rotated back.
+            cos, sin = self.rotation
+            near[-1] = _rotate_tokens(near[-1], (cos, -sin), self.num_heads)
+        return near, [_rotate_tokens(far, self.rotation, self.num_heads)]
+
+    def clamped(self, name: str) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Projections for the pairs of patches with the class token; and for pairs of patches, by clamped row offset."""
+        side, matrices = self.sides[name], self.matrices[name]
+        if side is None:
+            return None, None
+        tokens, at_class = self._patches(side), side.tokens[:, :1]
+        turned = self.rotation is not None and name != "v"
+        if matrices is None:
+            tokens = _rotate_tokens(tokens, self.rotation, self.num_heads) if turned else tokens
+            return ([tokens] if name == "q" else [at_class]), self.repeated(name, tokens)
+        kinds = 2 * self.grid.max_column_distance + 1
+        far = [tokens @ torch.cat(matrices[row : row + kinds], dim=-1) for row in range(0, kinds**2, kinds)]
+        far = [part.unflatten(-1, (kinds, -1)).flatten(1, 2) for part in far]
+        if turned:
+            rotation = tuple(part.repeat_interleave(kinds, dim=0) for part in self.rotation)
+            far = [_rotate_tokens(part, rotation, self.num_heads) for part in far]
+        return [at_class @ matrices[self.first_class_row + PATCH_FROM_CLASS]], far
+
+    def repeated(self, name: str, tokens: Tensor) -> list[Tensor]:
+        """The same projections for pairs of every kind: where offsets are clamped, once for each column offset."""
+        if name == "q" or self.grid.share_far:
+            return [tokens]
+        return [tokens.repeat_interleave(2 * self.grid.max_column_distance + 1, dim=1)]
+
+    def _patches(self, side: PairInputs) -> Tensor:
+        # One input of several banks is arranged once.
+        return self.patches.setdefault(id(side.tokens), side.tokens[:, 1:].contiguous())
+
+    def _near_matrices(self, name: str) -> list[Tensor]:
+        offsets, side = self.grid.near_offsets(), self.sides[name]
+        rows = [offset.reverse_row if name == "q" else offset.row for offset in offsets]
+        # Of queries and keys one is enough to be rotated by the offset.
+        turned = "k" if self.matrices["k"] is not None else "q"
+        if self.rotation is None or name != turned:
+            return [self.matrices[name][row] for row in rows]
+        steps = [(offset.row_offset, offset.column_offset) for offset in offsets]
+        steps = torch.tensor(steps, device=side.bank.device)
+        # Keys are rotated back by their offset from the query.
+        steps = (-steps if name == "k" else steps).unbind(1)
+        cos, sin = patch_rotation(
+            *steps, side.bank.shape[-1] // self.num_heads, self.rope_theta, self.rotation[0].dtype
+        )
+        return list(rotate_bank(side.bank[rows], (cos, sin), self.num_heads).unbind(0))
 
 
 def _of_class_token(
@@ -148,23 +208,13 @@ def _of_class_token(
         scores = (dense[0][:, :, :1] @ dense[1].transpose(-1, -2)).to(wide)
     if pairs.query is not None:
         # To itself, and to the patches.
-        for places, row, reverse in (
-            (slice(0, 1), CLASS_TO_CLASS, CLASS_TO_CLASS),
-            (slice(1, None), CLASS_FROM_PATCH, PATCH_FROM_CLASS),
-        ):
-            query = split_heads(_projected(pairs.query.tokens[:, :1], matrices["q"], first + reverse), num_heads)
-            tokens = pairs.key.tokens[:, places]
-            if matrices["k"] is not None and rotation is None:
-                # One query is taken back through a matrix with less work than all keys forward.
-                heads = torch.einsum("bate,iae->bati", query, _by_head(matrices["k"][first + row], num_heads))
-                part = heads @ tokens.transpose(1, 2).unsqueeze(1)
-            else:
-                heads = split_heads(_projected(tokens, matrices["k"], first + row), num_heads)
-                if rotation is not None:
-                    heads = rotate(heads, tuple(part[places] for part in rotation)).to(heads.dtype)
-                part = query @ heads.transpose(-1, -2)
-            found = part.to(wide) if places.start == 0 else torch.cat((found, part.to(wide)), dim=-1)
-        scores = scores + found
+        parts = [
+            _class_scores(pairs, matrices, slice(0, 1), first + CLASS_TO_CLASS, first + CLASS_TO_CLASS, rotation),
+            _class_scores(
+                pairs, matrices, slice(1, None), first + CLASS_FROM_PATCH, first + PATCH_FROM_CLASS, rotation
+            ),
+        ]
+        scores = scores + torch.cat(parts, dim=-1).to(wide)
     scores = scores * scale
     if mask.additive is not None:
         scores = scores + mask.additive[:, :, :1]
@@ -183,6 +233,28 @@ def _of_class_token(
     return _join(own, relative, num_heads)[0]
 
 
+def _class_scores(
+    pairs: AllPairs,
+    matrices: dict[str, tuple[Tensor, ...] | None],
+    places: slice,
+    row: int,
+    reverse_row: int,
+    rotation: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """`<q_ij, k_ij>` of the class token with some tokens, `[B, A, 1, tokens]`."""
+    num_heads = pairs.num_heads
+    query = split_heads(_projected(pairs.query.tokens[:, :1], matrices["q"], reverse_row), num_heads)
+    tokens = pairs.key.tokens[:, places]
+    if matrices["k"] is not None and rotation is None:
+        # One query is taken back through a matrix with less work than all keys forward.
+        query = torch.einsum("bate,iae->bati", query, _by_head(matrices["k"][row], num_heads))
+        return query @ tokens.transpose(1, 2).unsqueeze(1)
+    keys = split_heads(_projected(tokens, matrices["k"], row), num_heads)
+    if rotation is not None:
+        keys = rotate(keys, tuple(part[places] for part in rotation)).to(keys.dtype)
+    return query @ keys.transpose(-1, -2)
+
+
 def _matrices(side: PairInputs | None) -> tuple[Tensor, ...] | None:
     # Taken apart once: the gradient of a matrix that is taken alone is as large as the bank.
     return None if side is None or side.bank is None else side.bank.unbind(0)
@@ -196,14 +268,6 @@ def _by_head(matrix: Tensor, num_heads: int) -> Tensor:
     return matrix.unflatten(-1, (num_heads, -1))
 
 
-def _rotated(matrices: Tensor, offsets, num_heads: int, back: bool, rope_theta: float, dtype: torch.dtype) -> Tensor:
-    """Matrices of near offsets, each rotated by its offset: those of keys `back`."""
-    steps = torch.tensor([(offset.row_offset, offset.column_offset) for offset in offsets], device=matrices.device)
-    size = matrices.shape[-1] // num_heads
-    cos, sin = patch_rotation(*(-steps if back else steps).unbind(1), size, rope_theta, dtype)
-    return rotate_bank(matrices, (cos, sin), num_heads)
-
-
 def _rotate_tokens(tokens: Tensor, rotation: tuple[Tensor, Tensor], num_heads: int) -> Tensor:
     """Rotates projections `[B, N, A·e]`."""
     return merge_heads(rotate(split_heads(tokens, num_heads), rotation).to(tokens.dtype))
@@ -213,7 +277,7 @@ def _key_columns(grid: PairLayout, device: torch.device) -> Tensor:
     """The token that each patch sees at each near offset, and the class token, `[N, T + 1]`; any where there is none."""
     patch = torch.arange(grid.num_tokens, device=device)[:, None]
     steps = [offset.row_offset * grid.width + offset.column_offset for offset in grid.near_offsets()]
-    columns = 1 + patch - torch.tensor(steps, device=device)
+    columns = 1 + patch - torch.tensor(steps, dtype=torch.long, device=device)
     return torch.nn.functional.pad(columns.clamp(0, grid.num_tokens), (0, 1))
 
 

@@ -134,6 +134,7 @@ class TranslutionMixer(Mixer):
             past_key_values,
             self.bank_head_size,
             self.rotates_pairs,
+            "q" in self.relative,
         ).path
         pairs = self._pairs(path, hidden_states, layout, mask, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)

@@ -7,9 +7,11 @@
 | Translution | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache |
+| | `local` | `local.py` | a distance with at most 64 matrices, 0 excluded in text; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
+| | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache; neither rotated nor shared far offsets |
 | | `basis` | `basis.py` | a basis |
-| | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve |
+| | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
+| | `reference` | `reference.py` | images whose projections by a bank are rotated |
 | | `streamed` | `streamed.py` | full Translution, nothing masked, no attention dropout, no cached tokens |
 | | `grouped` | `grouped.py` | everything else |
 | attention, relative bias | `reference` | the mixer | `attn_implementation="eager"`, or attention weights are asked for; relative bias in an exported model |
@@ -58,8 +60,8 @@ MAX_HEAD_SIZE = 256
 STREAM = True
 # Off, the paths that treat all pairs alike take the place of `local`.
 LOCAL = True
-# What near pairs project is kept for the backward pass: for more offsets, paths that compute it again take less memory.
-MAX_NEAR_OFFSETS = 32
+# What tokens project for each offset is kept for the backward pass: for more offsets, paths that compute it again take less memory.
+MAX_OFFSETS = 64
 
 
 class Call(NamedTuple):
@@ -79,6 +81,7 @@ class Call(NamedTuple):
         drops: whether attention dropout is on, or the mask is learned: both need the square of weights.
         cached: whether there is a cache.
         rotated: whether what banks project is rotated by position.
+        relative_queries: whether queries have a bank.
     """
 
     kind: str
@@ -94,6 +97,7 @@ class Call(NamedTuple):
     drops: bool = False
     cached: bool = False
     rotated: bool = False
+    relative_queries: bool = False
 
 
 class Choice(NamedTuple):
@@ -191,9 +195,9 @@ def _local_serves(call: Call) -> bool:
     layout = call.layout
     if not LOCAL or not layout.clamp or call.drops or _insists(call.wish):
         return False
-    # The clamped axes of an image make more than one kind of far pairs, and without a distance all pairs are far.
-    splits = layout.max_row_distance > 0 if layout.causal else layout.share_far
-    return splits and (call.rotated or len(layout.near_offsets()) <= MAX_NEAR_OFFSETS)
+    # In a text without near pairs all are far. Clamped images take one attention for all kinds of keys, whose queries are the same.
+    splits = layout.max_row_distance > 0 if layout.causal else layout.share_far or not call.relative_queries
+    return splits and (call.rotated or layout.num_offsets <= MAX_OFFSETS)
 
 
 def _streaming_obstacle(call: Call) -> str:

@@ -6,13 +6,16 @@ Far pairs are one ordinary attention, see `fused_attention.py`. A near offset sh
 products of two slices, one number per token and head. The two are merged by their log-sum-exp. Nothing of size `[B, A, L, L]`
 exists; what a pair needs is projected once per token and offset, since the tokens are the same for all queries.
 
+Images with clamped offsets have far pairs of several kinds: by which side of the query's row, and of its column, a key lies on.
+A row of queries is one attention to the rows on each side, whose tokens are keys once for each kind of column, all but one hidden.
+
 Legend: `B` batch, `N` tokens of a grid (text: `L × 1`), `A` heads, `e` features per head, `T` near terms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +47,25 @@ def _project_backward(gradients: Sequence[Tensor | None], tokens: Tensor, matric
 
 def _by_head(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads, -1))
+
+
+def _inputs(far: Sequence[Tensor], block: _FarBlock) -> tuple[tuple[Tensor, slice], ...]:
+    """Queries, keys and values of a block, and where it has them."""
+    key, value = far[1 + 2 * block.source : 3 + 2 * block.source]
+    return (far[0], block.queries), (key, block.keys), (value, block.keys)
+
+
+def _merge(output: Tensor, logsumexp: Tensor, found: Tensor, other: Tensor, first: bool) -> None:
+    """Merges attention to more keys, `[B, A, Q, e]` and `[B, A, Q]`, into `[B, Q, A·e]` and `[B, Q, A]`."""
+    heads, other = _by_head(output, logsumexp.shape[-1]), other.transpose(1, 2)
+    if first:
+        heads.copy_(found.transpose(1, 2))
+        logsumexp.copy_(other)
+        return
+    both = torch.logaddexp(logsumexp, other)
+    heads.mul_((logsumexp - both).exp_().unsqueeze(-1))
+    heads.addcmul_(found.transpose(1, 2).to(heads.dtype), (other - both).exp_().unsqueeze(-1))
+    logsumexp.copy_(both)
 
 
 class _Grid:
@@ -82,38 +104,72 @@ def _at(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
     return parts[max(index - (terms - len(parts)), 0)]
 
 
-def _far_blocks(
-    far: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, layout: PairLayout
-) -> Iterator[tuple[slice, slice, bool, Tensor | None]]:
-    """Parts of the far pairs: queries, keys, whether causal, and the bias that hides what is near, or hidden by the caller's."""
-    queries, keys = far[0].shape[2], far[1].shape[2]
-    device, distance = far[0].device, layout.max_row_distance
+class _FarBlock(NamedTuple):
+    """Far pairs that one attention serves: of which source, queries, keys, whether causal, and the bias of what is hidden."""
+
+    source: int
+    queries: slice
+    keys: slice
+    causal: bool = False
+    bias: Tensor | None = None
+
+
+def _far_blocks(far: Sequence[Tensor], bias: Tensor | None, layout: PairLayout) -> Iterator[_FarBlock]:
+    query, key = far[:2]
+    if not layout.causal and not layout.share_far:
+        yield from _clamped_blocks(query, bias, layout)
+        return
+    queries, keys, distance = query.shape[2], key.shape[2], layout.max_row_distance
     if layout.causal and bias is None and queries == keys:
         # A causal square: queries from the distance on, and the keys that many tokens before.
-        yield slice(distance, None), slice(0, keys - distance), True, None
+        yield _FarBlock(0, slice(distance, None), slice(0, keys - distance), True)
         return
     per_query = keys if bias is None else keys * bias.shape[0] * bias.shape[1]
     size = max(BIAS_ELEMENTS // per_query, 1)
-    key = torch.arange(keys, device=device)
+    j = torch.arange(keys, device=query.device)
     for start in range(0, queries, size):
         part = slice(start, min(start + size, queries))
-        query = torch.arange(part.start, part.stop, device=device)[:, None]
+        i = torch.arange(part.start, part.stop, device=query.device)[:, None]
         if layout.causal:
-            near = query + (keys - queries) - key < distance
+            near = i + (keys - queries) - j < distance
         else:
-            rows = (query // layout.width - key // layout.width).abs() <= distance
-            near = rows & ((query % layout.width - key % layout.width).abs() <= distance)
-        lowest = torch.finfo(far[0].dtype).min
-        hidden = torch.zeros(near.shape, dtype=far[0].dtype, device=device) if bias is None else bias[:, :, part]
-        hidden = hidden.to(far[0].dtype).masked_fill(near, lowest)
-        yield part, slice(0, keys), False, hidden if hidden.ndim == 4 else hidden[None, None]
+            near = (i // layout.width - j // layout.width).abs() <= distance
+            near = near & ((i % layout.width - j % layout.width).abs() <= distance)
+        yield _FarBlock(0, part, slice(0, keys), False, _hide(near, bias if bias is None else bias[:, :, part], query))
+
+
+def _clamped_blocks(query: Tensor, bias: Tensor | None, layout: PairLayout) -> Iterator[_FarBlock]:
+    """One source for each clamped row offset; a token of it is a key for each clamped column offset, one after the other."""
+    height, width, distance = layout.height, layout.width, layout.max_row_distance
+    kinds = 2 * distance + 1
+    column = torch.arange(width, device=query.device)
+    between = (column[:, None] - column).clamp(-distance, distance) + distance
+    other = between[:, None, :, None] != torch.arange(kinds, device=query.device)
+    for source in range(kinds):
+        for row in range(height):
+            start, stop = layout.key_rows(row, source - distance)
+            if start >= stop:
+                continue
+            queries = slice(row * width, (row + 1) * width)
+            added = None
+            if bias is not None:
+                added = bias[:, :, queries, start * width : stop * width].repeat_interleave(kinds, dim=-1)
+            hidden = other.expand(-1, stop - start, -1, -1).flatten(1)
+            keys = slice(start * width * kinds, stop * width * kinds)
+            yield _FarBlock(source, queries, keys, False, _hide(hidden, added, query))
+
+
+def _hide(hidden: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    """`[B or 1, A or 1, Q, L]`, the lowest number where a pair is hidden."""
+    bias = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device) if bias is None else bias.to(like.dtype)
+    return bias.expand(-1, -1, *hidden.shape).masked_fill(hidden, torch.finfo(like.dtype).min)
 
 
 def _forward(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    far: tuple[Tensor, Tensor, Tensor] | None,
+    far: Sequence[Tensor],
     near_bias: Tensor | None,
     far_bias: Tensor | None,
     num_heads: int,
@@ -137,13 +193,10 @@ def _forward(
     if near_bias is not None:
         near_scores += near_bias
     output = like.new_zeros(batch, count, features, dtype=wide)
-    if far is not None:
-        for part, places, causal, hidden in _far_blocks(far, far_bias, layout):
-            found, logsumexp = attention(
-                far[0][:, :, part], far[1][:, :, places], far[2][:, :, places], scale, causal, hidden
-            )
-            output[:, part] = found.transpose(1, 2).flatten(2)
-            scores[-1, :, part] = logsumexp.transpose(1, 2)
+    for block in _far_blocks(far, far_bias, layout) if far else ():
+        inputs = (part[:, :, place] for part, place in _inputs(far, block))
+        found, logsumexp = attention(*inputs, scale, block.causal, block.bias)
+        _merge(output[:, block.queries], scores[-1, :, block.queries], found, logsumexp, first=block.source == 0)
     logsumexp = scores.logsumexp(0)
     weights = scores.sub_(logsumexp).exp_()
     _by_head(output, num_heads).mul_(weights[-1].unsqueeze(-1))
@@ -162,7 +215,7 @@ def _backward(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    far: tuple[Tensor, Tensor, Tensor] | None,
+    far: Sequence[Tensor],
     far_bias: Tensor | None,
     num_heads: int,
     scale: float,
@@ -201,23 +254,21 @@ def _backward(
         give(gradients[0], index, offset.queries, score_gradient, k)
         give(gradients[1], index, offset.keys, score_gradient, q)
         give(gradients[2], index, offset.keys, weight, received)
-    far_gradients = []
-    if far is not None:
-        far_gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
-        received, whole = (split_heads(part, num_heads) for part in (gradient, output))
-        for part, places, causal, hidden in _far_blocks(far, far_bias, layout):
-            inputs = (far[0][:, :, part], far[1][:, :, places], far[2][:, :, places])
-            pieces = attention_backward(
-                received[:, :, part],
-                *inputs,
-                whole[:, :, part],
-                logsumexp.transpose(1, 2)[:, :, part],
-                scale,
-                causal,
-                hidden,
-            )
-            for target, place, piece in zip(far_gradients, (part, places, places), pieces, strict=True):
-                target[:, :, place] += piece
+    far_gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
+    received, whole = (split_heads(part, num_heads) for part in (gradient, output))
+    for block in _far_blocks(far, far_bias, layout) if far else ():
+        own = block.queries
+        pieces = attention_backward(
+            received[:, :, own],
+            *(part[:, :, place] for part, place in _inputs(far, block)),
+            whole[:, :, own],
+            logsumexp.transpose(1, 2)[:, :, own],
+            scale,
+            block.causal,
+            block.bias,
+        )
+        for (target, place), piece in zip(_inputs(far_gradients, block), pieces, strict=True):
+            target[:, :, place] += piece
     gradients = [
         [part.to(like.dtype) for part, like in zip(parts, given, strict=True)]
         for parts, given in zip(gradients, (queries, keys, values), strict=True)
@@ -269,7 +320,7 @@ def _register() -> None:
         scale: float,
         layout: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(queries, keys, values, far or None, near_bias, far_bias, num_heads, scale, unpack(layout))
+        return _forward(queries, keys, values, far, near_bias, far_bias, num_heads, scale, unpack(layout))
 
     @attend.register_fake
     def _(queries, keys, values, far, near_bias, far_bias, num_heads, scale, layout):
@@ -298,7 +349,7 @@ def _register() -> None:
         layout: list[int],
     ) -> list[Tensor]:
         gradients = _backward(
-            gradient, output, logsumexp, weights, queries, keys, values, far or None, far_bias, num_heads, scale,
+            gradient, output, logsumexp, weights, queries, keys, values, far, far_bias, num_heads, scale,
             unpack(layout),
         )  # fmt: skip
         return [part for parts in gradients for part in parts]
@@ -356,6 +407,8 @@ def local_attention(
             offset, in the order of `layout.near_offsets()`, or one tensor for all. A last one may follow that is of one more key,
             which all queries see: a class token, `[B, 1, A·e]`, or `[B, Q, A·e]` where each query sees it differently.
         far: queries, keys and values of the far pairs, `[B, A, Q, e]`, `[B, A, L, e]`, `[B, A, L, v]`; `None` where there are none.
+            Of images with clamped offsets, queries and then keys and values for each of the `2D + 1` clamped row offsets from −D
+            to D, `[B, A, N·(2D + 1), e]`, those of the clamped column offsets of a token one after the other.
         num_heads: `A`.
         scale: what scores are multiplied by before softmax.
         layout: the near pairs, without a class token.
