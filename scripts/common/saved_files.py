@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from translution.modeling.models.weight_files import read_index
 
 RUN, CARD = "run.json", "README.md"
 WEIGHTS, WEIGHTS_INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; errors as `open` and `json.loads`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of JSON, which is whole or as it was before; of what JSON does not know, the text."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def shards(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common.saved_files import CARD, RUN
+from common.saved_files import CARD, RUN, read_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -176,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the card is written from it.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, dict):
