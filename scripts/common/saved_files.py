@@ -55,20 +55,23 @@ def check_readable(weights: Path) -> None:
         raise ValueError(f"{weights} is damaged: {error}") from error
 
 
+def is_repo_id(text: str | None) -> bool:
+    """Whether a repository of the Hub may be called so, such as `user/name` or `imagenet-1k`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_model_name(name: str) -> None:
     """Checks that a name is that of a folder, or a possible name on the Hub, such as `user/name`.
 
     Raises:
         FileNotFoundError: if it is neither.
     """
-    if os.path.isdir(name):
+    if os.path.isdir(name) or ("/" in name and is_repo_id(name)):
         return
-    try:
-        validate_repo_id(name)
-        if "/" in name:
-            return
-    except HFValidationError:
-        pass
     raise FileNotFoundError(f"there is no folder {name!r}, and it is no name of a repository, such as user/name")
 
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common.saved_files import CARD, RUN, read_json
+from common.saved_files import CARD, RUN, is_repo_id, read_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from translution import TranslutionConfig
 
@@ -107,7 +105,7 @@ def _describe_mixer(config: TranslutionConfig, mixer: str) -> str:
 def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     """What the Hub reads: YAML at the head of the card."""
     data, metrics = run.get("dataset") or {}, run.get("metrics") or {}
-    dataset_id = data.get("id") if _is_hub_id(data.get("id")) else None
+    dataset_id = data.get("id") if is_repo_id(data.get("id")) else None
     results = [
         EvalResult(
             task_type=run["task"],
@@ -139,15 +137,6 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
         eval_results=results or None,
         co2_eq_emissions=None if grams is None else {"emissions": grams},
     )
-
-
-def _is_hub_id(text: str | None) -> bool:
-    """Whether a dataset on the Hub may be called so, such as `user/name` or `imagenet-1k`."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _without_null(value: Any) -> Any:
