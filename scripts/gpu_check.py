@@ -265,14 +265,14 @@ def time_training(bench: Bench) -> None:
     pixels = torch.randn(batch, 3, image, image, device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
 
-    def step() -> None:
+    def update() -> None:
         with torch.autocast(bench.device.type, bench.half):
             loss = model(pixel_values=pixels, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    timing = bench.time(step, 5)
+    timing = bench.time(update, 5)
     if bench.device.type == "cuda":
         timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     bench.row(
