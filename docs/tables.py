@@ -11,11 +11,16 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+from common.tables import markdown  # noqa: E402
+
+
 RESULTS = ROOT / "scripts" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -40,12 +45,6 @@ def only(rows: list[Row], **columns: str) -> Row:
     if len(found) != 1:
         raise ValueError(f"One row must have {columns}, got {len(found)}.")
     return found[0]
-
-
-def table(columns: list[str], rows: list[list[str]], texts: int = 1) -> str:
-    """A markdown table whose first `texts` columns are aligned to the left, and the others to the right."""
-    rule = ["---"] * texts + ["---:"] * (len(columns) - texts)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [columns, rule, *rows])
 
 
 def number(text: str, digits: int = 0) -> str:
@@ -126,7 +125,7 @@ def results_table() -> str:
     columns = ["mixer", "time of a layer"]
     columns += ["digits: parameters", "accuracy, %", "rotary of equal size"]
     columns += ["text: parameters", "perplexity", "rotary of equal size"]
-    return table(columns, lines)
+    return markdown(columns, lines)
 
 
 def second_rate_table(rate: str = "0.002") -> str:
@@ -137,7 +136,7 @@ def second_rate_table(rate: str = "0.002") -> str:
         if others and others[0]["learning_rate"] != rows[0]["learning_rate"]:
             figures = [spread(group, "dynamic → dynamic") for group in (rows, others)]
             lines.append([variant, rows[0]["learning_rate"], figures[0], figures[1]])
-    return table(["mixer", "tuned rate", "accuracy, %", f"accuracy at {rate}, %"], lines)
+    return markdown(["mixer", "tuned rate", "accuracy, %", f"accuracy at {rate}, %"], lines)
 
 
 # The benchmarks
@@ -159,7 +158,7 @@ def gathering_table() -> str:
             ratio = float(row["median_ms"]) / float(ours["median_ms"])
             cells += [f"{milliseconds(row)} ms ({number(str(ratio), 1)} ×)"]
         lines.append([*cells, f"{mebibytes(row)} MiB"])
-    return table(["", *PASSES.values(), "peak memory"], lines)
+    return markdown(["", *PASSES.values(), "peak memory"], lines)
 
 
 def operator_table() -> str:
@@ -177,7 +176,7 @@ def operator_table() -> str:
                 cells += [f"{milliseconds(row)} ms ({number(row['times_floor'], 2)} ×)", f"{mebibytes(row)} MiB"]
             lines.append(cells)
     columns = ["case", "passes", "bare products", "grouped", "peak memory", "streamed", "peak memory"]
-    return table(columns, lines, texts=2)
+    return markdown(columns, lines, texts=2)
 
 
 def layer_rows(passes: str, case: str = "tiny, 14x14, C 192, B 8") -> list[Row]:
@@ -196,14 +195,14 @@ def layer_table() -> str:
         for row in layer_rows("forward")
         for after in [only(both, implementation=row["implementation"])]
     ]
-    return table(["layer", *PASSES.values(), "peak memory"], lines)
+    return markdown(["layer", *PASSES.values(), "peak memory"], lines)
 
 
 def training_table() -> str:
     lines = [
         [row["implementation"], with_ratio(row), f"{mebibytes(row)} MiB"] for row in read_rows("cpu", suite="training")
     ]
-    return table(["model", "forward + backward", "peak memory"], lines)
+    return markdown(["model", "forward + backward", "peak memory"], lines)
 
 
 def length_table() -> str:
@@ -220,7 +219,7 @@ def length_table() -> str:
             cells.append(" / ".join(milliseconds(row) for row in found) or "–")
         cells.append(" / ".join(f"{number(row['times_floor'], 2)} ×" for row in found))
         lines.append(cells)
-    return table(["tokens", *names, "D 32 over its floor"], lines, texts=0)
+    return markdown(["tokens", *names, "D 32 over its floor"], lines, texts=0)
 
 
 def generation_table() -> str:
@@ -246,7 +245,7 @@ def generation_table() -> str:
 
     columns = [re.sub(r"tiny-prompt(\d+)-new\d+-B(\d+)", r"prompt \1, batch \2", case) for case in cases]
     lines = [[words, bytes_per_token(name), *cells(name)] for name, words in names.items()]
-    return table(["model", "cache per token", *columns], lines)
+    return markdown(["model", "cache per token", *columns], lines)
 
 
 def origin(name: str) -> str:

@@ -12,7 +12,6 @@ its tensor.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from common.atomic_folder import written_whole
 from common.command import ArgumentParser, run_command
+from common.saved_files import read_json
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -333,7 +333,7 @@ def read_config(path: Path) -> TranslutionConfig:
         ValueError: if it is not the config of a Translution model.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except ValueError as error:
         raise ValueError(f"`config` must be a JSON file, {path} is none: {error}.") from None
     if not isinstance(fields, dict) or fields.get("model_type", "translution") != "translution":

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import shlex
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib
 import numpy as np
 import run_clm
 import run_image_classification
@@ -33,19 +31,15 @@ import transformers
 from common.atomic_folder import written_whole
 from common.command import ArgumentParser, run_command
 from common.hardware import hardware
-from common.saved_files import RUN
-from common.tables import markdown
+from common.saved_files import RUN, read_json, write_json
 from datasets import Dataset
+from studies.demo_report import draw, image_table, text_table
+from studies.settings import DYNAMIC
 from training.digits import PLACEMENTS
 from training.image_data import digits_dataset
 from training.model_card import write_model_card
 from training.output_folder import LEFT_BEHIND, RUN_ARGUMENTS
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel, pipeline, set_seed
-
-
-# A backend that needs no screen.
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, pipeline, set_seed
 
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -58,148 +52,43 @@ IMAGE_MODELS = {
 }
 TEXT_MODELS = {name: IMAGE_MODELS[name] for name in ("attention, rotary", "Translution")}
 FULL_TRANSLUTION = "Translution"
-# The placement to train on, and the one to test on.
-DYNAMIC = "dynamic → dynamic"
-COMPARISONS = ("static → static", "static → dynamic", DYNAMIC)
 PROMPT = "def "
 # With `--quick`.
 QUICK_TEST_IMAGES = 40
-QUICK_IMAGES = f"--num_train_epochs 1 --max_train_samples 64 --max_eval_samples {QUICK_TEST_IMAGES}".split()
-QUICK_TEXT = ["--max_steps", "2", "--vocab_size", "300", "--max_train_samples", "2", "--max_eval_samples", "1"]
+QUICK = {
+    "digits": f"--num_train_epochs 1 --max_train_samples 64 --max_eval_samples {QUICK_TEST_IMAGES}".split(),
+    "stdlib": ["--max_steps", "2", "--vocab_size", "300", "--max_train_samples", "2", "--max_eval_samples", "1"],
+}
+# One evaluation, at the end, and no checkpoints.
+ONCE = ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "no"]
 
 IMAGE_CHECKPOINT, TEXT_CHECKPOINT = "image-model", "text-model"
-REPORT, PICTURE, FRESH_RESULTS = "demo.json", "demo.png", "fresh_process.json"
+REPORT, PICTURE = "demo.json", "demo.png"
+# What is said of each part of a fresh process's results.
+EQUAL = {
+    "images": "{best}: {test_digits} predictions equal, accuracy {accuracy:.1f} %",
+    "text": "{best}: generated text equal, perplexity {perplexity:.2f}",
+}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def recipe(name: str, args: argparse.Namespace, *options: str) -> list[str]:
+    """Options of a training script."""
+    return [str(RECIPES / f"{name}.yaml"), "--seed", str(args.seed), *options, *QUICK[name] * args.quick]
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def train(main: Callable[[Sequence[str]], None], title: str, folder: Path, fields: dict[str, Any], *options: str):
-    """Runs a training script with a recipe and config fields of a model, and returns the run's `run.json`."""
-    print(title, flush=True)
-    overrides = ["--config_overrides", json.dumps(fields)]
-    # One evaluation, at the end, and no checkpoints.
-    rare = ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "no", "--report_to", "none"]
+def call(main: Callable[[Sequence[str]], None], folder: Path, *options: str) -> dict[str, Any]:
+    """Calls a training script without what it prints; returns `run.json`, or the metrics where nothing is trained."""
     with contextlib.redirect_stdout(io.StringIO()):
-        main([*options, *overrides, *rare, "--output_dir", str(folder)])
-    return read_json(folder / RUN)
+        main([*options, "--report_to", "none", "--output_dir", str(folder)])
+    return read_json(folder / ("evaluation_results.json" if "--do_train" in options else RUN))
 
 
-def evaluate(main: Callable[[Sequence[str]], None], folder: Path, *options: str) -> dict[str, float]:
-    """Has a training script evaluate a model, and returns the metrics."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        main([*options, "--do_train", "false", "--output_dir", str(folder)])
-    return read_json(folder / "evaluation_results.json")
-
-
-def header(text: str):
-    print(f"\n== {text}", flush=True)
-
-
-# Images
-
-
-def digits_recipe(args: argparse.Namespace, placement: str) -> list[str]:
-    options = [str(RECIPES / "digits.yaml"), "--dataset_config_name", placement, "--seed", str(args.seed)]
-    return options + (QUICK_IMAGES if args.quick else [])
-
-
-def test_images(args: argparse.Namespace) -> Dataset:
-    """The held-out digits anywhere on the canvas, always at the same places."""
-    data = digits_dataset("dynamic")["test"]
-    return data.select(range(QUICK_TEST_IMAGES)) if args.quick else data
-
-
-def run_images(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains the classifiers, keeps the best one on dynamic digits, draws, and returns the figures."""
-    header("Images: handwritten digits on a 16 × 16 canvas")
-    runs, main = folder / "runs", run_image_classification.main
-    rows = []
-    for name, fields in IMAGE_MODELS.items():
-        row = {"model": name, "seconds": {}, "accuracy": {}}
-        for placement in PLACEMENTS:
-            trained = runs / f"{name}, {placement}"
-            run = train(main, f"{name}, {placement}", trained, fields, *digits_recipe(args, placement))
-            row["seconds"][placement] = run["seconds"]
-            row["accuracy"][f"{placement} → {placement}"] = 100 * run["metrics"]["accuracy"]
-        # The model of the static run, on the data of the dynamic one.
-        options = [*digits_recipe(args, "dynamic"), "--config_overrides", json.dumps(fields)]
-        options += ["--resume_from_checkpoint", str(runs / f"{name}, static")]
-        moved = evaluate(main, runs / f"{name}, evaluated", *options)
-        row["accuracy"]["static → dynamic"] = 100 * moved["eval_accuracy"]
-        row["parameters"] = AutoModelForImageClassification.from_pretrained(trained).num_parameters()
-        rows.append(row)
-    scores = {row["model"]: row["accuracy"][DYNAMIC] for row in rows}
-    best = max(scores, key=scores.get)
-    full_model = AutoModelForImageClassification.from_pretrained(runs / f"{FULL_TRANSLUTION}, dynamic")
-    keep(runs / f"{best}, dynamic", folder / IMAGE_CHECKPOINT, args, {"accuracy": scores[best] / 100})
-    test = test_images(args)
-    predictions = classify(folder / IMAGE_CHECKPOINT, test)
-    draw(folder / PICTURE, rows, test, predictions, full_model)
-    return {
-        "models": rows,
-        "best": best,
-        "points_above_attention": scores[best]
-        - max(score for name, score in scores.items() if name.startswith("attention")),
-        "test_digits": len(test),
-        "predictions": predictions,
-        "accuracy": scores[best],
-    }
-
-
-def classify(model: Path, data: Dataset) -> list[int]:
-    """The most likely class of each image."""
-    classifier = pipeline("image-classification", model=str(model), device="cpu")
-    return [int(found[0]["label"]) for found in classifier(list(data["image"]), top_k=1)]
-
-
-# Text
-
-
-def text_recipe(args: argparse.Namespace, folder: Path) -> list[str]:
-    options = [str(RECIPES / "stdlib.yaml"), "--cache_dir", str(folder / "cache"), "--seed", str(args.seed)]
-    return options + (QUICK_TEXT if args.quick else [])
-
-
-def run_text(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains the language models, keeps the best one, and returns the figures."""
-    header("Text: the source text of Python's standard library")
-    rows = []
-    for name, fields in TEXT_MODELS.items():
-        trained = folder / "runs" / name
-        run = train(run_clm.main, name, trained, fields, *text_recipe(args, folder))
-        parameters = AutoModelForCausalLM.from_pretrained(trained).num_parameters()
-        row = {"model": name, "parameters": parameters, "seconds": run["seconds"]}
-        rows.append({**row, "perplexity": run["metrics"]["perplexity"]})
-    best = min(rows, key=lambda row: row["perplexity"])
-    metrics = {"perplexity": best["perplexity"]}
-    keep(folder / "runs" / best["model"], folder / TEXT_CHECKPOINT, args, metrics)
-    return {
-        "models": rows,
-        "best": best["model"],
-        **metrics,
-        "sample": write_sample(folder / TEXT_CHECKPOINT, args.seed),
-    }
-
-
-def write_sample(model: Path, seed: int) -> str:
-    """A continuation of `PROMPT`, as long as the model's context."""
-    generator = pipeline("text-generation", model=str(model), device="cpu")
-    room = generator.model.config.max_position_embeddings - len(generator.tokenizer(PROMPT)["input_ids"])
-    set_seed(seed)
-    return generator(PROMPT, max_new_tokens=room, do_sample=True, temperature=0.7, top_k=50)[0]["generated_text"]
-
-
-# What stays
-
-
-def command(args: argparse.Namespace) -> str:
-    return shlex.join(["python", "scripts/demo.py", *args.arguments])
+def train(
+    main: Callable[[Sequence[str]], None], folder: Path, fields: dict[str, Any], *options: str
+) -> dict[str, Any]:
+    """Trains a model with config fields of its own; returns `run.json`."""
+    print(folder.name, flush=True)
+    return call(main, folder, *options, "--config_overrides", json.dumps(fields), *ONCE)
 
 
 def keep(run: Path, target: Path, args: argparse.Namespace, metrics: dict[str, float]) -> None:
@@ -208,22 +97,100 @@ def keep(run: Path, target: Path, args: argparse.Namespace, metrics: dict[str, f
     # Nobody resumes this run.
     (target / RUN_ARGUMENTS).unlink()
     shutil.rmtree(target / LEFT_BEHIND, ignore_errors=True)
-    write_json(target / RUN, read_json(target / RUN) | {"metrics": metrics, "command": command(args)})
+    write_json(target / RUN, read_json(target / RUN) | {"metrics": metrics, "command": args.command})
     write_model_card(target)
+
+
+# Images
+
+
+def run_images(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains the classifiers, keeps the best one on dynamic digits, draws, and returns the figures."""
+    print("\n== Images: handwritten digits on a 16 × 16 canvas", flush=True)
+    runs, main = folder / "runs", run_image_classification.main
+    rows, models = [], {}
+    for name, fields in IMAGE_MODELS.items():
+        row = {"model": name, "seconds": {}, "accuracy": {}}
+        for placement in PLACEMENTS:
+            options = recipe("digits", args, "--dataset_config_name", placement)
+            run = train(main, runs / f"{name}, {placement}", fields, *options)
+            row["seconds"][placement] = run["seconds"]
+            row["accuracy"][f"{placement} → {placement}"] = 100 * run["metrics"]["accuracy"]
+        # The model of the static run, on the data of the dynamic one, which came last.
+        options += ["--resume_from_checkpoint", str(runs / f"{name}, static"), "--do_train", "false"]
+        options += ["--config_overrides", json.dumps(fields)]
+        row["accuracy"]["static → dynamic"] = 100 * call(main, runs / f"{name}, evaluated", *options)["eval_accuracy"]
+        models[name] = AutoModelForImageClassification.from_pretrained(runs / f"{name}, dynamic")
+        rows.append({**row, "parameters": models[name].num_parameters()})
+    scores = {row["model"]: row["accuracy"][DYNAMIC] for row in rows}
+    best = max(scores, key=scores.get)
+    keep(runs / f"{best}, dynamic", folder / IMAGE_CHECKPOINT, args, {"accuracy": scores[best] / 100})
+    test = test_images(args)
+    predictions = classify(folder, args)["predictions"]
+    draw(folder / PICTURE, rows, test, predictions, models[FULL_TRANSLUTION])
+    return {
+        "models": rows,
+        "best": best,
+        "points_above_attention": scores[best] - max(scores[name] for name in scores if name.startswith("attention")),
+        "test_digits": len(test),
+        "predictions": predictions,
+        "accuracy": scores[best],
+    }
+
+
+def test_images(args: argparse.Namespace) -> Dataset:
+    """The held-out digits anywhere on the canvas, always at the same places."""
+    data = digits_dataset("dynamic")["test"]
+    return data.select(range(QUICK_TEST_IMAGES)) if args.quick else data
+
+
+def classify(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The most likely class of each test image by the model that was kept, and the accuracy in per cent."""
+    test = test_images(args)
+    classifier = pipeline("image-classification", model=str(folder / IMAGE_CHECKPOINT), device="cpu")
+    predictions = [int(found[0]["label"]) for found in classifier(list(test["image"]), top_k=1)]
+    return {"predictions": predictions, "accuracy": 100 * float(np.mean(np.equal(predictions, test["label"])))}
+
+
+# Text
+
+
+def run_text(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains the language models, keeps the best one, and returns the figures."""
+    print("\n== Text: the source text of Python's standard library", flush=True)
+    options, rows = recipe("stdlib", args, "--cache_dir", str(folder / "cache")), []
+    for name, fields in TEXT_MODELS.items():
+        run = train(run_clm.main, folder / "runs" / name, fields, *options)
+        parameters = AutoModelForCausalLM.from_pretrained(folder / "runs" / name).num_parameters()
+        row = {"model": name, "parameters": parameters, "seconds": run["seconds"]}
+        rows.append({**row, "perplexity": run["metrics"]["perplexity"]})
+    best = min(rows, key=lambda row: row["perplexity"])
+    metrics = {"perplexity": best["perplexity"]}
+    keep(folder / "runs" / best["model"], folder / TEXT_CHECKPOINT, args, metrics)
+    return {"models": rows, "best": best["model"], **metrics, "sample": write_sample(folder, args)}
+
+
+def write_sample(folder: Path, args: argparse.Namespace) -> str:
+    """A continuation of `PROMPT` by the model that was kept, as long as its context."""
+    generator = pipeline("text-generation", model=str(folder / TEXT_CHECKPOINT), device="cpu")
+    room = generator.model.config.max_position_embeddings - len(generator.tokenizer(PROMPT)["input_ids"])
+    set_seed(args.seed)
+    return generator(PROMPT, max_new_tokens=room, do_sample=True, temperature=0.7, top_k=50)[0]["generated_text"]
+
+
+# The fresh process
 
 
 def use_checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Results of the models that were kept, by the Auto classes and pipelines."""
-    results = {}
+    results, model = {}, folder / TEXT_CHECKPOINT
     if (folder / IMAGE_CHECKPOINT).exists():
-        results["images"] = {"predictions": classify(folder / IMAGE_CHECKPOINT, test_images(args))}
-    if (folder / TEXT_CHECKPOINT).exists():
-        results["text"] = {"sample": write_sample(folder / TEXT_CHECKPOINT, args.seed)}
-        model = folder / TEXT_CHECKPOINT
+        results["images"] = classify(folder, args)
+    if model.exists():
         options = ["--model_name_or_path", str(model), "--dataset_name", "stdlib", "--seed", str(args.seed)]
         options += ["--max_eval_samples", "1" if args.quick else "8", "--cache_dir", str(folder / "cache")]
-        metrics = evaluate(run_clm.main, folder / "runs" / "fresh", *options, "--report_to", "none")
-        results["text"]["perplexity"] = metrics["eval_perplexity"]
+        metrics = call(run_clm.main, folder / "runs" / "fresh", *options, "--do_train", "false")
+        results["text"] = {"sample": write_sample(folder, args), "perplexity": metrics["eval_perplexity"]}
     return results
 
 
@@ -233,98 +200,40 @@ def compare_with_fresh_process(folder: Path, args: argparse.Namespace, report: d
     Raises:
         RuntimeError: if they differ.
     """
-    header("The same from a fresh process")
+    print("\n== The same from a fresh process", flush=True)
     options = ["--use_checkpoints", "--output_dir", str(folder), "--seed", str(args.seed)] + ["--quick"] * args.quick
-    subprocess.run([sys.executable, str(Path(__file__).resolve()), *options], check=True)
-    fresh = read_json(folder / FRESH_RESULTS)
-    (folder / FRESH_RESULTS).unlink()
-    if "images" in report:
-        here, there = report["images"], fresh["images"]
-        labels = test_images(args)["label"]
-        there["accuracy"] = 100 * float(np.mean(np.equal(there["predictions"], labels)))
-        require_agreement("predictions", here["predictions"] == there["predictions"])
-        # Rounding depends on batch size and device, and may decide between two classes of one image.
-        require_agreement("accuracies", abs(here["accuracy"] - there["accuracy"]) < 101 / len(labels))
-        print(f"{here['best']}: {len(labels)} predictions equal, accuracy {there['accuracy']:.1f} %")
-    if "text" in report:
-        here, there = report["text"], fresh["text"]
-        require_agreement("perplexities", math.isclose(here["perplexity"], there["perplexity"], rel_tol=1e-4))
-        require_agreement("generated texts", here["sample"] == there["sample"])
-        print(f"{here['best']}: generated text equal, perplexity {there['perplexity']:.2f}")
+    run = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, encoding="utf-8")
+    fresh = json.loads(run.stdout.splitlines()[-1])
+    for part, found in fresh.items():
+        here = report[part]
+        for name, there in found.items():
+            # Rounding depends on batch size and device, and may decide between two classes of one image.
+            allowed = {"accuracy": 101 / here.get("test_digits", 1), "perplexity": 1e-4 * here.get("perplexity", 0)}
+            if here[name] != there and not (name in allowed and abs(here[name] - there) < allowed[name]):
+                raise RuntimeError(
+                    f"`{name}` of the training process and of a fresh one differ: {here[name]}, {there}."
+                )
+        print(EQUAL[part].format(**here | found))
     return fresh
-
-
-def require_agreement(what: str, agree: bool):
-    if not agree:
-        raise RuntimeError(f"The {what} of the training process and of a fresh one differ.")
-
-
-def draw(path: Path, rows: list[dict[str, Any]], test: Dataset, predictions: list[int], full_model: PreTrainedModel):
-    """Test images with predictions, accuracies, and the norm of each offset's matrix."""
-    figure = plt.figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1, 1.5, 0.95))
-
-    left.suptitle("Predictions of the best model")
-    for axes, row, prediction in zip(left.subplots(3, 4).flat, test, predictions, strict=False):
-        axes.imshow(row["image"], cmap="gray_r")
-        is_right = prediction == row["label"]
-        axes.set_title(f"{prediction}" if is_right else f"{prediction}, not {row['label']}", fontsize=9)
-        axes.title.set_color("black" if is_right else "crimson")
-        axes.set(xticks=[], yticks=[])
-
-    axes = middle.subplots()
-    width = 0.8 / len(rows)
-    for number, row in enumerate(rows):
-        heights = [row["accuracy"][name] for name in COMPARISONS]
-        places = np.arange(len(COMPARISONS)) + (number - (len(rows) - 1) / 2) * width
-        bars = axes.bar(places, heights, width, label=row["model"])
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set_xticks(range(len(COMPARISONS)), COMPARISONS)
-    axes.set(ylim=(0, 118), ylabel="accuracy, %", title="Trained → tested: digits in the middle, or anywhere")
-    axes.legend(ncols=2, fontsize=8, loc="upper center")
-
-    axes = right.subplots()
-    height, grid_width = full_model.config.grid_height_width
-    bank = full_model.model.layers[0].mixer.v_bank.detach()
-    norms = bank[: (2 * height - 1) * (2 * grid_width - 1)].norm(dim=(1, 2)).view(2 * height - 1, 2 * grid_width - 1)
-    extent = (0.5 - grid_width, grid_width - 0.5, height - 0.5, 0.5 - height)
-    right.colorbar(axes.imshow(norms, cmap="viridis", extent=extent), ax=axes, shrink=0.7)
-    axes.set(xlabel="columns", ylabel="rows", title="Norm of each offset's\nvalue matrix, layer 1")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def image_table(images: dict[str, Any]) -> str:
-    rows = [
-        [row["model"], f"{row['parameters']:,}", f"{sum(row['seconds'].values()):.0f}"]
-        + [f"{row['accuracy'][name]:.1f} %" for name in COMPARISONS]
-        for row in images["models"]
-    ]
-    return markdown(["model", "parameters", "seconds", *COMPARISONS], rows)
-
-
-def text_table(text: dict[str, Any]) -> str:
-    rows = [
-        [row["model"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", f"{row['perplexity']:.1f}"]
-        for row in text["models"]
-    ]
-    return markdown(["model", "parameters", "seconds", "perplexity"], rows)
 
 
 def print_report(report: dict[str, Any], folder: Path):
     """Prints the tables, and where the files are."""
-    header("Results")
+    print("\n== Results", flush=True)
     if "images" in report:
         images = report["images"]
-        print(f"\nAccuracy on {images['test_digits']} held-out digits (trained → tested)\n\n{image_table(images)}")
+        print(
+            f"\nAccuracy on {images['test_digits']} held-out digits (trained → tested)\n\n{image_table(images['models'])}"
+        )
         print(
             f"\nOn dynamic digits the best model, {images['best']}, is {images['points_above_attention']:.1f} points above "
             "the better attention of the same width."
         )
     if "text" in report:
         text = report["text"]
-        print(f"\nPerplexity on held-out files\n\n{text_table(text)}\n\nThe best one continues {PROMPT!r}:\n")
-        print("\n".join("    " + line for line in text["sample"].splitlines()))
+        print(f"\nPerplexity on held-out files\n\n{text_table(text['models'])}")
+        print(f"\nThe best one continues {PROMPT!r}:\n")
+        print("\n".join(f"    {line}" for line in text["sample"].splitlines()))
     print(f"\n{report['seconds']:.0f} seconds in all. Written to {folder}:")
     for path in sorted(folder.iterdir()):
         print(f"    {path.name}{'/' if path.is_dir() else ''}")
@@ -357,7 +266,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if args.skip_images and args.skip_text:
         parser.error("--skip_images and --skip_text leave nothing to do")
     args.output_dir = args.output_dir.resolve()
-    args.arguments = arguments
+    args.command = shlex.join(["python", "scripts/demo.py", *arguments])
     return args
 
 
@@ -367,12 +276,12 @@ def main(arguments: list[str]):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if args.use_checkpoints:
-        write_json(args.output_dir / FRESH_RESULTS, use_checkpoints(args.output_dir, args))
+        print(json.dumps(use_checkpoints(args.output_dir, args)))
         return
     start, machine = time.perf_counter(), hardware()
     with replaced_when_done(args.output_dir) as folder:
         report = {
-            "command": command(args),
+            "command": args.command,
             "commit": machine["commit"],
             "seed": args.seed,
             "versions": {name: machine[name] for name in ("python", "torch", "transformers")},

@@ -13,7 +13,6 @@ counted). `share` is of the rate that an 8192³ product of the same device reach
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.measuring import relative_error
+from benchmarks.measuring import BOTH, FORWARD, relative_error, spread, step, time_in_turn
+from benchmarks.operator import HEADS, with_gather
 from common.command import ArgumentParser, run_command
 from common.hardware import hardware
 from common.tables import write_csv
@@ -42,8 +42,8 @@ except ImportError:
 
 
 FIELDS = [
-    "part", "case", "passes", "dtype", "error", "error_plain", "median_ms", "lower_ms", "upper_ms", "repeats", "tflops", "share",
-    "times_baseline", "peak_gib", "images_per_second", "accuracy", "ok", "note", "gpu", "triton", "cuda", "torch", "transformers",
+    "part", "case", "passes", "dtype", "error", "error_plain", "median_ms", "lower_quartile_ms", "upper_quartile_ms", "repeats",
+    "tflops", "share", "times_baseline", "peak_gib", "images_per_second", "accuracy", "ok", "note", "gpu", "triton", "cuda", "torch", "transformers",
     "python", "commit",
 ]  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,31 +71,23 @@ class Bench:
         self.rows.append(values)
         print(" ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()), flush=True)  # fmt: skip
 
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def time(self, run: Callable[[], object], repeats: int = 9) -> dict[str, Any]:
-        """Milliseconds: median and quartiles, after two runs to warm up; and the peak of memory above the start, in GiB."""
-        repeats, warm_up = (2, 0) if self.dry else (repeats, 2)
-        for _ in range(warm_up):
+        """The columns of times, after two runs to warm up; and the peak of memory above the start, in GiB."""
+        cuda = self.device.type == "cuda"
+
+        def complete() -> None:
             run()
-        self.synchronize()
-        peak = None
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        times = []
-        for _ in range(repeats):
-            self.synchronize()
-            start = time.perf_counter()
-            run()
-            self.synchronize()
-            times.append((time.perf_counter() - start) * 1e3)
-        if self.device.type == "cuda":
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        lower, median, upper = statistics.quantiles(times, n=4)
-        return {"median_ms": median, "lower_ms": lower, "upper_ms": upper, "repeats": repeats, "peak_gib": peak}
+            if cuda:
+                torch.cuda.synchronize()
+
+        if self.dry:
+            return spread(time_in_turn({"": complete}, {"": 2}, warm_up=())[""])
+        for _ in range(2):
+            complete()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        times = time_in_turn({"": complete}, {"": repeats}, warm_up=())
+        return {**spread(times[""]), "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
 
 
 def mixer_of(layout: PairLayout, hidden: int, heads: int, head_dim: int, **fields: Any) -> TranslutionMixer:
@@ -122,6 +114,12 @@ def mixer_of(layout: PairLayout, hidden: int, heads: int, head_dim: int, **field
 def mask_of(layout: PairLayout, like: Tensor) -> AttentionMask:
     """The causal mask of a text."""
     return causal_mask(layout, like) if layout.causal else ALL_VISIBLE
+
+
+def output_of(mixer: TranslutionMixer, *inputs: Any) -> Tensor:
+    """What the kernels put out."""
+    mixer.config._attn_implementation = TRITON
+    return mixer(*inputs)[0]
 
 
 def results(
@@ -162,23 +160,17 @@ def check(bench: Bench) -> None:
                     ours = results(mixer, TRITON, tokens, layout, weight)
                     plain = results(mixer, "eager", tokens, layout, weight)
                     truth = results(mixer.double(), "eager", tokens.double(), layout, weight.double())
-                    worst, allowed, finite = 0.0, True, True
-                    plain_error = 0.0
-                    for name in truth:
-                        error, other = (
-                            relative_error(ours[name], truth[name]),
-                            relative_error(plain[name], truth[name]),
-                        )
-                        finite &= bool(ours[name].isfinite().all())
-                        allowed &= error <= 2 * other + torch.finfo(dtype).eps
-                        worst, plain_error = max(worst, error), max(plain_error, other)
+                    errors = {name: relative_error(ours[name], truth[name]) for name in truth}
+                    plain_errors = {name: relative_error(plain[name], truth[name]) for name in truth}
+                    # Written so that NaN fails as well.
+                    allowed = all(errors[name] <= 2 * plain_errors[name] + torch.finfo(dtype).eps for name in truth)
                     bench.row(
                         part="check",
                         case=f"{kind} {subset}, {layout_name}",
                         dtype=dtype_name,
-                        error=worst,
-                        error_plain=plain_error,
-                        ok=allowed and finite,
+                        error=max(errors.values()),
+                        error_plain=max(plain_errors.values()),
+                        ok=allowed,
                     )
 
 
@@ -197,22 +189,13 @@ def time_mixer(
 ) -> None:
     """Forward, and forward with backward, of a mixer in bfloat16."""
     mixer = mixer_of(layout, *sizes, **fields).to(bench.device, bench.half)
-    mixer.config._attn_implementation = TRITON
     tokens = torch.randn(batch, layout.num_tokens, sizes[0], device=bench.device, dtype=bench.half)
-    mask = mask_of(layout, tokens)
+    run = partial(output_of, mixer, tokens, layout, mask_of(layout, tokens))
     pairs = layout.num_tokens**2 / (2 if layout.causal else 1)
     per_pair = 2 * sizes[0] * sizes[1] * sizes[2] * len(fields["relative_projections"])
 
-    def forward() -> None:
-        with torch.no_grad():
-            mixer(tokens, layout, mask)
-
-    def both() -> None:
-        mixer.zero_grad()
-        mixer(tokens, layout, mask)[0].sum().backward()
-
-    for passes, run, factor in (("forward", forward, 1), ("forward+backward", both, 3)):
-        timing = bench.time(run)
+    for passes, factor in ((FORWARD, 1), (BOTH, 3)):
+        timing = bench.time(step(run, mixer.parameters(), backward=passes == BOTH))
         tflops = factor * batch * pairs * per_pair / timing["median_ms"] / 1e9
         bench.row(
             part="mixer", case=case, passes=passes, dtype=bench.half_name, tflops=tflops, share=tflops / peak, **timing
@@ -221,40 +204,25 @@ def time_mixer(
 
 def time_gathering(bench: Bench) -> None:
     """Against a matrix gathered per pair, as the published code does: 7 × 7, all of q, k, v."""
-    batch, layout, (hidden, heads, size) = 64, PairLayout.for_image(7, 7, 7, 7), (192, 3, 64)
-    if bench.dry:
-        batch, layout, (hidden, heads, size) = 2, PairLayout.for_image(2, 2, 2, 2), (8, 2, 4)
-    mixer = mixer_of(layout, hidden, heads, size, relative_projections="qkv").to(bench.device, bench.half)
+    batch, grid, hidden, size = (2, 2, 12, 4) if bench.dry else (64, 7, 192, 64)
+    layout = PairLayout.for_image(grid, grid, grid, grid)
+    mixer = mixer_of(layout, hidden, HEADS, size, relative_projections="qkv").to(bench.device, bench.half)
     tokens = torch.randn(batch, layout.num_tokens, hidden, device=bench.device, dtype=bench.half)
-    rows, reverse = (index.to(bench.device) for index in layout.offsets())
+    banks = {"q": mixer.q_bank, "k": mixer.k_bank, "v": mixer.v_bank}
+    ours = partial(output_of, mixer, tokens, layout)
 
-    def gathered(tokens: Tensor) -> Tensor:
-        query = (tokens[:, :, None, None, :] @ mixer.q_bank[reverse]).squeeze(-2)
-        key, value = ((tokens[:, None, :, None, :] @ bank[rows]).squeeze(-2) for bank in (mixer.k_bank, mixer.v_bank))
-        query, key, value = (pairs.unflatten(-1, (heads, -1)) for pairs in (query, key, value))
-        weights = ((query * key).sum(-1) * size**-0.5).softmax(2)
-        return mixer.o_proj((weights[..., None] * value).sum(2).flatten(2))
-
-    def ours(tokens: Tensor) -> Tensor:
-        mixer.config._attn_implementation = TRITON
-        return mixer(tokens, layout)[0]
-
-    def backward(run: Callable[[Tensor], Tensor]) -> None:
-        mixer.zero_grad()
-        run(tokens).sum().backward()
-
-    def forward(run: Callable[[Tensor], Tensor]) -> None:
-        with torch.no_grad():
-            run(tokens)
+    def gathered() -> Tensor:
+        return mixer.o_proj(with_gather(broadcast=True)(tokens, banks, layout))
 
     with torch.no_grad():
-        error = relative_error(ours(tokens), gathered(tokens).double())
+        error = relative_error(ours(), gathered())
     if error > 0.05:
         raise RuntimeError(f"gathering and the kernels differ by {error:.3g}: nothing is timed")
-    for passes, way in (("forward", forward), ("forward+backward", backward)):
-        timing = bench.time(partial(way, ours))
+    for passes in (FORWARD, BOTH):
+        steps = {run: step(run, mixer.parameters(), backward=passes == BOTH) for run in (ours, gathered)}
+        timing = bench.time(steps[ours])
         try:
-            baseline = bench.time(partial(way, gathered), 3)
+            baseline = bench.time(steps[gathered], 3)
             bench.row(part="gathering", case="7x7 qkv, gathered", passes=passes, dtype=bench.half_name, **baseline)
             timing["times_baseline"] = baseline["median_ms"] / timing["median_ms"]
         except torch.OutOfMemoryError:
@@ -269,30 +237,16 @@ def time_basis(bench: Bench) -> None:
         layout = PairLayout.for_text(length, length)
         mixer = mixer_of(layout, heads * size, heads, size, relative_projections="kv", offset_basis=8)
         mixer = mixer.to(bench.device, bench.half)
-        mixer.config._attn_implementation = TRITON
         tokens = torch.randn(batch, length, heads * size, device=bench.device, dtype=bench.half)
-        query, key, value = torch.randn(
-            3, batch, heads, length, size, device=bench.device, dtype=bench.half
-        ).requires_grad_()
-
-        def flash(heads=(query, key, value)) -> Tensor:
-            return nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-
-        def ours(mixer=mixer, tokens=tokens, layout=layout) -> Tensor:
-            return mixer(tokens, layout)[0]
-
-        for passes in ("forward", "forward+backward"):
-            timings = {}
-            for name, run in (("flash attention", flash), ("basis 8", ours)):
-
-                def step(run=run, passes=passes) -> None:
-                    if passes == "forward":
-                        with torch.no_grad():
-                            run()
-                    else:
-                        run().sum().backward()
-
-                timings[name] = bench.time(step, 5)
+        shape, options = (batch, heads, length, size), {"device": bench.device, "dtype": bench.half}
+        plain = [torch.randn(shape, **options, requires_grad=True) for _ in range(3)]
+        flash = partial(nn.functional.scaled_dot_product_attention, *plain, is_causal=True)
+        ours = partial(output_of, mixer, tokens, layout)
+        runs = {"flash attention": (flash, plain), "basis 8": (ours, [*mixer.parameters()])}
+        for passes in (FORWARD, BOTH):
+            timings = {
+                name: bench.time(step(run, inputs, backward=passes == BOTH), 5) for name, (run, inputs) in runs.items()
+            }
             ratio = timings["basis 8"]["median_ms"] / timings["flash attention"]["median_ms"]
             for name, timing in timings.items():
                 bench.row(part="basis", case=f"{name}, L {length}", passes=passes, dtype=bench.half_name, **timing, times_baseline=ratio if name == "basis 8" else None)  # fmt: skip
@@ -311,14 +265,14 @@ def time_training(bench: Bench) -> None:
     pixels = torch.randn(batch, 3, image, image, device=bench.device)
     labels = torch.randint(1000, (batch,), device=bench.device)
 
-    def step() -> None:
+    def update() -> None:
         with torch.autocast(bench.device.type, bench.half):
             loss = model(pixel_values=pixels, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    timing = bench.time(step, 5)
+    timing = bench.time(update, 5)
     if bench.device.type == "cuda":
         timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     bench.row(
@@ -335,7 +289,9 @@ def time_training(bench: Bench) -> None:
 def train_digits(bench: Bench) -> None:
     """Full Translution learns digits at random places."""
     try:
-        from studies.settings import IMAGE_FIELDS
+        from studies.examples import image_batches
+        from studies.runs import accuracy, classify, train
+        from studies.settings import IMAGE_FIELDS, SETTINGS
         from training.digits import DigitCanvases, digits_split
     except ImportError as error:
         bench.row(part="digits", case="dynamic", ok=False, note=f"not run: {error}")
@@ -345,25 +301,15 @@ def train_digits(bench: Bench) -> None:
     torch.manual_seed(0)
     fields = IMAGE_FIELDS | ({"patch_size": 8, "num_hidden_layers": 1} if bench.dry else {})
     model = TranslutionForImageClassification(TranslutionConfig(**fields, relative_projections="kv"))
-    model = model.to(bench.device).train()
+    model = model.to(bench.device)
     model.set_attn_implementation(TRITON)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    start, epochs = time.perf_counter(), 1 if bench.dry else 30
-    for epoch in range(epochs):
-        canvases = DigitCanvases(digits, "dynamic", epoch)
-        pixels, labels = canvases.pixel_values(), torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
-        for chosen in torch.randperm(len(labels)).split(4 if bench.dry else 64)[: 1 if bench.dry else None]:
-            loss = model(pixel_values=pixels[chosen].to(bench.device), labels=labels[chosen].to(bench.device)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    seconds = time.perf_counter() - start
-    canvases = DigitCanvases(held_out, "dynamic", 0)
-    labels = torch.tensor([canvases[i]["labels"] for i in range(len(canvases))])
-    with torch.no_grad():
-        pixels = canvases.pixel_values()[: 2 if bench.dry else None]
-        guessed = model.eval()(pixel_values=pixels.to(bench.device)).logits.argmax(-1).cpu()
-    right = (guessed == labels[: len(guessed)]).float().mean().item()
+    batch, epochs = (4, 1) if bench.dry else (64, 30)
+    steps = 1 if bench.dry else epochs * -(-len(digits) // batch)
+    batches = image_batches(DigitCanvases(digits, "dynamic"), 0, steps, batch)
+    moved = ({name: tensor.to(bench.device) for name, tensor in inputs.items()} for inputs in batches)
+    seconds, _ = train(model, moved, steps, 2e-3, SETTINGS)
+    test = DigitCanvases(held_out.first(2 if bench.dry else None), "dynamic")
+    right = accuracy(classify(model, test.pixel_values().to(bench.device)).cpu(), test.digits.labels) / 100
     bench.row(part="digits", case=f"dynamic, {epochs} epochs", accuracy=right, note=f"{seconds:.0f} s", ok=bench.dry or right > 0.5)  # fmt: skip
 
 

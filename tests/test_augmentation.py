@@ -19,7 +19,7 @@ def augmentation():
 
 @pytest.fixture(scope="module")
 def processor(augmentation):
-    return importlib.import_module("training.digits").digits_processor()
+    return importlib.import_module("digits_processor").digits_processor()
 
 
 def picture(width=24, height=20, seed=0):

@@ -40,7 +40,7 @@ def samples(scripts, folder, streaming):
     load, augmentation = scripts("training.image_data"), scripts("training.augmentation")
     data, _ = load.load_images(load.ImageDataArguments(train_dir=str(folder), streaming=streaming), False)
     transform = augmentation.ImageTransform(
-        scripts("training.digits").digits_processor(), augmentation.AugmentationArguments()
+        scripts("digits_processor").digits_processor(), augmentation.AugmentationArguments()
     )
     return list((augmentation.ImageStream if streaming else augmentation.ImageSamples)(data, transform))
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import demo
 import pytest
 import torch
+from digits_processor import digits_processor
 from huggingface_hub import ModelCard
 from PIL import Image
 from studies.examples import TokenBlocks, token_blocks
-from training.digits import DigitCanvases, digits_processor, digits_split
+from training.digits import DigitCanvases, digits_split
 from training.standard_library import read_texts, split_files, standard_library_files
 from training.tokenizer import END_OF_TEXT, train_tokenizer
 from transformers import pipeline

@@ -35,6 +35,7 @@ COMPARE = """
 import sys
 from torch.testing import assert_close
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification
 
 stored = load_file("sample.safetensors")
@@ -43,14 +44,18 @@ remote = {
 }
 import translution
 models = {**remote, "package": translution.TranslutionForImageClassification.from_pretrained("same")}
-spaces = {}
+spaces, flops = {}, {}
 for name, model in models.items():
-    assert_close(model(stored["input"]).logits, stored["zero" if name == "changed" else "logits"])
+    with FlopCounterMode(display=False) as counter:
+        logits = model(stored["input"]).logits
+    assert_close(logits, stored["zero" if name == "changed" else "logits"])
     package = type(model).__module__.rpartition(".")[0]
     registration = sys.modules.get(f"{package}.operators_registration") or sys.modules["translution.modeling.operators.registration"]
     spaces[name] = registration.namespace()
+    flops[name] = counter.get_flop_counts()["Global"][registration.operator("streamed_attention")]
 assert type(remote["changed"]).__module__.startswith("transformers_modules")
 assert spaces["same"] == spaces["package"] != spaces["changed"], spaces
+assert flops["same"] == flops["package"] == flops["changed"] > 0, flops
 """
 
 

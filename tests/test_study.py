@@ -11,10 +11,9 @@ import pytest
 import study
 import torch
 from studies.examples import TokenBlocks, digits_of, held_out_blocks, image_batches, text_batches
-from studies.flops import forward_flops
 from studies.report import MARKERS, Comparison, equal_size_table, results_table, write_between_markers
 from studies.rows import read_rows
-from studies.runs import TASKS, Run, key_of
+from studies.runs import TASKS, Run, forward_flops, key_of
 from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, SETTINGS, Settings
 from studies.variants import VARIANTS, build, count_parameters, model_fields
 from torch.utils.flop_counter import FlopCounterMode

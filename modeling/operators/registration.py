@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .flops import count_flops
+
 
 # A checkpoint's copy lies in one folder, beside the configuration's files. No operator depends on those.
 FLAT_NAME = "operators_registration"
@@ -77,6 +79,8 @@ def register_once(names: tuple[str, ...], register: Callable[[], None]) -> tuple
     """The operators of these names, which `register` defines unless an identical copy of the code has done so."""
     if not all(is_registered(name) for name in names):
         register()
+        for name in names:
+            count_flops(name, operator(name))
     return tuple(operator(name) for name in names)
 
 

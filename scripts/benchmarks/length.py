@@ -129,14 +129,12 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
 
 def draw(results: Path, picture: Path) -> None:
     """Time and memory of a forward and backward pass over the length, from the rows of a CSV."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     with results.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["suite"] == "length" and row["passes"] == BOTH]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for name in VARIANTS:
         points = [
             (int(row["case"].split("L ")[1].split(",")[0]), float(row["median_ms"]), float(row["peak_mib"] or "nan"))
@@ -154,4 +152,3 @@ def draw(results: Path, picture: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(picture, dpi=120)
-    pyplot.close(figure)

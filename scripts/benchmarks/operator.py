@@ -65,7 +65,7 @@ Banks = dict[str, Tensor]
 def attend(scores: Tensor, head_dim: int, layout: PairLayout) -> Tensor:
     scores = scores * head_dim**-0.5
     if layout.causal:
-        scores = scores.masked_fill(layout.offsets()[0] < 0, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(layout.offsets(scores.device)[0] < 0, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
 
 
@@ -94,7 +94,7 @@ def with_gather(broadcast: bool) -> Callable[..., Tensor]:
         return projected.unflatten(-1, (HEADS, -1))
 
     def run(tokens: Tensor, banks: Banks, layout: PairLayout) -> Tensor:
-        rows, reverse = (offsets.clamp(min=0) for offsets in layout.offsets())
+        rows, reverse = (offsets.clamp(min=0) for offsets in layout.offsets(tokens.device))
         query, key = (tokens.unsqueeze(axis).unflatten(-1, (HEADS, -1)) for axis in (2, 1))
         if "q" in banks:
             query = project(tokens.unsqueeze(2), banks["q"][reverse])

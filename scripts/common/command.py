@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import StrictDataclassError
@@ -30,6 +30,29 @@ def unknown_options(left: Iterable[str]) -> str:
     """The error message for arguments that no parser took."""
     found = [match[0] for match in (re.match(r"--?[A-Za-z][\w-]*", text) for text in left) if match]
     return f"Options must be those that --help lists; {', '.join(found) or 'a value without an option'} is not among them."
+
+
+def require(options: Any, name: str, allowed: Callable[[Any], bool], words: str) -> None:
+    """Checks an option that was given, one that is not None.
+
+    Args:
+        options: what has it as an attribute.
+        name: of the option.
+        allowed: whether a value may be.
+        words: what values may be.
+
+    Raises:
+        ValueError: for another value.
+    """
+    value = getattr(options, name)
+    if value is not None and not allowed(value):
+        raise ValueError(f"`{name}` must be {words}, got {value}.")
+
+
+def require_least(options: Any, **least: int) -> None:
+    """Checks that options that were given are no smaller than these numbers; errors as `require`."""
+    for name, number in least.items():
+        require(options, name, lambda value, number=number: value >= number, f"an integer of at least {number}")
 
 
 def run_command(

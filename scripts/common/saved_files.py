@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from translution.modeling.models.weight_files import read_index
 
 RUN, CARD = "run.json", "README.md"
 WEIGHTS, WEIGHTS_INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; errors as `open` and `json.loads`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of JSON, which is whole or as it was before; of what JSON does not know, the text."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def shards(folder: Path) -> list[str]:
@@ -42,20 +55,23 @@ def check_readable(weights: Path) -> None:
         raise ValueError(f"{weights} is damaged: {error}") from error
 
 
+def is_repo_id(text: str | None) -> bool:
+    """Whether a repository of the Hub may be called so, such as `user/name` or `imagenet-1k`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_model_name(name: str) -> None:
     """Checks that a name is that of a folder, or a possible name on the Hub, such as `user/name`.
 
     Raises:
         FileNotFoundError: if it is neither.
     """
-    if os.path.isdir(name):
+    if os.path.isdir(name) or ("/" in name and is_repo_id(name)):
         return
-    try:
-        validate_repo_id(name)
-        if "/" in name:
-            return
-    except HFValidationError:
-        pass
     raise FileNotFoundError(f"there is no folder {name!r}, and it is no name of a repository, such as user/name")
 
 

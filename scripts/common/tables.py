@@ -17,8 +17,8 @@ def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any
         writer.writerows(rows)
 
 
-def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of strings: the first column is left-aligned, the others are right-aligned."""
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> str:
+    """A table of strings: the first `texts` columns are aligned to the left, the others to the right."""
     columns = list(columns)
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    lines = [columns, ["---"] * texts + ["---:"] * (len(columns) - texts), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -6,18 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from common.tables import markdown
+from matplotlib.figure import Figure
 
 from studies.runs import Run, key_of
 from studies.settings import COMPARISONS, DYNAMIC
 from studies.variants import ATTENTION
-
-
-# A backend that needs no screen.
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 MARKERS = ("<!-- scripts/study.py writes from here -->", "<!-- to here -->")
@@ -193,8 +188,8 @@ def series(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def draw(found: list[Comparison], path: Path) -> None:
     """Draws results over numbers of parameters."""
-    figure, all_axes = plt.subplots(1, len(found), figsize=(7 * len(found), 6), layout="constrained", squeeze=False)
-    for comparison, axes in zip(found, all_axes.flat, strict=True):
+    figure = Figure(figsize=(7 * len(found), 6), layout="constrained")
+    for comparison, axes in zip(found, figure.subplots(1, len(found), squeeze=False).flat, strict=True):
         for name, models in series(comparison):
             style = STYLES[name]
             axes.errorbar(models["parameters"], models["mean"], models["std"], capsize=2, label=name, **style)
@@ -209,4 +204,3 @@ def draw(found: list[Comparison], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

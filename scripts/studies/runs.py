@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from common.hardware import hardware
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from training.digits import PLACEMENTS, DigitCanvases, digits_split
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
@@ -28,7 +30,6 @@ from studies.examples import (
     text_batches,
     text_tokens,
 )
-from studies.flops import forward_flops
 from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, Settings
 from studies.variants import VARIANTS, Variant, build, model_fields
 
@@ -185,6 +186,17 @@ def perplexity(model: PreTrainedModel, blocks: TokenBlocks) -> float:
     for batch in blocks.blocks.split(32):
         losses.append(model(input_ids=batch, labels=batch).loss.double() * len(batch))
     return math.exp(sum(losses).item() / len(blocks))
+
+
+def forward_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
+    """Operations of matrix products and convolutions in a forward pass: a multiplication and an addition are two.
+
+    The counter does not know every fused attention of PyTorch, which the math backend replaces.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**inputs)
+    return counter.get_total_flops()
 
 
 def run_images(run: Run) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common.command import unknown_options
+from common.command import require, require_least, unknown_options
 from common.saved_files import check_model_name
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -88,12 +88,8 @@ class RunArguments:
     )
 
     def __post_init__(self):
-        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise ValueError(
-                f"`early_stopping_patience` must be an integer of at least 1, got {self.early_stopping_patience}."
-            )
-        if self.co2_grams is not None and not 0 <= self.co2_grams < math.inf:
-            raise ValueError(f"`co2_grams` must be a number of at least 0, got {self.co2_grams}.")
+        require_least(self, early_stopping_patience=1)
+        require(self, "co2_grams", lambda grams: 0 <= grams < math.inf, "a number of at least 0")
 
 
 def parse_arguments(classes: Sequence[type], arguments: Sequence[str], description: str) -> tuple[Any, ...]:

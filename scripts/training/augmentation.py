@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from common.command import require
 from common.pictures import as_rgb, read_picture
 from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
@@ -50,20 +51,13 @@ class AugmentationArguments:
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 1 is common, 0 is none."})
 
     def __post_init__(self):
-        if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
-            raise ValueError(f"`crop_scale` must be more than 0 and at most 1, got {self.crop_scale}.")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"`flip_probability` must be at least 0 and at most 1, got {self.flip_probability}.")
+        require(self, "crop_scale", lambda share: 0 < share <= 1, "more than 0 and at most 1")
+        require(self, "flip_probability", lambda chance: 0 <= chance <= 1, "at least 0 and at most 1")
         # There are 15 operations, and none is drawn twice.
-        if not 0 <= self.rand_augment_ops <= 15:
-            raise ValueError(f"`rand_augment_ops` must be at least 0 and at most 15, got {self.rand_augment_ops}.")
-        if not 0 < self.rand_augment_magnitude < 30:
-            raise ValueError(
-                f"`rand_augment_magnitude` must be more than 0 and less than 30, got {self.rand_augment_magnitude}."
-            )
+        require(self, "rand_augment_ops", lambda count: 0 <= count <= 15, "at least 0 and at most 15")
+        require(self, "rand_augment_magnitude", lambda size: 0 < size < 30, "more than 0 and less than 30")
         for name in ("mixup_alpha", "cutmix_alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
+            require(self, name, lambda alpha: 0 <= alpha < math.inf, "at least 0 and finite")
 
 
 def seed_of(*parts: object) -> int:

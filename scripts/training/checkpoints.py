@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import zipfile
 from pathlib import Path
 
-from common.saved_files import WEIGHTS, WEIGHTS_INDEX, check_readable, shards
+from common.saved_files import WEIGHTS, WEIGHTS_INDEX, check_readable, read_json, shards
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def why_incomplete(checkpoint: Path) -> str | None:
     """Why training cannot be resumed from a checkpoint, or None if it can."""
     state = checkpoint / TRAINER_STATE
     try:
-        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+        step = read_json(state)["global_step"]
     except OSError:
         return f"there is no {TRAINER_STATE}"
     except (ValueError, KeyError, TypeError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from common.command import require, require_least
+
 
 DIGITS, STANDARD_LIBRARY = "digits", "stdlib"
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -35,11 +37,8 @@ class DataArguments:
     num_proc: int | None = field(default=None, metadata={"help": "Number of processes that prepare the data."})
 
     def __post_init__(self):
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"`validation_share` must be at least 0 and less than 1, got {self.validation_share}.")
-        for name in ("shuffle_buffer", "max_train_samples", "max_eval_samples", "num_proc"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {getattr(self, name)}.")
+        require(self, "validation_share", lambda share: 0 <= share < 1, "at least 0 and less than 1")
+        require_least(self, shuffle_buffer=1, max_train_samples=1, max_eval_samples=1, num_proc=1)
 
 
 @dataclass

@@ -14,7 +14,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import ViTImageProcessorPil
 
 
 DIGIT_SIZE = 8
@@ -93,30 +92,15 @@ class DigitCanvases(Dataset):
         canvas[top : top + DIGIT_SIZE, left : left + DIGIT_SIZE] = self.digits.images[index]
         return canvas
 
-    def picture(self, index: int) -> Image.Image:
-        """The canvas as a greyscale picture."""
-        return Image.fromarray(self.canvas(index).numpy())
-
     def pictures(self) -> list[Image.Image]:
         """All canvases as greyscale pictures."""
-        return [self.picture(index) for index in range(len(self))]
+        return [Image.fromarray(self.canvas(index).numpy()) for index in range(len(self))]
 
     def pixel_values(self) -> Tensor:
         """Model inputs of all canvases, `[N, 3, 16, 16]`."""
         return torch.stack([self[index]["pixel_values"] for index in range(len(self))])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        # The arithmetic of `digits_processor`, without converting to pictures and back at every step.
+        # The arithmetic of an image processor, without converting to pictures and back at every step.
         pixels = (self.canvas(index).float() / 255 - PIXEL_MEAN) / PIXEL_STD
         return {"pixel_values": pixels.expand(NUM_CHANNELS, -1, -1), "labels": self.digits.labels[index]}
-
-
-def digits_processor() -> ViTImageProcessorPil:
-    """Converts pictures to model inputs, resized to the canvas."""
-    return ViTImageProcessorPil(
-        size={"height": CANVAS_SIZE, "width": CANVAS_SIZE},
-        do_resize=True,
-        do_convert_rgb=True,
-        image_mean=[PIXEL_MEAN] * NUM_CHANNELS,
-        image_std=[PIXEL_STD] * NUM_CHANNELS,
-    )

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common.saved_files import CARD, RUN
+from common.saved_files import CARD, RUN, is_repo_id, read_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from translution import TranslutionConfig
 
@@ -107,7 +105,7 @@ def _describe_mixer(config: TranslutionConfig, mixer: str) -> str:
 def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     """What the Hub reads: YAML at the head of the card."""
     data, metrics = run.get("dataset") or {}, run.get("metrics") or {}
-    dataset_id = data.get("id") if _is_hub_id(data.get("id")) else None
+    dataset_id = data.get("id") if is_repo_id(data.get("id")) else None
     results = [
         EvalResult(
             task_type=run["task"],
@@ -141,15 +139,6 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     )
 
 
-def _is_hub_id(text: str | None) -> bool:
-    """Whether a dataset on the Hub may be called so, such as `user/name` or `imagenet-1k`."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
@@ -176,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the card is written from it.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(found, dict):

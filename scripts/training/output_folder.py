@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from common.saved_files import CARD, RUN
+from common.saved_files import CARD, RUN, read_json, write_json
 
 from training.checkpoints import CHECKPOINT, newest_checkpoint, why_incomplete
 from training.weights import has_weights
@@ -70,10 +69,7 @@ def claim_output_dir(
         if changes(folder, lasting):
             # Nothing is trained yet, or it would be refused; the tokenizer may be that of other data.
             shutil.rmtree(folder / LEFT_BEHIND, ignore_errors=True)
-        text = json.dumps({**arguments, LASTING: lasting}, indent=2, ensure_ascii=False, default=str)
-        partial = folder / f".{RUN_ARGUMENTS}"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, folder / RUN_ARGUMENTS)
+        write_json(folder / RUN_ARGUMENTS, {**arguments, LASTING: lasting})
     return checkpoint
 
 
@@ -87,7 +83,7 @@ def delete_run(folder: Path):
 def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The options by name whose value differs from that of an earlier call, with both values."""
     try:
-        earlier = json.loads((folder / RUN_ARGUMENTS).read_text(encoding="utf-8"))[LASTING]
+        earlier = read_json(folder / RUN_ARGUMENTS)[LASTING]
     except (OSError, ValueError, KeyError):
         return {}
     pairs = {name: (earlier[name], value) for name, value in lasting.items() if name in earlier}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from common.hardware import hardware
-from common.saved_files import RUN
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from common.saved_files import RUN, write_json
+from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
 
 import translution
 from training.arguments import (
@@ -110,7 +106,7 @@ class Run:
             PartialState().wait_for_everyone()
         else:
             source = self.find_weights()
-        transformers.set_seed(training.seed)
+        set_seed(training.seed)
         return None if source is None else str(source)
 
     def find_weights(self) -> Path | None:
@@ -223,9 +219,7 @@ class Run:
             "hardware": device_name(str(machine["device"])),
             "num_processes": self.training.world_size,
             "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                **{name: machine[name] for name in ("python", "torch", "transformers")},
                 "translution": translution.__version__,
             },
             "commit": None if machine["commit"] == "unknown" else machine["commit"],
@@ -236,10 +230,7 @@ class Run:
             "base_model": None if base is None or Path(base).exists() else base,
             "command": self.command,
         }
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        partial = self.folder / f".{RUN}"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.folder / RUN)
+        write_json(self.folder / RUN, report)
         write_model_card(self.folder)
 
 

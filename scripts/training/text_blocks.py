@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import torch
+from common.command import require_least
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
@@ -50,14 +51,7 @@ class BlockArguments:
 
     def __post_init__(self):
         # All bytes, and the end-of-text token.
-        if self.vocab_size < 257:
-            raise ValueError(f"`vocab_size` must be an integer of at least 257, got {self.vocab_size}.")
-        if self.block_size is not None and self.block_size < 2:
-            raise ValueError(f"`block_size` must be an integer of at least 2, got {self.block_size}.")
-        if self.tokenization_shards < 1:
-            raise ValueError(
-                f"`tokenization_shards` must be an integer of at least 1, got {self.tokenization_shards}."
-            )
+        require_least(self, vocab_size=257, block_size=2, tokenization_shards=1)
 
 
 class Packer:

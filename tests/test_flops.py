@@ -1,0 +1,185 @@
+"""PyTorch's `FlopCounterMode` counts the package's operators: as many operations as a loop over the pairs."""
+
+import importlib
+from collections import Counter
+
+import pytest
+import torch
+from small_models import make_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from translution import TranslutionForCausalLM, TranslutionForImageClassification
+from translution.modeling.operators import flops, registration
+from translution.modeling.operators.pair_autograd import pack
+from translution.modeling.operators.pair_layout import PairLayout
+
+
+BATCH, HIDDEN, HEADS, HEAD_DIM, LENGTH = 2, 12, 2, 8, 9
+INNER, MATRIX = HEADS * HEAD_DIM, HIDDEN * HEADS * HEAD_DIM
+
+
+def counted(model, **inputs):
+    """Operations of a forward and a backward pass of each of the package's operators, by its name."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).logits.sum().backward()
+    prefix = registration.namespace() + "."
+    found = {str(operator): number for operator, number in counter.get_flop_counts()["Global"].items()}
+    return {name.removeprefix(prefix): number for name, number in found.items() if name.startswith(prefix)}
+
+
+def text_model(variant, **fields):
+    torch.manual_seed(0)
+    return TranslutionForCausalLM(make_config("text", variant, num_hidden_layers=1, **fields))
+
+
+def image_model(variant, **fields):
+    torch.manual_seed(0)
+    return TranslutionForImageClassification(make_config("image", variant, num_hidden_layers=1, **fields))
+
+
+TOKENS = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 19
+PIXELS = torch.linspace(-1, 1, BATCH * 3 * 12 * 10).view(BATCH, 3, 12, 10)
+PATCHES = 1 + 3 * 2
+
+
+def text_distances():
+    return [i - j for i in range(LENGTH) for j in range(i + 1)]
+
+
+@pytest.mark.parametrize("variant", ["full-qkv", "full-kv", "full-v"])
+def test_full_translution_of_an_image(variant):
+    banks = len(variant.removeprefix("full-"))
+    forward = backward = 0
+    for _ in range(BATCH * PATCHES**2):
+        # A vector times its matrix for each bank; the inner product and the weighted sum.
+        forward += 2 * (banks * MATRIX + 2 * INNER)
+        # All but the weighted sum again, the gradient of the weight; then one of each of query, key and value, each by the
+        # matrix and the token of the pair where there is a bank.
+        backward += 2 * (banks * MATRIX + 2 * INNER + 3 * INNER + 2 * banks * MATRIX)
+    assert counted(image_model(variant), pixel_values=PIXELS) == {
+        "streamed_attention": forward,
+        "streamed_attention_backward": backward,
+    }
+
+
+@pytest.mark.parametrize("distance", [None, 3, 40])
+def test_full_translution_of_a_text(distance):
+    forward = backward = 0
+    for between in BATCH * text_distances():
+        matrices = 2 * MATRIX if distance is None or between < distance else 0
+        forward += 2 * (matrices + 2 * INNER)
+        backward += 2 * (3 * matrices + 5 * INNER)
+    assert counted(text_model("full-kv", max_relative_distance=distance), input_ids=TOKENS) == {
+        "streamed_attention": forward,
+        "streamed_attention_backward": backward,
+    }
+
+
+@pytest.mark.parametrize("distance", [None, 3])
+def test_grouped_pairs(distance):
+    """Attention dropout needs the square of probabilities, so scores and values are operators of their own."""
+    model = text_model("full-qkv", max_relative_distance=distance, attention_dropout=0.1).train()
+    expected = Counter()
+    for between in BATCH * text_distances():
+        if distance is None or between < distance:
+            expected["pair_scores"] += 2 * (2 * MATRIX + INNER)
+            expected["pair_values"] += 2 * (MATRIX + INNER)
+            # The gradient of the probabilities has the form of scores of values.
+            expected["pair_scores"] += 2 * (MATRIX + INNER)
+            # Queries and keys, each weighted and with the other's projection again; and values, whose other side has no bank.
+            expected["pair_scores_backward"] += 2 * (2 * (MATRIX + INNER + 2 * MATRIX) + INNER + 2 * MATRIX)
+    assert counted(model, input_ids=TOKENS) == expected
+
+
+def test_low_rank_pairs():
+    rank = 3 * HEADS
+    expected = Counter()
+    for _ in range(BATCH * PATCHES**2):
+        expected["pair_scores"] += 2 * (2 * rank**2 + rank) + 2 * (rank**2 + rank)
+        expected["pair_values"] += 2 * (rank**2 + rank)
+        expected["pair_scores_backward"] += 2 * (2 * (3 * rank**2 + rank) + rank + 2 * rank**2)
+    assert counted(image_model("lor-qkv"), pixel_values=PIXELS) == expected
+
+
+def test_basis():
+    factors = 3
+    expected = Counter()
+    for _ in range(BATCH * PATCHES**2):
+        for _ in range(factors):
+            for _ in range(factors):
+                # Of keys for every factor of queries; then queries, keys, and weights.
+                expected["basis_scores"] += 2 * INNER
+                expected["basis_backward"] += 3 * 2 * INNER
+            expected["basis_values"] += 2 * INNER
+            expected["basis_scores"] += 2 * INNER
+            expected["basis_backward"] += 2 * 2 * INNER
+    assert counted(image_model("basis-qkv"), pixel_values=PIXELS) == expected
+
+
+@pytest.mark.parametrize("past", [0, 4])
+@pytest.mark.parametrize("band", [None, 1, 3, 6, 40])
+def test_pairs_of_new_tokens(past, band):
+    layout = PairLayout.for_text(LENGTH, LENGTH, past=past, band=band)
+    pairs = int((layout.offsets()[0] >= 0).sum())
+    query, key = torch.zeros(BATCH, LENGTH - past, HIDDEN), torch.zeros(BATCH, LENGTH, INNER)
+    bank = torch.zeros(layout.num_offsets, HIDDEN, INNER)
+    with FlopCounterMode(display=False) as counter:
+        registration.operator("pair_scores")(query, key, bank, None, HEADS, pack(layout))
+    assert counter.get_total_flops() == 2 * BATCH * pairs * (MATRIX + INNER)
+
+
+@pytest.fixture
+def kernels():
+    """The operators of the CUDA kernels, of tensors without values: nothing is launched."""
+    pytest.importorskip("triton")
+    for name in ("triton_basis", "triton_pairs"):
+        importlib.import_module(f"translution.modeling.operators.{name}")
+    return registration.operator
+
+
+def empty(*shape):
+    return torch.empty(*shape, device="meta")
+
+
+def test_basis_kernel(kernels):
+    layout, size, dense = PairLayout.for_text(LENGTH, LENGTH), 4, 5
+    query, key, value = (empty(BATCH, HEADS, factors, LENGTH, size) for factors in (1, 3, 2))
+    key_mix, value_mix = empty(LENGTH, 3), empty(LENGTH, 2)
+    ones = [empty(BATCH, HEADS, LENGTH, dense) for _ in range(3)]
+    for dense_parts in (ones, [None] * 3):
+        given = (query, key, value, None, key_mix, value_mix, *dense_parts, None, 1.0, pack(layout))
+        with FlopCounterMode(display=False) as counter:
+            outputs = kernels("basis_attention")(*given)
+            kernels("basis_attention_backward")(*outputs[:2], *outputs, *given)
+        scores, values = 3 * size, 2 * size
+        if dense_parts is ones:
+            scores, values = scores + dense, values + dense
+        pairs = BATCH * HEADS * len(text_distances())
+        # Backward makes scores again and the gradients of both sides; gradients of the weights and of values.
+        assert counter.get_total_flops() == 2 * pairs * (scores + values) + 2 * pairs * (3 * scores + 2 * values)
+
+
+def test_pair_kernels_count_as_the_grouped_pairs(kernels):
+    layout = PairLayout.for_image(3, 2, 3, 2)
+    tokens, pairs = empty(BATCH, PATCHES, HIDDEN), empty(BATCH, HEADS, PATCHES, PATCHES)
+    bank = empty(layout.num_offsets, HIDDEN, INNER)
+    calls = {
+        "pair_scores": (tokens, tokens, bank, bank, HEADS, pack(layout)),
+        "pair_scores_backward": (pairs, tokens, tokens, bank, bank, pack(layout), False, True),
+        "pair_values": (pairs, tokens, bank, pack(layout)),
+    }
+    for name, arguments in calls.items():
+        totals = set()
+        for prefix in ("", "triton_"):
+            with FlopCounterMode(display=False) as counter:
+                kernels(f"{prefix}{name}")(*arguments)
+            totals.add(counter.get_total_flops())
+        assert len(totals) == 1
+        assert totals.pop() > 0
+
+
+def test_every_formula_belongs_to_an_operator(kernels):
+    """An operator without a formula cannot be registered."""
+    assert all(registration.is_registered(name) for name in flops.FORMULAS)
+    with pytest.raises(KeyError):
+        flops.count_flops("no_operator", torch.ops.aten.add)
