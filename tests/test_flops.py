@@ -9,7 +9,7 @@ from small_models import make_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from translution import TranslutionForCausalLM, TranslutionForImageClassification
-from translution.modeling.operators import flops, registration
+from translution.modeling.operators import dispatch, flops, registration
 from translution.modeling.operators.pair_autograd import pack
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -62,17 +62,58 @@ def test_full_translution_of_an_image(variant):
     }
 
 
-@pytest.mark.parametrize("distance", [None, 3, 40])
+@pytest.mark.parametrize("distance", [None, 40])
 def test_full_translution_of_a_text(distance):
     forward = backward = 0
-    for between in BATCH * text_distances():
-        matrices = 2 * MATRIX if distance is None or between < distance else 0
-        forward += 2 * (matrices + 2 * INNER)
-        backward += 2 * (3 * matrices + 5 * INNER)
+    for _ in BATCH * text_distances():
+        forward += 2 * (2 * MATRIX + 2 * INNER)
+        backward += 2 * (3 * 2 * MATRIX + 5 * INNER)
     assert counted(text_model("full-kv", max_relative_distance=distance), input_ids=TOKENS) == {
         "streamed_attention": forward,
         "streamed_attention_backward": backward,
     }
+
+
+def test_streamed_text_with_a_distance(monkeypatch):
+    monkeypatch.setattr(dispatch, "LOCAL", False)
+    forward = backward = 0
+    for between in BATCH * text_distances():
+        matrices = 2 * MATRIX if between < 3 else 0
+        forward += 2 * (matrices + 2 * INNER)
+        backward += 2 * (3 * matrices + 5 * INNER)
+    assert counted(text_model("full-kv", max_relative_distance=3), input_ids=TOKENS) == {
+        "streamed_attention": forward,
+        "streamed_attention_backward": backward,
+    }
+
+
+def expected_of_local(pairs, near, projections):
+    """Every pair has an inner product and a weighted sum, and two products of each in the backward pass, beside the scores of
+    far pairs again; every projection has one product, and two in the backward pass.
+    """
+    return {
+        "project_each": 2 * BATCH * projections * MATRIX,
+        "project_each_backward": 4 * BATCH * projections * MATRIX,
+        "local_attention": 2 * BATCH * pairs * 2 * INNER,
+        "local_attention_backward": 2 * BATCH * (pairs * 4 * INNER + (pairs - near) * INNER),
+    }
+
+
+@pytest.mark.parametrize("distance", [1, 3])
+def test_local_text(distance):
+    near = sum(between < distance for between in text_distances())
+    expected = expected_of_local(len(text_distances()), near, 2 * distance * LENGTH)
+    model = text_model("full-kv", max_relative_distance=distance)
+    assert counted(model, input_ids=TOKENS) == expected
+
+
+def test_local_image_with_shared_far_offsets():
+    patches = [(x, y) for x in range(3) for y in range(2)]
+    far = [max(abs(x - u), abs(y - v)) > 1 for x, y in patches for u, v in patches]
+    # Of 3 × 2 patches all near offsets exist; each patch looks at the class token as well, which is one more near pair.
+    expected = expected_of_local(len(far) + len(patches), len(far) - sum(far) + len(patches), 2 * 10 * len(patches))
+    model = image_model("full-kv", max_relative_distance=1, far_offsets="shared")
+    assert counted(model, pixel_values=PIXELS) == expected
 
 
 @pytest.mark.parametrize("distance", [None, 3])

@@ -52,7 +52,7 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
         own = None if heads is None else [merge_heads(heads[:, :, heads.shape[2] - count :])]
         sides.append(_join(own, relative, num_heads))
     far = None
-    if layout.num_tokens > layout.max_row_distance:
+    if layout.has_far_pairs:
         far = [_join_heads(heads, part) for heads, part in zip(dense, pairs.far(), strict=True)]
     near_bias = far_bias = None
     if mask.additive is not None:
@@ -102,7 +102,7 @@ def attend_image(
     keys, values = (parts if len(parts) == count else parts * count for parts in (keys, values))
     far = [part for pair in zip(keys, values, strict=True) for part in pair]
     far = [split_heads(part, num_heads) for part in (*query, *far)]
-    has_far = not layout.share_far or max(layout.height, layout.width) > layout.bank_height
+    has_far = layout.has_far_pairs or not layout.share_far
     output = local_attention(*sides, far if has_far else None, num_heads, scale, grid, near_bias, far_bias)
     return torch.cat((_of_class_token(pairs, image.matrices, dense, scale, mask, rotation), output), dim=1)
 

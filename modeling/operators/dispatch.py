@@ -7,7 +7,7 @@
 | Translution | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `local` | `local.py` | a distance with at most 64 matrices, 0 excluded in text; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
+| | `local` | `local.py` | a distance with at most 64 matrices that some pairs exceed, not 0 in text; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache; neither rotated nor shared far offsets |
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
@@ -43,7 +43,6 @@ from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
 from .far_columns import has_flash
 from .pair_layout import PairLayout, StepLayout
-from .streamed import has_far_pairs
 
 
 logger = logging.get_logger(__name__)
@@ -197,7 +196,7 @@ def _local_serves(call: Call) -> bool:
         return False
     # In a text without near pairs all are far. Clamped images take one attention for all kinds of keys, whose queries are the same.
     splits = layout.max_row_distance > 0 if layout.causal else layout.share_far or not call.relative_queries
-    return splits and (call.rotated or layout.num_offsets <= MAX_OFFSETS)
+    return splits and (call.rotated or (layout.has_far_pairs and layout.num_offsets <= MAX_OFFSETS))
 
 
 def _streaming_obstacle(call: Call) -> str:
@@ -213,7 +212,7 @@ def _streaming_obstacle(call: Call) -> str:
         return "attention dropout needs the square of weights"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
-    if has_far_pairs(layout) and not has_flash(call.device):
+    if layout.causal and layout.has_far_pairs and not has_flash(call.device):
         return "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
     return ""
 

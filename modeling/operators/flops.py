@@ -4,7 +4,7 @@
         model(**inputs).loss.backward()
 
 A formula is pairs times the products of one pair, as `reference.py` says them: of full Translution, each pair that exists has
-projections of its own, also where an implementation shares those of clamped offsets. Otherwise PyTorch's rules hold: a
+projections of its own, also where the grouped operators share those of clamped offsets. Otherwise PyTorch's rules hold: a
 multiplication and an addition are two operations, only matrix and inner products count, and a backward pass has one more product
 for each that it has to compute again.
 
@@ -97,6 +97,52 @@ def _basis_attention(query: Shape, key: Shape, value: Shape, *rest: Any, of_scor
     return 2 * prod(query[:2]) * _num_pairs(layout, key[3]) * (of_scores * scores + of_values * values)
 
 
+def project_each(tokens: Shape, matrices: Sequence[Shape]) -> int:
+    """Of each token every matrix."""
+    return 2 * prod(tokens[:2]) * sum(map(_matrix, matrices))
+
+
+def project_each_backward(gradients: Sequence[Shape], tokens: Shape, matrices: Sequence[Shape]) -> int:
+    """Two such products: one for tokens, one for matrices."""
+    return 2 * project_each(tokens, matrices)
+
+
+def local_attention(
+    queries: Sequence[Shape], keys: Any, values: Sequence[Shape], far: Sequence[Shape], *rest: Any
+) -> int:
+    """Of each pair, near or far, the inner product and the weighted sum; the projections are counted by `project_each`."""
+    every, _ = _local_pairs(queries, keys, values, far, rest[-1])
+    return 2 * queries[0][0] * every * (queries[0][-1] + values[0][-1])
+
+
+def local_attention_backward(gradient: Shape, output: Shape, logsumexp: Shape, weights: Shape, *rest: Any) -> int:
+    """Of each pair two products for each of the forward pass, and of far pairs their scores again."""
+    queries, keys, values, far = rest[:4]
+    every, near = _local_pairs(queries, keys, values, far, rest[-1])
+    again = (every - near) * queries[0][-1]
+    return 2 * queries[0][0] * (2 * every * (queries[0][-1] + values[0][-1]) + again)
+
+
+def _local_pairs(
+    queries: Sequence[Shape], keys: Sequence[Shape], values: Sequence[Shape], far: Sequence[Shape], layout: list[int]
+) -> tuple[int, int]:
+    """All pairs, and those that are not far: near ones, and those with one more key that all queries see."""
+    height, width, _, causal, bank_height = layout[:5]
+    if causal:
+        near = _num_pairs(layout, height)
+        tokens = far[1][2] if far else height
+        past = tokens - queries[0][1]
+        return (_triangle(tokens) - _triangle(past) if far else near), near
+    num_tokens, shares_far = height * width, layout[9]
+    near = 0
+    if shares_far:
+        near = prod(
+            sum(size - abs(step) for step in range(1 - size, size) if abs(step) < bank_height)
+            for size in (height, width)
+        )
+    return (num_tokens**2 if far else near) + num_tokens, near + num_tokens
+
+
 def _matrix(bank: Bank) -> int:
     """Products of a vector with a matrix of a bank."""
     return 0 if bank is None else bank[-2] * bank[-1]
@@ -104,7 +150,7 @@ def _matrix(bank: Bank) -> int:
 
 def _num_pairs(layout: list[int], num_tokens: int, whole: bool = False) -> int:
     """The pairs of a packed layout; `whole` for a text without its band."""
-    causal, past, band = layout[3], layout[-2], layout[-1]
+    causal, past, band = layout[3], layout[7], layout[8]
     if not causal:
         return num_tokens**2
     pairs = _triangle(num_tokens) - _triangle(past)
@@ -132,6 +178,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "basis_backward": basis_backward,
     "basis_attention": basis_attention,
     "basis_attention_backward": basis_attention_backward,
+    "project_each": project_each,
+    "project_each_backward": project_each_backward,
+    "local_attention": local_attention,
+    "local_attention_backward": local_attention_backward,
 }
 
 

@@ -139,6 +139,13 @@ class PairLayout:
             bank_length = max_relative_distance + 1
         return cls(length, 1, False, True, bank_length, 1, max_relative_distance is not None, past, band)
 
+    @property
+    def has_far_pairs(self) -> bool:
+        """Whether some pairs of a layout with a distance are too far apart for a matrix of their own."""
+        if self.causal:
+            return self.clamp and self.num_tokens > self.max_row_distance
+        return self.clamp and (self.height > self.bank_height or self.width > self.bank_width)
+
     def near(self, past: int) -> PairLayout:
         """The pairs of a clamped text that have a matrix of their own: the queries, and `past` tokens before them."""
         return replace(self, height=self.num_queries + past, past=past, band=self.bank_height - 1)

@@ -56,11 +56,6 @@ from .runs import (
 GROUP_ELEMENTS = 1 << 17
 
 
-def has_far_pairs(layout: PairLayout) -> bool:
-    """Whether some pairs of a text are as far apart as its distance, or further."""
-    return layout.causal and layout.clamp and layout.num_tokens > layout.max_row_distance
-
-
 def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
     group, elements = [], 0
     for block in made:
@@ -416,7 +411,7 @@ def streamed_attention(
         far: what queries, keys and values bring to the pairs of a text as far as the distance or further, `[B, A, L, e]`
             each: projections by the last matrix, or plain ones. Read for texts with a distance alone.
     """
-    if not has_far_pairs(layout):
+    if not (layout.causal and layout.has_far_pairs):
         far = (None, None, None)
     if layout.causal and layout.clamp:
         layout = layout.near(0)
@@ -435,4 +430,4 @@ def streamed_attention(
     return output
 
 
-__all__ = ["has_far_pairs", "streamed_attention"]
+__all__ = ["streamed_attention"]
