@@ -10,6 +10,7 @@ Suites:
     training    forward and backward of whole models
     length      a layer over texts of growing length, with and without a distance
     generation  tokens a second with and without a cache, against a GPT-2 of Transformers
+    local       local Translution against rotary attention of as many parameters: training steps, memory and generation
 
 Every row of the CSV carries the median and quartiles in milliseconds, the peak memory above the start in MiB, and hardware,
 threads, versions and commit. Times of different rows are comparable within one run alone.
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from benchmarks.generation import generation_suite
 from benchmarks.length import LENGTHS, draw, length_suite
+from benchmarks.local import local_suite
 from benchmarks.measuring import FIELDS
 from benchmarks.models import layer_suite, training_suite
 from benchmarks.operator import operator_suite
@@ -37,6 +39,7 @@ SUITES = {
     "training": training_suite,
     "length": length_suite,
     "generation": generation_suite,
+    "local": local_suite,
 }
 
 
@@ -86,6 +89,8 @@ def print_row(row: dict) -> None:
     for field, words in (
         ("times_floor", "× floor"),
         ("times_attention", "× attention"),
+        ("times_rotary", "× rotary attention"),
+        ("times_rotary_memory", "× its memory"),
         ("times_bound", "× bound"),
         ("times_gather", "× gather's speed"),
         ("times_published", "× gather-matmul's"),

@@ -12,14 +12,23 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from ..operators.heads import merge_heads, split_heads
 from ..operators.local import local_attention, project_each
 from ..operators.pair_autograd import accumulation_dtype
-from ..operators.pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, PairLayout
+from ..operators.pair_layout import (
+    CLASS_FROM_PATCH,
+    CLASS_TO_CLASS,
+    PATCH_FROM_CLASS,
+    PairLayout,
+    StepLayout,
+    distances,
+)
 from ..operators.rotary import patch_rotation, rotate, rotate_bank
+from .cache import remember, remember_recent
 from .masks import AttentionMask
-from .near_far import AllPairs, NearAndFarPairs, PairInputs
+from .near_far import AllPairs, NearAndFarPairs, PairInputs, pack_rotation
 
 
 DenseHeads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -61,6 +70,69 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
         distance = torch.arange(len(near.near_offsets()), device=far_bias.device)
         near_bias = _of_near(far_bias, query - distance)
     return local_attention(*sides, far, num_heads, scale, near, near_bias, far_bias)
+
+
+def attend_step(
+    tokens: Tensor,
+    query: Tensor | None,
+    banks: tuple[Tensor | None, Tensor, Tensor],
+    num_heads: int,
+    scale: float,
+    layout: StepLayout,
+    mask: AttentionMask,
+    rotation: tuple[Tensor, Tensor] | None,
+    cache: Cache,
+    layer_idx: int,
+) -> Tensor:
+    """`[B, 1, A·e]` of one new token with a cache, as `NearAndFarPairs` keeps it: far keys, and the last few keys, side by side.
+
+    Args:
+        tokens: `[B, 1, in]`, what the banks project.
+        query: its plain projection, `[B, 1, A·e]`, where queries have no bank.
+        banks: of queries, if they have one, keys and values, `[D + 1, in, A·e]`.
+        num_heads, scale, layout, mask: see `attend_text`.
+        rotation: cosines and sines of the token, `[B or 1, 1, 1, e]`, where queries and keys are rotated.
+        cache, layer_idx: what to remember it in.
+    """
+    distance, batch = layout.max_row_distance, len(tokens)
+    turns = None if rotation is None else pack_rotation(rotation, batch)
+    states, _, turns = remember_recent(cache, layer_idx, [tokens, None, turns], distance - 1)
+    # By distance, and once more itself, for all that are further away.
+    order = layout.once(
+        "near_order", lambda: torch.tensor([*reversed(range(distance)), distance - 1], device=tokens.device)
+    )
+    states = states.index_select(1, order).transpose(0, 1)
+    keys, values = (torch.bmm(states, bank).unflatten(-1, (num_heads, -1)) for bank in banks[1:])
+    queries = query.transpose(0, 1) if banks[0] is None else tokens.transpose(0, 1) @ banks[0]
+    queries = queries.unflatten(-1, (num_heads, -1))
+    if turns is not None:
+        own = turns[:, -1:].expand(-1, len(queries), -1)
+        cos, sin = torch.cat((own, turns.index_select(1, order)), dim=1).transpose(0, 1).unsqueeze(2).chunk(2, dim=-1)
+        both = rotate(torch.cat((queries, keys)), (cos, sin)).to(keys.dtype)
+        queries, keys = both.split([len(queries), len(keys)])
+    far_key, far_value = (part[-1].unsqueeze(2) for part in (keys, values))
+    (_, _, far_key, far_value), _ = remember(cache, layer_idx, [None, None, far_key, far_value], [])
+    far_key, far_value = far_key[:, :, : layout.num_tokens], far_value[:, :, : layout.num_tokens]
+    queries = queries * scale
+    far = queries[-1].unsqueeze(2) @ far_key.transpose(-1, -2)
+    if banks[0] is None:
+        near = queries[0].unsqueeze(2) @ keys[:-1].permute(1, 2, 3, 0)
+    else:
+        near = (queries[:-1] * keys[:-1]).sum(-1).permute(1, 2, 0).unsqueeze(2)
+    bias = layout.once("step_bias", lambda: _step_bias(layout, mask.additive))
+    scores = torch.cat((far, near), dim=-1) + bias
+    weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(values.dtype)
+    far, near = weights.split([far.shape[-1], distance], dim=-1)
+    return merge_heads(far @ far_value + near @ values[:-1].permute(1, 2, 0, 3))
+
+
+def _step_bias(layout: StepLayout, bias: Tensor) -> Tensor:
+    """What is added to the scores of far slots and of near distances, `[B or 1, A or 1, 1, L + D]`."""
+    lowest, distance = torch.finfo(bias.dtype).min, layout.max_row_distance
+    far = bias.masked_fill(distances(layout, bias.device) < distance, lowest)
+    near = layout.position - torch.arange(distance, device=bias.device)
+    of_near = bias.index_select(-1, near.clamp(min=0)).masked_fill(near < 0, lowest)
+    return torch.cat((far, of_near), dim=-1)
 
 
 def attend_image(
@@ -302,4 +374,4 @@ def _join_heads(own: Tensor | None, relative: Tensor | None) -> Tensor:
     return torch.cat((own, relative), dim=-1)
 
 
-__all__ = ["attend_image", "attend_text"]
+__all__ = ["attend_image", "attend_step", "attend_text"]

@@ -45,7 +45,7 @@ class Mixer(nn.Module):
         past_key_values: Cache | None = None,
         head_size: int | None = None,
         rotated: bool = False,
-        relative_queries: bool = False,
+        relative: str = "",
     ) -> Choice:
         """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`."""
         call = Call(
@@ -63,7 +63,7 @@ class Mixer(nn.Module):
             (self.training and self.attention_dropout > 0) or _is_learned(mask.additive),
             past_key_values is not None,
             rotated,
-            relative_queries,
+            relative,
         )
         return choose_path(call)
 

@@ -151,13 +151,11 @@ class NearAndFarPairs(AllPairs):
             return dense_key, dense_value
         turns = None
         if self.rotation is not None and cache is not None:
-            # Both halves of a head have the same angles.
-            halves = [part[:, 0].chunk(2, dim=-1)[0] for part in self.rotation]
-            turns = torch.cat(halves, dim=-1).expand(self.far_query.shape[0], -1, -1)
+            turns = pack_rotation(self.rotation, self.far_query.shape[0])
         key, value, turns = remember_recent(cache, layer_idx, [*self._inputs(), turns], self.window)
         self._extend(key, value)
         if turns is not None and self.near_rotation is not None:
-            self.near_rotation = tuple(torch.cat((half, half), dim=-1)[:, None] for half in turns.chunk(2, dim=-1))
+            self.near_rotation = tuple(part[:, None] for part in turns.chunk(2, dim=-1))
         return dense_key, dense_value
 
     def far(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -197,6 +195,11 @@ class NearAndFarPairs(AllPairs):
         return output + pair_operators(self.path).pair_values(near, *self.value, self.layout.near(self.window))
 
 
+def pack_rotation(rotation: tuple[Tensor, Tensor], batch: int) -> Tensor:
+    """Cosines and sines `[B or 1, 1, L, e]` as a cache keeps them of the last few tokens, `[B, L, 2·e]`."""
+    return torch.cat(rotation, dim=-1)[:, 0].expand(batch, -1, -1)
+
+
 def _far_heads(inputs: PairInputs | None, num_heads: int, rotation: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """The projection that a token has in all far pairs, by the last matrix of its bank, `[B, A, L, e]`."""
     if inputs is None:
@@ -210,4 +213,4 @@ def _far_heads(inputs: PairInputs | None, num_heads: int, rotation: tuple[Tensor
     return heads if rotation is None else rotate(heads, rotation).to(heads.dtype)
 
 
-__all__ = ["AllPairs", "NearAndFarPairs", "PairInputs"]
+__all__ = ["AllPairs", "NearAndFarPairs", "PairInputs", "pack_rotation"]

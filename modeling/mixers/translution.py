@@ -15,7 +15,7 @@ from ..operators.heads import merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.rotary import rotate, text_rotation
 from ..operators.streamed import streamed_attention
-from .local import attend_image, attend_text
+from .local import attend_image, attend_step, attend_text
 from .masks import ALL_VISIBLE, AttentionMask
 from .mixer import Mixer
 from .near_far import AllPairs, NearAndFarPairs, PairInputs
@@ -134,8 +134,10 @@ class TranslutionMixer(Mixer):
             past_key_values,
             self.bank_head_size,
             self.rotates_pairs,
-            "q" in self.relative,
+            self.relative,
         ).path
+        if path == "local_step":
+            return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
         pairs = self._pairs(path, hidden_states, layout, mask, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
         dense = (dense_query, dense_key, dense_value)
@@ -194,13 +196,38 @@ class TranslutionMixer(Mixer):
         self, pairs: AllPairs, dense: tuple[Tensor | None, Tensor | None, Tensor | None]
     ) -> Tensor:
         """`[B, L, C']`, in one pass over the pairs, from what queries, keys and values of these tokens bring to them."""
+        # A cache that has nothing yet puts zeros before the tokens.
         inputs = [
-            PairInputs(merge_heads(heads), None) if side is None else side
+            PairInputs(merge_heads(heads), None)
+            if side is None
+            else side._replace(tokens=side.tokens[:, -pairs.layout.num_queries :])
             for side, heads in zip((pairs.query, pairs.key, pairs.value), dense, strict=True)
         ]
         tokens, banks = zip(*inputs, strict=True)
         far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
         return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
+
+    def _attend_step(
+        self,
+        hidden_states: Tensor,
+        layout: StepLayout,
+        mask: AttentionMask,
+        rotation: tuple[Tensor, Tensor] | None,
+        past_key_values: Cache,
+    ) -> Tensor:
+        query, key, value = (self._pair_inputs(name, "local_step", hidden_states, layout) for name in "qkv")
+        return attend_step(
+            key.tokens,
+            query.tokens if query.bank is None else None,
+            (query.bank, key.bank, value.bank),
+            self.num_heads,
+            self.scaling,
+            layout,
+            mask,
+            rotation if self.rotates_pairs else None,
+            past_key_values,
+            self.layer_idx,
+        )
 
     def _local_attention(
         self,

@@ -4,7 +4,8 @@
 
 | layer | path | where | condition |
 | --- | --- | --- | --- |
-| Translution | `decode` | `decode.py` | one new token with a cache |
+| Translution | `local_step` | `mixers/local.py` | one new token with a cache and a distance, not 0; full, keys and values relative; a basis only where it is rotated |
+| | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
 | | `local` | `local.py` | a distance with at most 64 matrices that some pairs exceed, not 0 in text; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
@@ -80,7 +81,7 @@ class Call(NamedTuple):
         drops: whether attention dropout is on, or the mask is learned: both need the square of weights.
         cached: whether there is a cache.
         rotated: whether what banks project is rotated by position.
-        relative_queries: whether queries have a bank.
+        relative: which projections have a bank.
     """
 
     kind: str
@@ -96,7 +97,7 @@ class Call(NamedTuple):
     drops: bool = False
     cached: bool = False
     rotated: bool = False
-    relative_queries: bool = False
+    relative: str = ""
 
 
 class Choice(NamedTuple):
@@ -141,6 +142,9 @@ def _choose_path(call: Call) -> Choice:
         return Choice("sdpa", "PyTorch's fused attention")
     adds_tokens = isinstance(call.layout, StepLayout)
     if adds_tokens and call.layout.num_queries == 1:
+        layout = call.layout
+        if call.kind == "full" and layout.clamp and layout.max_row_distance > 0 and {"k", "v"} <= set(call.relative):
+            return Choice("local_step", "one new token with a cache and a distance")
         return Choice("decode", "one new token with a cache")
     if adds_tokens or (is_exporting() and say_what_serves()):
         reason = "a compiled step adds several tokens to a static cache" if adds_tokens else "the model is exported"
@@ -195,7 +199,7 @@ def _local_serves(call: Call) -> bool:
     if not LOCAL or not layout.clamp or call.drops or _insists(call.wish):
         return False
     # In a text without near pairs all are far. Clamped images take one attention for all kinds of keys, whose queries are the same.
-    splits = layout.max_row_distance > 0 if layout.causal else layout.share_far or not call.relative_queries
+    splits = layout.max_row_distance > 0 if layout.causal else layout.share_far or "q" not in call.relative
     return splits and (call.rotated or (layout.has_far_pairs and layout.num_offsets <= MAX_OFFSETS))
 
 

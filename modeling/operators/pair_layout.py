@@ -323,20 +323,20 @@ class StepLayout:
 
     def rows(self, device: torch.device) -> torch.Tensor:
         """Bank row of every slot, `[queries, slots]`; 0 where it is not filled."""
-        return self._once("rows", lambda: self.offsets(device)[0].clamp(min=0))
+        return self.once("rows", lambda: self.offsets(device)[0].clamp(min=0))
 
     def slot_distances(self, device: torch.device) -> torch.Tensor:
         """Distance of every slot, `[slots]`, clamped to those of `by_distance`; 0 where it is not filled."""
         reach = min(self.num_tokens, self.bank_height)
-        return self._once("slot_distances", lambda: distances(self, device)[0].clamp(0, reach - 1))
+        return self.once("slot_distances", lambda: distances(self, device)[0].clamp(0, reach - 1))
 
     def by_distance(self, device: torch.device) -> torch.Tensor:
         """Slot of the token at each distance that a bank tells apart, `[distances]`; 0 where no token is that far."""
         reach = min(self.num_tokens, self.bank_height)
-        return self._once("by_distance", lambda: (self.position - torch.arange(reach, device=device)).clamp(min=0))
+        return self.once("by_distance", lambda: (self.position - torch.arange(reach, device=device)).clamp(min=0))
 
-    def _once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        # Every layer of a step asks for the same few indices.
+    def once(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What every layer of a step asks for, made by the first."""
         if name not in self.known:
             self.known[name] = make()
         return self.known[name]

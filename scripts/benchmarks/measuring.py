@@ -21,7 +21,7 @@ from torch import Tensor
 FIELDS = [
     "suite", "case", "implementation", "passes", "median_ms", "lower_quartile_ms", "upper_quartile_ms", "repeats",
     "peak_mib", "times_floor", "times_attention", "times_bound", "times_gather", "times_published", "tokens_per_second",
-    "cache_bytes_per_token", "times_no_cache", "times_gpt2", "error", "dtype", "threads", "device", "torch", "transformers",
+    "cache_bytes_per_token", "times_no_cache", "times_gpt2", "parameters", "times_rotary", "times_rotary_memory", "error", "dtype", "threads", "device", "torch", "transformers",
     "python", "commit",
 ]  # fmt: skip
 FORWARD, BOTH = "forward", "forward+backward"
