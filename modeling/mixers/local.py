@@ -106,24 +106,33 @@ def attend_step(
     queries = query.transpose(0, 1) if banks[0] is None else tokens.transpose(0, 1) @ banks[0]
     queries = queries.unflatten(-1, (num_heads, -1))
     if turns is not None:
-        own = turns[:, -1:].expand(-1, len(queries), -1)
-        cos, sin = torch.cat((own, turns.index_select(1, order)), dim=1).transpose(0, 1).unsqueeze(2).chunk(2, dim=-1)
-        both = rotate(torch.cat((queries, keys)), (cos, sin)).to(keys.dtype)
-        queries, keys = both.split([len(queries), len(keys)])
+        # The same for all layers.
+        turns = layout.once("near_turns", lambda: _step_rotation(turns, order, len(queries)))
+        both = rotate(torch.cat((queries, keys)), turns.unbind()).to(keys.dtype)
+        queries, keys = both.split([len(queries), distance + 1])
     far_key, far_value = (part[-1].unsqueeze(2) for part in (keys, values))
     (_, _, far_key, far_value), _ = remember(cache, layer_idx, [None, None, far_key, far_value], [])
-    far_key, far_value = far_key[:, :, : layout.num_tokens], far_value[:, :, : layout.num_tokens]
-    queries = queries * scale
-    far = queries[-1].unsqueeze(2) @ far_key.transpose(-1, -2)
+    # Three dimensions, batch and heads as one: a product of four would be brought to three each time.
+    far_key, far_value = (part[:, :, : layout.num_tokens].flatten(0, 1) for part in (far_key, far_value))
+    near_value = values[:-1].permute(1, 2, 0, 3).flatten(0, 1)
+    far = torch.bmm(queries[-1].flatten(0, 1).unsqueeze(1), far_key.transpose(1, 2))
     if banks[0] is None:
-        near = queries[0].unsqueeze(2) @ keys[:-1].permute(1, 2, 3, 0)
+        near = torch.bmm(queries[0].flatten(0, 1).unsqueeze(1), keys[:-1].permute(1, 2, 3, 0).flatten(0, 1))
     else:
-        near = (queries[:-1] * keys[:-1]).sum(-1).permute(1, 2, 0).unsqueeze(2)
-    bias = layout.once("step_bias", lambda: _step_bias(layout, mask.additive))
-    scores = torch.cat((far, near), dim=-1) + bias
-    weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(values.dtype)
-    far, near = weights.split([far.shape[-1], distance], dim=-1)
-    return merge_heads(far @ far_value + near @ values[:-1].permute(1, 2, 0, 3))
+        near = (queries[:-1] * keys[:-1]).sum(-1).flatten(1).t().unsqueeze(1)
+    scores = torch.cat((far, near), dim=-1).unflatten(0, (batch, num_heads))
+    scores = torch.add(layout.once("step_bias", lambda: _step_bias(layout, mask.additive)), scores, alpha=scale)
+    weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(values.dtype).flatten(0, 1)
+    far, near = weights.split([weights.shape[-1] - distance, distance], dim=-1)
+    output = torch.baddbmm(torch.bmm(near, near_value), far, far_value)
+    return output.view(batch, 1, -1)
+
+
+def _step_rotation(turns: Tensor, order: Tensor, num_queries: int) -> Tensor:
+    """Cosines and sines of the query, as often as there are queries, and of the keys by distance, `[2, …, B, 1, e]`."""
+    own = turns[:, -1:].expand(-1, num_queries, -1)
+    each = torch.cat((own, turns.index_select(1, order)), dim=1)
+    return each.unflatten(-1, (2, -1)).permute(2, 1, 0, 3).unsqueeze(3).contiguous()
 
 
 def _step_bias(layout: StepLayout, bias: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ products of two slices, one number per token and head. The two are merged by the
 exists; what a pair needs is projected once per token and offset, since the tokens are the same for all queries.
 
 Images with clamped offsets have far pairs of several kinds: by which side of the query's row, and of its column, a key lies on.
-A row of queries is one attention to the rows on each side, whose tokens are keys once for each kind of column, all but one hidden.
+Several rows of queries are one attention to rows that lie on one side of all of them, whose tokens are keys once for each kind of
+column, all but one hidden: such squares of rows, each half as large as the one before, are all pairs.
 
 Legend: `B` batch, `N` tokens of a grid (text: `L × 1`), `A` heads, `e` features per head, `T` near terms.
 """
@@ -53,6 +54,16 @@ def _inputs(far: Sequence[Tensor], block: _FarBlock) -> tuple[tuple[Tensor, slic
     """Queries, keys and values of a block, and where it has them."""
     key, value = far[1 + 2 * block.source : 3 + 2 * block.source]
     return (far[0], block.queries), (key, block.keys), (value, block.keys)
+
+
+def _apart(heads: Tensor, rows: int) -> Tensor:
+    """`[B, A, rows·n, e]` to `[B·rows, A, n, e]`."""
+    return heads if rows == 1 else heads.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _together(heads: Tensor, rows: int) -> Tensor:
+    """The way back."""
+    return heads if rows == 1 else heads.unflatten(0, (-1, rows)).transpose(1, 2).flatten(2, 3)
 
 
 def _merge(output: Tensor, logsumexp: Tensor, found: Tensor, other: Tensor, first: bool) -> None:
@@ -105,13 +116,17 @@ def _at(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
 
 
 class _FarBlock(NamedTuple):
-    """Far pairs that one attention serves: of which source, queries, keys, whether causal, and the bias of what is hidden."""
+    """Far pairs that one attention serves: of which source, queries, keys, whether causal, and the bias of what is hidden.
+
+    Of several `rows`, queries and keys are so many parts of one size, and each part of the queries attends to its own keys.
+    """
 
     source: int
     queries: slice
     keys: slice
     causal: bool = False
     bias: Tensor | None = None
+    rows: int = 1
 
 
 def _far_blocks(far: Sequence[Tensor], bias: Tensor | None, layout: PairLayout) -> Iterator[_FarBlock]:
@@ -142,21 +157,47 @@ def _clamped_blocks(query: Tensor, bias: Tensor | None, layout: PairLayout) -> I
     """One source for each clamped row offset; a token of it is a key for each clamped column offset, one after the other."""
     height, width, distance = layout.height, layout.width, layout.max_row_distance
     kinds = 2 * distance + 1
+    if distance == 0:
+        # All pairs of patches share one matrix.
+        everything = slice(0, height * width)
+        yield _FarBlock(0, everything, everything, False, bias if bias is None else bias.to(query.dtype))
+        return
     column = torch.arange(width, device=query.device)
     between = (column[:, None] - column).clamp(-distance, distance) + distance
     other = between[:, None, :, None] != torch.arange(kinds, device=query.device)
+
+    def block(source: int, row: int, key_row: int, rows: int, key_rows: int, apart: bool = False) -> _FarBlock:
+        queries = slice(row * width, (row + rows) * width)
+        keys = slice(key_row * width, (key_row + key_rows) * width)
+        added = None if bias is None else bias[:, :, queries, keys].repeat_interleave(kinds, dim=-1)
+        size = (1, 1) if apart else (rows, key_rows)
+        hidden = other.expand(-1, size[1], -1, -1).flatten(1).repeat(size[0], 1)
+        keys = slice(keys.start * kinds, keys.stop * kinds)
+        return _FarBlock(source, queries, keys, False, _hide(hidden, added, query), rows if apart else 1)
+
     for source in range(kinds):
-        for row in range(height):
-            start, stop = layout.key_rows(row, source - distance)
-            if start >= stop:
-                continue
-            queries = slice(row * width, (row + 1) * width)
-            added = None
-            if bias is not None:
-                added = bias[:, :, queries, start * width : stop * width].repeat_interleave(kinds, dim=-1)
-            hidden = other.expand(-1, stop - start, -1, -1).flatten(1)
-            keys = slice(start * width * kinds, stop * width * kinds)
-            yield _FarBlock(source, queries, keys, False, _hide(hidden, added, query))
+        step = source - distance
+        first, key_first, count = max(step, 0), max(-step, 0), height - abs(step)
+        if count > 0 and bias is None:
+            yield block(source, first, key_first, count, count, apart=True)
+        elif count > 0:
+            yield from (block(source, first + row, key_first + row, 1, 1) for row in range(count))
+        if abs(step) == distance:
+            for (row, rows), (key_row, key_rows) in _beyond(0, count, step):
+                yield block(source, first + row, key_first + key_row, rows, key_rows)
+
+
+def _beyond(start: int, count: int, step: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows of queries and of keys, start and number, that together are all pairs whose keys come earlier, or later if `step` is
+    negative: squares of half the rows, then of a quarter, and so on.
+    """
+    if count < 2:
+        return
+    half = count // 2
+    lower, upper = (start, half), (start + half, count - half)
+    yield (upper, lower) if step > 0 else (lower, upper)
+    yield from _beyond(*lower, step)
+    yield from _beyond(*upper, step)
 
 
 def _hide(hidden: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -194,9 +235,10 @@ def _forward(
         near_scores += near_bias
     output = like.new_zeros(batch, count, features, dtype=wide)
     for block in _far_blocks(far, far_bias, layout) if far else ():
-        inputs = (part[:, :, place] for part, place in _inputs(far, block))
+        inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
         found, logsumexp = attention(*inputs, scale, block.causal, block.bias)
-        _merge(output[:, block.queries], scores[-1, :, block.queries], found, logsumexp, first=block.source == 0)
+        found, logsumexp = _together(found, block.rows), _together(logsumexp.unsqueeze(-1), block.rows).squeeze(-1)
+        _merge(output[:, block.queries], scores[-1, :, block.queries], found, logsumexp, first=len(far) == 3)
     logsumexp = scores.logsumexp(0)
     weights = scores.sub_(logsumexp).exp_()
     _by_head(output, num_heads).mul_(weights[-1].unsqueeze(-1))
@@ -257,18 +299,14 @@ def _backward(
     far_gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
     received, whole = (split_heads(part, num_heads) for part in (gradient, output))
     for block in _far_blocks(far, far_bias, layout) if far else ():
-        own = block.queries
-        pieces = attention_backward(
-            received[:, :, own],
-            *(part[:, :, place] for part, place in _inputs(far, block)),
-            whole[:, :, own],
-            logsumexp.transpose(1, 2)[:, :, own],
-            scale,
-            block.causal,
-            block.bias,
+        given, found, sums = (
+            _apart(part[:, :, block.queries], block.rows)
+            for part in (received, whole, logsumexp.transpose(1, 2).unsqueeze(-1))
         )
+        inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
+        pieces = attention_backward(given, *inputs, found, sums.squeeze(-1), scale, block.causal, block.bias)
         for (target, place), piece in zip(_inputs(far_gradients, block), pieces, strict=True):
-            target[:, :, place] += piece
+            target[:, :, place] += _together(piece, block.rows)
     gradients = [
         [part.to(like.dtype) for part, like in zip(parts, given, strict=True)]
         for parts, given in zip(gradients, (queries, keys, values), strict=True)

@@ -257,13 +257,6 @@ class PairLayout:
         """
         return _near_offsets(self) if self.causal or self.share_far else ()
 
-    def key_rows(self, row: int, row_offset: int) -> tuple[int, int]:
-        """The first row, and the one after the last, of the keys that a row of queries has at a clamped row offset."""
-        distance = self.max_row_distance
-        start = 0 if row_offset == distance else row - row_offset
-        stop = self.height if row_offset == -distance else row - row_offset + 1
-        return max(start, 0), min(stop, self.height)
-
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the grouped order keeps each pair of the grid: by column shift, run, query row, query column.
 

@@ -21,8 +21,10 @@ def resample_offsets(table: Tensor, old: PairLayout, new: PairLayout | StepLayou
     Returns:
         `[new.num_offsets, …]`; `table` itself where both are made for the same distances.
     """
+    if old.causal:
+        return table
     sizes = [(2 * layout.max_row_distance + 1, 2 * layout.max_column_distance + 1) for layout in (old, new)]
-    if sizes[0] == sizes[1] or old.causal:
+    if sizes[0] == sizes[1]:
         return table
     grid, rest = table[: old.num_grid_offsets], table[old.num_grid_offsets :]
     return torch.cat((_bicubic(grid, *sizes), rest))
