@@ -1,6 +1,7 @@
 """Compares all mixers: at the same width, and with attention widened to the same number of parameters.
 
     python scripts/study.py --processes 2        # appends a row per run to scripts/results/study.csv; resumes if stopped
+    python scripts/study.py --study local --processes 2      # local Translution and its rivals, in a CSV of its own
     python scripts/study.py --report             # tables and figure of the rows so far
 
 Images: handwritten digits in the middle of a canvas ("static") or anywhere on it ("dynamic"). Text: the source text of
@@ -28,11 +29,15 @@ from studies.report import comparisons, draw, report, write_between_markers
 from studies.rows import append_row, read_rows
 from studies.runs import TASKS, Run, best_learning_rates, execute_all, key_of, plan, plan_tuning
 from studies.settings import DYNAMIC, SETTINGS, Settings
+from studies.variants import STUDIES
 from tqdm.auto import tqdm
 
 
 RESULTS = Path(__file__).parent / "results" / "study.csv"
-PAGE = Path(__file__).parents[1] / "docs" / "study.md"
+LOCAL_RESULTS = RESULTS.with_name("local_study.csv")
+DOCS = Path(__file__).parents[1] / "docs"
+# Where the tables of each study go.
+PAGES = {RESULTS: DOCS / "study.md", LOCAL_RESULTS: DOCS / "local_study.md"}
 
 
 def do_missing(runs: list[Run], path: Path, threads: int, processes: int, has_time: Callable[[], bool]):
@@ -49,8 +54,9 @@ def do_missing(runs: list[Run], path: Path, threads: int, processes: int, has_ti
 
 def plan_tests(args: argparse.Namespace, settings: Settings) -> list[Run]:
     """The test runs of all variants whose tuning is complete."""
-    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings)
-    return plan(args.seeds, args.text_seeds, settings, best_learning_rates(tuning, read_rows(args.output)))
+    variants = STUDIES[args.study]
+    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, variants)
+    return plan(args.seeds, args.text_seeds, settings, best_learning_rates(tuning, read_rows(args.output)), variants)
 
 
 def run_study(args: argparse.Namespace, settings: Settings):
@@ -61,7 +67,7 @@ def run_study(args: argparse.Namespace, settings: Settings):
     def has_time() -> bool:
         return args.limit_minutes is None or time.perf_counter() - start < 60 * args.limit_minutes
 
-    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings)
+    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, STUDIES[args.study])
     do_missing(tuning, args.output, args.threads, args.processes, has_time)
     # Tests of the variants that happen to be tuned would be no comparison.
     if has_time():
@@ -71,7 +77,7 @@ def run_study(args: argparse.Namespace, settings: Settings):
 def write_report(runs: list[Run], path: Path) -> str:
     """Draws the figure beside the CSV, writes the tables, and returns them.
 
-    The tables of `RESULTS` go into `PAGE`, those of another CSV into a Markdown file beside it.
+    Tables go into the page that `PAGES` names, those of another CSV into a Markdown file beside it.
 
     Raises:
         ValueError: if the CSV has no row of the runs.
@@ -80,8 +86,8 @@ def write_report(runs: list[Run], path: Path) -> str:
     if not found:
         raise ValueError(f"{path} has no rows of these settings yet.")
     text = report(found)
-    if path == RESULTS:
-        write_between_markers(PAGE, text)
+    if path in PAGES:
+        write_between_markers(PAGES[path], text)
     else:
         path.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(found, path.with_suffix(".png"))
@@ -92,7 +98,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="CSV with the rows")
+    parser.add_argument("--study", choices=STUDIES, default="mixers", help="which models")
+    parser.add_argument(
+        "--output", type=Path, help=f"CSV with the rows; {RESULTS.name} or {LOCAL_RESULTS.name} if not given"
+    )
     parser.add_argument("--report", action="store_true", help="only write tables and figure")
     parser.add_argument("--only", choices=TASKS, help="one of the tasks")
     parser.add_argument("--seeds", type=int, default=5, help="seeds for images")
@@ -104,6 +113,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--limit_minutes", type=float, help="start no run after this time")
     args = parser.parse_args(arguments)
+    if args.output is None:
+        args.output = LOCAL_RESULTS if args.study == "local" else RESULTS
     args.tasks = [args.only] if args.only else list(TASKS)
     return args
 

@@ -45,6 +45,7 @@ def small(monkeypatch):
 @pytest.fixture
 def args(tmp_path):
     return argparse.Namespace(
+        study="mixers",
         output=tmp_path / "results" / "study.csv",
         tasks=["images", "text"],
         seeds=2,

@@ -17,7 +17,7 @@ from studies.variants import ATTENTION
 
 MARKERS = ("<!-- scripts/study.py writes from here -->", "<!-- to here -->")
 NUMBERS = ["parameters", "forward_flops", "train_seconds", "cpu_seconds", *COMPARISONS, "perplexity"]
-TRANSLUTION = ("full", "LoR", "basis", "hybrid")
+TRANSLUTION = ("full", "LoR", "basis", "hybrid", "local")
 # Relative difference of sizes that still count as equal.
 EQUAL = 0.03
 
@@ -33,6 +33,7 @@ STYLES = {
     "LoR": {"fmt": "o", "color": "tab:orange"},
     "basis": {"fmt": "o", "color": "tab:red"},
     "hybrid": {"fmt": "o", "color": "tab:purple"},
+    "local": {"fmt": "o", "color": "tab:green"},
 }
 
 

@@ -105,14 +105,16 @@ def key_of(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in KEY)
 
 
-def plan_tuning(tasks: Iterable[str], seeds: int, settings: Settings) -> list[Run]:
+def plan_tuning(
+    tasks: Iterable[str], seeds: int, settings: Settings, variants: dict[str, list[Variant]] = VARIANTS
+) -> list[Run]:
     """The runs that tune every variant's learning rate."""
     length = {"images": None, "text": settings.text_lengths[0]}
     return [
         Run(task, variant, seed, rate, settings, length[task], "tuning")
         for task in tasks
         for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
-        for variant in VARIANTS[task]
+        for variant in variants[task]
         for rate in LEARNING_RATES[task]
     ]
 
@@ -132,7 +134,11 @@ def best_learning_rates(runs: list[Run], rows: list[dict[str, str]]) -> dict[tup
 
 
 def plan(
-    image_seeds: int, text_seeds: int, settings: Settings, learning_rates: dict[tuple[str, str], float]
+    image_seeds: int,
+    text_seeds: int,
+    settings: Settings,
+    learning_rates: dict[tuple[str, str], float],
+    variants: dict[str, list[Variant]] = VARIANTS,
 ) -> list[Run]:
     """The runs of all variants whose learning rate is known, seed by seed."""
     runs = []
@@ -140,7 +146,7 @@ def plan(
         cases = [("images", None)] if seed < image_seeds else []
         cases += [("text", length) for length in settings.text_lengths] if seed < text_seeds else []
         for task, length in cases:
-            for variant in VARIANTS[task]:
+            for variant in variants[task]:
                 if (rate := learning_rates.get((task, variant.name))) is not None:
                     runs.append(Run(task, variant, seed, rate, settings, length))
     return runs

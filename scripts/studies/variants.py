@@ -78,6 +78,59 @@ TEXT_VARIANTS = [
 ]
 VARIANTS = {"images": IMAGE_VARIANTS, "text": TEXT_VARIANTS}
 
+SHARED = {"far_offsets": "shared"}
+ROTARY = {"mixer_types": "rope_translution"}
+
+
+def local(name: str, projections: str, distance: int, **fields: Any) -> Variant:
+    return translution(f"local {name}", "local", projections, max_relative_distance=distance, **fields)
+
+
+LOCAL_IMAGE_VARIANTS = [
+    attention("rotary"),
+    local("kv, D 1, shared", "kv", 1, **SHARED),
+    local("kv, D 1, clamped", "kv", 1),
+    local("kv, D 1, shared, rotary", "kv", 1, **SHARED, **ROTARY),
+    local("kv, D 2, shared", "kv", 2, **SHARED),
+    local("v, D 1, shared", "v", 1, **SHARED),
+    local("kv, D 1, shared, first layer", "kv", 1, **SHARED, mixer_types=["translution"] + ["rope_attention"] * 2),
+    Variant("ACmix", "ACmix", {"mixer_types": "acmix"}),
+    Variant("convolution, then rotary", "hybrid", {"mixer_types": ["convolution"] + ["rope_attention"] * 2}),
+    *(
+        widened("rotary", f"local {name}")
+        for name in (
+            "kv, D 1, shared",
+            "kv, D 1, clamped",
+            "kv, D 2, shared",
+            "v, D 1, shared",
+            "kv, D 1, shared, first layer",
+        )
+    ),
+]
+LOCAL_TEXT_VARIANTS = [
+    attention("rotary"),
+    local("kv, D 3, rotary", "kv", 3, **ROTARY),
+    local("kv, D 1, rotary", "kv", 1, **ROTARY),
+    local("kv, D 7, rotary", "kv", 7, **ROTARY),
+    local("kv, D 3", "kv", 3),
+    local("v, D 3, rotary", "v", 3, **ROTARY),
+    local("basis 4 kv, D 4, rotary", "kv", 4, offset_basis=4, **ROTARY),
+    local("kv, D 3, rotary, first layer", "kv", 3, mixer_types=["rope_translution", "rope_attention"]),
+    *(
+        widened("rotary", f"local {name}")
+        for name in (
+            "kv, D 3, rotary",
+            "kv, D 1, rotary",
+            "kv, D 7, rotary",
+            "v, D 3, rotary",
+            "basis 4 kv, D 4, rotary",
+        )
+    ),
+    widened("rotary", "local kv, D 3, rotary, first layer"),
+]
+# Of each study, the variants of each task.
+STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text": LOCAL_TEXT_VARIANTS}}
+
 
 def task_fields(task: str, length: int | None, vocab_size: int) -> dict[str, Any]:
     """What the configs of all models of a task share."""
@@ -93,7 +146,8 @@ def model_fields(
     fields = {**task_fields(task, length, vocab_size), **variant.fields}
     if variant.widened_to is None:
         return fields
-    target = next(other for other in VARIANTS[task] if other.name == variant.widened_to)
+    known = [other for variants in STUDIES.values() for other in variants[task]]
+    target = next(other for other in known if other.name == variant.widened_to)
     return widen(fields, count_parameters(model_fields(task, target, length, vocab_size)))
 
 
