@@ -282,6 +282,7 @@ INVALID = {
     "modality": NOT_NAMES,
     "mixer_types": (*NOT_NAMES[1:], [], [None], ["attention"] * 9),
     "relative_projections": (*NOT_NAMES, "vk"),
+    "far_offsets": NOT_NAMES,
     **dict.fromkeys(("relative_rank", "offset_basis"), NOT_COUNTS),
     "max_relative_distance": [value for value in NOT_COUNTS if value != 0],
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"), (None, *NOT_COUNTS)),

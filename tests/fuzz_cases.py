@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-from translution.configuration.configuration_translution import MIXER_TYPES, POOLINGS, RELATIVE_PROJECTIONS
-from translution.modeling.operators import basis, dispatch, runs, streamed
+from translution.configuration.configuration_translution import (
+    FAR_OFFSETS,
+    MIXER_TYPES,
+    POOLINGS,
+    RELATIVE_PROJECTIONS,
+)
+from translution.modeling.operators import basis, dispatch, local, runs, streamed
 
 
 HEADS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
@@ -29,6 +34,8 @@ SWITCHES = {
     (runs, "NARROW"): (2, 33),
     (streamed, "GROUP_ELEMENTS"): (1, 1 << 17),
     (dispatch, "STREAM"): (True, True, False),
+    (dispatch, "LOCAL"): (True, True, False),
+    (local, "BIAS_ELEMENTS"): (1, 50, 1 << 22),
     (basis, "CHUNK_ELEMENTS"): (1, 100, 1 << 20),
 }
 
@@ -107,7 +114,9 @@ def draw_fields(rng: random.Random) -> dict[str, Any]:
         "hidden_act": rng.choice(["gelu", "silu", "tanh"]),
         "initializer_range": 0.3,
     }
-    if "rope_translution" in mixers and fields["relative_rank"] is None:
+    if fields["max_relative_distance"] is not None:
+        fields["far_offsets"] = rng.choice(FAR_OFFSETS)
+    elif "rope_translution" in mixers and fields["relative_rank"] is None:
         fields["relative_projections"] = "v"
     if modality == "text":
         length = rng.randint(1, rng.choice([12, 12, 12, 40]))

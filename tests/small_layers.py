@@ -26,6 +26,7 @@ def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **field
         patch_size=1,
         max_position_embeddings=layout.bank_height,
         max_relative_distance=layout.bank_height - 1 if layout.clamp else None,
+        far_offsets="shared" if layout.share_far else "clamped",
         relative_projections=subset,
         relative_rank=rank,
         **fields,

@@ -34,6 +34,13 @@ VARIANTS = {
     "basis-qkv": {"relative_projections": "qkv", "offset_basis": 3},
     "basis-kv-clamped": {"relative_projections": "kv", "offset_basis": 2, "max_relative_distance": 1},
     "basis-lor-qv": {"relative_projections": "qv", "offset_basis": 2, "relative_rank": 3},
+    "local-shared": {"relative_projections": "kv", "max_relative_distance": 1, "far_offsets": "shared"},
+    "local-rotary": {
+        "mixer_types": "rope_translution",
+        "relative_projections": "qkv",
+        "max_relative_distance": 2,
+        "far_offsets": "shared",
+    },
     "hybrid-all": {
         "num_hidden_layers": 8,
         "mixer_types": list(MIXER_TYPES),

@@ -21,6 +21,7 @@ DEFAULTS = {
     "relative_rank": None,
     "offset_basis": None,
     "max_relative_distance": None,
+    "far_offsets": "clamped",
     "use_absolute_position_embeddings": False,
     "kernel_size": 3,
     "rope_theta": 10000.0,
@@ -69,6 +70,7 @@ UNUSUAL = {
         "relative_projections": "qv",
         "relative_rank": 3,
         "max_relative_distance": 0,
+        "far_offsets": "shared",
         "use_absolute_position_embeddings": True,
         "kernel_size": 5,
         "rope_theta": 100.0,
@@ -134,6 +136,51 @@ def test_from_size_fields_override():
 
 def test_from_size_unknown():
     assert_rejected(("`size`", "'huge'", *map(repr, SIZES)), TranslutionConfig.from_size, "huge")
+
+
+LOCAL = {
+    "image": {"mixer_types": "translution", "max_relative_distance": 1, "far_offsets": "shared"},
+    "text": {"mixer_types": "rope_translution", "max_relative_distance": 3, "far_offsets": "clamped"},
+}
+
+
+@pytest.mark.parametrize("modality", LOCAL)
+@pytest.mark.parametrize("size", SIZES)
+def test_from_size_local(size, modality):
+    config = TranslutionConfig.from_size(size, "local", modality=modality)
+    expected = TranslutionConfig.from_size(size, modality=modality, relative_projections="kv", **LOCAL[modality])
+    assert config.to_dict() == expected.to_dict()
+    assert config.max_relative_distance == LOCAL[modality]["max_relative_distance"]
+    # As a keyword too, and images where no modality is named.
+    assert TranslutionConfig.from_size(size, preset="local", modality=modality).to_dict() == config.to_dict()
+    assert (
+        TranslutionConfig.from_size(size, "local").to_dict()
+        == TranslutionConfig.from_size(size, "local", modality="image").to_dict()
+    )
+    assert (
+        TranslutionConfig.from_size(size, None, modality=modality).to_dict()
+        == TranslutionConfig.from_size(size, modality=modality).to_dict()
+    )
+
+
+def test_from_size_local_fields_override():
+    fields = {"relative_projections": "qkv", "max_relative_distance": 2, "num_hidden_layers": 2, "relative_rank": 4}
+    config = TranslutionConfig.from_size("tiny", "local", modality="text", **fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert config.mixer_types == ["rope_translution"] * 2
+    mixers = ["attention", "translution"]
+    assert TranslutionConfig.from_size("tiny", "local", num_hidden_layers=2, mixer_types=mixers).mixer_types == mixers
+
+
+def test_from_size_local_errors():
+    from_size = TranslutionConfig.from_size
+    assert_rejected(("`preset`", "None", "'local'", "got 'global'"), from_size, "tiny", "global")
+    assert_rejected(("`size`", "'huge'", *map(repr, SIZES)), from_size, "huge", "local")
+    assert_rejected(("`modality`", "'video'", "'image'", "'text'"), from_size, "tiny", "local", modality="video")
+    words = ("`far_offsets` 'shared'", "`max_relative_distance`", "got None")
+    assert_rejected(words, from_size, "tiny", "local", max_relative_distance=None)
+    words = ("`mixer_types`", "'rope_translution'", "`max_relative_distance`")
+    assert_rejected(words, from_size, "tiny", "local", modality="text", max_relative_distance=None)
 
 
 @pytest.mark.parametrize("modality", UNUSUAL)
@@ -218,6 +265,14 @@ BAD_VALUES = {
     "mixers-too-many": (
         {"mixer_types": ["attention"] * 3, "num_hidden_layers": 2},
         ("`mixer_types`", "`num_hidden_layers` is 2", "got 3", "'attention'"),
+    ),
+    "far-offsets-unknown": (
+        {"max_relative_distance": 1, "far_offsets": "same"},
+        ("`far_offsets`", "'same'", "'clamped'", "'shared'"),
+    ),
+    "far-offsets-without-a-distance": (
+        {"far_offsets": "shared"},
+        ("`far_offsets` 'shared'", "`max_relative_distance`", "integer", "got None"),
     ),
     "offset-basis-zero": ({"offset_basis": 0}, ("`offset_basis`", "got 0", "at least 1")),
     "distance-negative": ({"max_relative_distance": -1}, ("`max_relative_distance`", "got -1", "at least 0")),
@@ -306,7 +361,10 @@ BAD_VALUES = {
     **{
         f"rope-full-{subset}": (
             {"mixer_types": "rope_translution", "relative_projections": subset},
-            ("`mixer_types`", "'rope_translution'", "`relative_rank`", "`relative_projections`", repr(subset), "'v'"),
+            (
+                *("`mixer_types`", "'rope_translution'", "`relative_rank`", "`max_relative_distance`"),
+                *("`relative_projections`", repr(subset), "'v'"),
+            ),
         )
         for subset in SUBSETS
         if subset != "v"
@@ -322,9 +380,19 @@ def test_bad_value(case):
 
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("rank", [None, 2])
-def test_rope_translution_combinations(subset, rank):
-    fields = {"mixer_types": "rope_translution", "relative_projections": subset, "relative_rank": rank}
-    if rank is None and subset != "v":
+@pytest.mark.parametrize("distance", [None, 0, 3])
+@pytest.mark.parametrize("basis", [None, 2])
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_rope_translution_combinations(modality, basis, distance, rank, subset):
+    fields = {
+        "modality": modality,
+        "mixer_types": "rope_translution",
+        "relative_projections": subset,
+        "relative_rank": rank,
+        "max_relative_distance": distance,
+        "offset_basis": basis,
+    }
+    if rank is None and distance is None and subset != "v":
         assert_rejected(("'rope_translution'", repr(subset)), TranslutionConfig, **fields)
     else:
         assert TranslutionConfig(**fields).mixer_types == ["rope_translution"] * 6
@@ -351,6 +419,7 @@ BAD_TYPES = {
     "relative_rank": ("8", "int"),
     "offset_basis": (True, "int"),
     "max_relative_distance": (1.5, "int"),
+    "far_offsets": (True, "str"),
     "use_absolute_position_embeddings": (1, "bool"),
     "kernel_size": ("3", "int"),
     "rope_theta": (True, "float"),

@@ -16,6 +16,9 @@ from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TEXT, IMAGE = PairLayout.for_text(9, 9), PairLayout.for_image(3, 4, 3, 4)
+FAR_TEXT, FAR_IMAGE = PairLayout.for_text(9, 9, 3), PairLayout.for_image(7, 8, 7, 8, 1, share_far=True)
+# More offsets with a matrix of their own than are worth keeping for a backward pass.
+WIDE_TEXT, WIDE_IMAGE = PairLayout.for_text(99, 99, 70), PairLayout.for_image(9, 9, 9, 9, 6, share_far=True)
 STEP, SEVERAL = StepLayout(4, 9, 9, False), StepLayout(4, 9, 9, False, num_queries=3)
 
 
@@ -45,11 +48,25 @@ ROWS = {
     "decode-basis": (call("basis", layout=STEP, cached=True), "decode", "one new token"),
     "several-tokens": (call(layout=SEVERAL, cached=True), "gathered", "static cache"),
     "several-tokens-basis": (call("basis", layout=SEVERAL, cached=True), "basis", "static cache"),
+    "local-text": (call(layout=FAR_TEXT), "local", "near pairs"),
+    "local-image": (call(layout=FAR_IMAGE), "local", "near pairs"),
+    "local-low-rank": (call("low_rank", FAR_IMAGE), "local", "near pairs"),
+    "local-basis": (call("basis", FAR_TEXT), "local", "near pairs"),
+    "local-mask": (call(layout=FAR_TEXT, masked=True, hides_pairs=True), "local", "near pairs"),
+    "local-past": (call(layout=PairLayout.for_text(9, 9, 3, past=2), cached=True), "local", "near pairs"),
+    "local-rotated": (call(layout=FAR_IMAGE, rotated=True), "local", "near pairs"),
+    "local-rotated-wide": (call(layout=WIDE_IMAGE, rotated=True), "local", "near pairs"),
+    "reference-rotated-dropout": (call(layout=FAR_IMAGE, rotated=True, drops=True), "reference", "no other path rotates"),
+    "grouped-rotated-dropout": (call(layout=FAR_TEXT, rotated=True, drops=True), "grouped", "dropout"),
+    "grouped-far-dropout": (call(layout=FAR_IMAGE, drops=True), "grouped", "dropout"),
     "basis": (call("basis"), "basis", "need a GPU"),
+    "basis-dropout": (call("basis", FAR_TEXT, drops=True), "basis", "need a GPU"),
     "streamed-text": (call(layout=TEXT), "streamed", "one pass"),
-    "streamed-far-text": (call(layout=PairLayout.for_text(9, 9, 3)), "streamed", "one pass"),
+    "streamed-far-text": (call(layout=PairLayout.for_text(9, 9, 0)), "streamed", "one pass"),
+    "streamed-wide-text": (call(layout=WIDE_TEXT), "streamed", "one pass"),
+    "streamed-wide-image": (call(layout=WIDE_IMAGE), "streamed", "one pass"),
     "streamed-image": (call(), "streamed", "one pass"),
-    "streamed-far-columns": (call(layout=PairLayout.for_image(7, 8, 7, 8, 2)), "streamed", "one pass"),
+    "streamed-far-columns": (call(layout=PairLayout.for_image(9, 10, 9, 10, 4)), "streamed", "one pass"),
     "grouped-low-rank": (call("low_rank", TEXT), "grouped", "low-rank"),
     "grouped-mask": (call(layout=TEXT, masked=True), "grouped", "a mask"),
     "grouped-dropout": (call(layout=TEXT, drops=True), "grouped", "dropout"),
@@ -80,9 +97,15 @@ ON_A_GPU = {
     "pair_kernels-low-rank": (call("low_rank", TEXT, CUDA, masked=True), "pair_kernels", "CUDA kernels"),
     "basis_kernel": (call("basis", device=CUDA), "basis_kernel", "one CUDA kernel"),
     "basis-dropout": (call("basis", device=CUDA, drops=True), "basis", "dropout"),
-    "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 3), CUDA, cached=True), "basis", "a cache"),
+    "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 0), CUDA, cached=True), "basis", "a cache"),
     "wide-heads": (call(device=CUDA)._replace(head_size=512), "streamed", "one pass"),
-    "far-text-without-flash": (call("full", PairLayout.for_text(9, 9, 3), CUDA)._replace(dtype=torch.float64), "grouped", "log-sum-exp"),
+    "far-text-without-flash": (call("full", WIDE_TEXT, CUDA)._replace(dtype=torch.float64), "grouped", "log-sum-exp"),
+    "local": (call(layout=FAR_TEXT, device=CUDA), "local", "near pairs"),
+    "local-not-insisted": (call(layout=FAR_TEXT, device=CUDA, wish=TRITON), "pair_kernels", "CUDA kernels"),
+    "local-dropout": (call(layout=FAR_TEXT, device=CUDA, drops=True), "pair_kernels", "CUDA kernels"),
+    "shared-dropout": (call(layout=FAR_IMAGE, device=CUDA, drops=True), "grouped", "dropout"),
+    "shared-basis-dropout": (call("basis", FAR_IMAGE, CUDA, drops=True), "basis", "dropout"),
+    "rotated-dropout": (call(layout=FAR_IMAGE, device=CUDA, drops=True, rotated=True), "reference", "no other path rotates"),
     "step": (call(layout=STEP, device=CUDA, cached=True), "decode", "one new token"),
     "eager": (call(device=CUDA, wish=EAGER), "reference", "eager"),
 }  # fmt: skip
@@ -107,8 +130,41 @@ def test_an_exported_model_has_plain_operations(kind, path, monkeypatch):
     assert choose_path(call("attention")).path == "sdpa"
 
 
+@pytest.mark.parametrize("source", ["argument", "variable"])
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"layout": FAR_IMAGE}, "far offsets share one matrix"),
+        ({"layout": FAR_TEXT, "rotated": True}, "what banks project is rotated"),
+        ({"kind": "basis", "layout": FAR_IMAGE}, "far offsets share one matrix"),
+    ],
+    ids=["shared", "rotated", "shared-basis"],
+)
+def test_kernels_that_do_not_know_a_layout_are_refused(fields, words, source, gpu):
+    if source == "variable":
+        gpu.setenv(dispatch.VARIABLE, "1")
+    with pytest.raises(ValueError, match=f"cannot be met: {words}"):
+        choose_path(call(device=CUDA, wish=TRITON if source == "argument" else AUTO, **fields))
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_a_mask_that_hides_tokens_of_a_wide_window_takes_the_square(device, gpu):
+    assert choose_path(call(layout=WIDE_IMAGE, device=device, masked=True)).path == "grouped"
+
+
+def test_switched_off_others_take_the_place_of_local(monkeypatch):
+    monkeypatch.setattr(dispatch, "LOCAL", False)
+    assert choose_path(call(layout=FAR_TEXT)).path == "streamed"
+    assert choose_path(call(layout=FAR_IMAGE)).path == "streamed"
+    assert choose_path(call("low_rank", FAR_IMAGE)).path == "grouped"
+    assert choose_path(call("basis", FAR_TEXT)).path == "basis"
+    assert choose_path(call(layout=FAR_IMAGE, rotated=True)).path == "reference"
+    assert choose_path(call(layout=FAR_TEXT, rotated=True)).path == "streamed"
+
+
 def test_without_pytorchs_attention_far_pairs_of_a_text_take_the_square(monkeypatch):
     monkeypatch.setattr(far_columns, "FLASH", None)
+    monkeypatch.setattr(dispatch, "LOCAL", False)
     assert choose_path(call(layout=PairLayout.for_text(9, 9, 3))).path == "grouped"
     # No pair of so short a text is far.
     assert choose_path(call(layout=PairLayout.for_text(3, 9, 3))).path == "streamed"
@@ -138,6 +194,11 @@ def test_the_readme_has_the_same_table():
         ("text", "full-kv", ["streamed", "streamed"]),
         ("text", "lor-qkv", ["grouped", "grouped"]),
         ("image", "basis-qkv", ["basis", "basis"]),
+        ("text", "full-clamped", ["local", "local"]),
+        ("text", "basis-kv-clamped", ["local", "local"]),
+        ("image", "local-shared", ["local", "local"]),
+        ("image", "local-rotary", ["local", "local"]),
+        ("text", "local-rotary", ["local", "local"]),
         ("image", "acmix", ["sdpa", "conv", "sdpa", "conv"]),
         ("text", "hybrid-full", ["streamed", "streamed", "sdpa", "sdpa"]),
         ("image", "relative-vector", ["products", "products"]),

@@ -40,8 +40,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "lor": {"mixer_types": "rope_translution", "relative_rank": 2, "relative_projections": "qkv"},
     "basis": {"offset_basis": 2, "relative_projections": "qkv"},
     "distance": {"max_relative_distance": 2, "relative_projections": "kv"},
+    "local": {"max_relative_distance": 1, "far_offsets": "shared", "relative_projections": "qkv"},
+    "local-rotary": {
+        "mixer_types": "rope_translution",
+        "max_relative_distance": 1,
+        "far_offsets": "shared",
+        "relative_projections": "kv",
+    },
     "distance-lor-basis": {"max_relative_distance": 1, "relative_rank": 2, "offset_basis": 2},
 }
+FAR = ["distance", "distance-lor-basis", "local-rotary"]
 # Sums of float32 in another order: some tens of units of rounding of logits of about 1.
 BOUNDS = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -92,6 +100,7 @@ def reference_logits(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tenso
 LAYOUTS = {
     "image": PairLayout.for_image(2, 3, 2, 3),
     "image-distance": PairLayout.for_image(3, 4, 3, 4, 1),
+    "image-shared": PairLayout.for_image(3, 4, 3, 4, 1, share_far=True),
     "text": PairLayout.for_text(5, 8),
     "text-distance": PairLayout.for_text(7, 7, 2),
     "text-past": PairLayout.for_text(6, 8, past=4),
@@ -106,12 +115,17 @@ def test_gathered_pairs_equal_the_reference(layout):
     def double(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64)
 
-    plain, inputs, banks = double(2, tokens, 6), double(2, tokens, 5), [double(rows, 5, 6) for _ in range(2)]
+    plain, inputs, banks = double(2, tokens, 8), double(2, tokens, 5), [double(rows, 5, 8) for _ in range(2)]
     for query_bank, key_bank in ((None, banks[1]), (banks[0], None), banks):
         query = (plain if query_bank is None else inputs)[:, tokens - queries :]
         arguments = (query, plain if key_bank is None else inputs, query_bank, key_bank, 2, layout)
         found, expected = (way.pair_scores(*arguments) for way in (gathered, reference))
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        # Rotations of a token are those of all rows of a batch, or of each.
+        for shape in ((tokens, 4), (2, 1, tokens, 4)) if layout.band is None else ():
+            rotation = (double(*shape), double(*shape))
+            found, expected = (way.pair_scores(*arguments, rotation) for way in (gathered, reference))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     arguments = (double(2, 2, queries, tokens), inputs, banks[0], layout)
     found, expected = (way.pair_values(*arguments) for way in (gathered, reference))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -252,7 +266,7 @@ def test_a_kept_tensor_would_be_found():
 # Compile
 
 
-@pytest.mark.parametrize("form", ["full", "basis", "distance"])
+@pytest.mark.parametrize("form", ["full", "basis", "distance", "local-rotary"])
 def test_one_graph_for_every_length(form):
     model = make_model("text", **FORMS[form])
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
@@ -263,8 +277,8 @@ def test_one_graph_for_every_length(form):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"mixer_types": ["rope_attention", "acmix"]}, FORMS["full"], FORMS["distance"], FORMS["distance-lor-basis"]],
-    ids=["attention", "full", "distance", "distance-lor-basis"],
+    [{"mixer_types": ["rope_attention", "acmix"]}, FORMS["full"], *(FORMS[name] for name in FAR)],
+    ids=["attention", "full", *FAR],
 )
 def test_several_tokens_into_a_static_cache(fields):
     """A graph cannot look at the cache's position, and so serves them all."""

@@ -10,6 +10,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 MODELS = {"image": AutoModelForImageClassification, "text": AutoModelForCausalLM}
 FULL = worker.FULL
+LOCAL = {
+    "local": {"max_relative_distance": 1, "far_offsets": "shared"},
+    "local-rotary": {"mixer_types": "rope_translution", "max_relative_distance": 1, "far_offsets": "shared"},
+}
+VARIANTS = {**worker.VARIANTS, **LOCAL}
 
 # The parameters of its own that each mixer has and PEFT can adapt: those of two or three axes.
 TARGETS = {
@@ -81,14 +86,19 @@ def test_a_new_head(checkpoint):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("variant", worker.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_another_resolution(variant, tmp_path):
     """For good or for one step: the first step has the same loss and the same gradients."""
-    model = worker.model_for("image", **worker.VARIANTS[variant]).double()
-    other = worker.model_for("image", **worker.VARIANTS[variant]).double()
+    model = worker.model_for("image", **VARIANTS[variant]).double()
+    other = worker.model_for("image", **VARIANTS[variant]).double()
+    before = {name: value.clone() for name, value in model.state_dict().items() if name.endswith("_bank")}
     labels = torch.tensor([1, 2])
     batch = {"pixel_values": torch.randn(2, 3, 24, 20, dtype=torch.float64), "labels": labels}
     model.model.resize_image([24, 20])
+    if model.config.max_relative_distance is not None:
+        # A bank made for a distance serves every grid as it is.
+        assert before
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     losses = train(model, batch)
     assert losses[-1] < losses[0]
     interpolated = train(other, batch, interpolate_pos_encoding=True)
@@ -100,18 +110,19 @@ def test_another_resolution(variant, tmp_path):
     assert_close_in_rounding(logits(loaded, batch), logits(model, batch))
 
 
-def test_longer_text():
+@pytest.mark.parametrize("mixer", ["translution", "rope_translution"])
+def test_longer_text(mixer):
     """With a largest distance a text model learns from texts longer than those that it was made for."""
-    model = worker.model_for("text", max_relative_distance=4).double()
+    model = worker.model_for("text", max_relative_distance=4, mixer_types=mixer).double()
     ids = torch.randint(0, 256, (2, 3 * worker.TEXT["max_position_embeddings"]))
     losses = train(model, {"input_ids": ids, "labels": ids})
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("modality", MODELS)
-@pytest.mark.parametrize("variant", ["full", "lor", "bounded"])
+@pytest.mark.parametrize("variant", ["full", "lor", "bounded", *LOCAL])
 def test_frozen_banks(modality, variant):
-    model = worker.model_for(modality, **worker.VARIANTS[variant]).double()
+    model = worker.model_for(modality, **VARIANTS[variant]).double()
     worker.freeze_banks(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = train(model, batch_for(modality))

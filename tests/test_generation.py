@@ -30,6 +30,14 @@ VARIANTS = {
 }
 VARIANTS["absolute"] = {"mixer_types": "attention", "use_absolute_position_embeddings": True}
 VARIANTS["hybrid"] = {"num_hidden_layers": 8, "mixer_types": list(MIXER_TYPES), "relative_rank": RANK}
+VARIANTS |= {
+    f"rotary-{subset}-D{distance}": {
+        "mixer_types": "rope_translution",
+        "relative_projections": subset,
+        "max_relative_distance": distance,
+    }
+    for subset, distance in (("kv", 3), ("qkv", 2), ("q", 1), ("k", 0))
+}
 VARIANTS["hybrid-convolution-first"] = {"mixer_types": ["convolution", "translution"]}
 for form, fields in {
     "full": {},
@@ -53,6 +61,7 @@ FEW = [
     "basis-qkv",
     "full-kv-D2",
     "lor-qkv-D3",
+    "rotary-kv-D3",
 ]
 
 each_variant = pytest.mark.parametrize("variant", list(VARIANTS))
@@ -271,7 +280,7 @@ def test_beyond_the_bank(variant):
     assert assert_same_as_without_cache(model, inputs, max_new_tokens=9).shape[1] == BANK + 6
 
 
-@pytest.mark.parametrize("variant", ["full-qkv", "lor-kv", "basis-qkv", "full-kv-D2", "hybrid"])
+@pytest.mark.parametrize("variant", ["full-qkv", "lor-kv", "basis-qkv", "full-kv-D2", "rotary-kv-D3", "hybrid"])
 def test_compiled_static_step(variant):
     """One graph without breaks serves every step."""
     model, inputs = make_model(variant), make_prompts()
@@ -394,7 +403,9 @@ def recent_elements(config, mixer):
     if config.relative_rank is not None:
         return (distance - 1) * rank * (scores + values)
     key = 0 if not scores else hidden if "k" in relative else INNER
-    return (distance - 1) * (hidden if "k" in relative and values else key + hidden * values)
+    # A cosine and a sine for two features of a head, where projections are rotated.
+    turns = HEAD_DIM if mixer == "rope_translution" and scores else 0
+    return (distance - 1) * (turns + (hidden if "k" in relative and values else key + hidden * values))
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])

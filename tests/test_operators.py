@@ -31,8 +31,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.fixture(autouse=True)
 def square_of_scores(monkeypatch):
-    """Full Translution would do without it; that one pass is tested in `test_streamed.py`."""
+    """Others would do without it: those are tested in `test_streamed.py` and `test_local.py`."""
     monkeypatch.setattr(dispatch, "STREAM", False)
+    monkeypatch.setattr(dispatch, "LOCAL", False)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])

@@ -21,6 +21,12 @@ from translution.modeling.operators.pair_layout import PairLayout
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.fixture(autouse=True)
+def all_pairs_alike(monkeypatch):
+    """Near and far pairs computed apart are tested in `test_local.py`."""
+    monkeypatch.setattr(dispatch, "LOCAL", False)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the calls, so that a test knows that the path ran."""
