@@ -9,7 +9,7 @@ from small_models import make_config, make_inputs, make_model, num_tokens
 from transformers import StaticCache
 
 from translution import TranslutionForImageClassification, explain_dispatch
-from translution.modeling.operators import dispatch, far_columns
+from translution.modeling.operators import dispatch, fused_attention
 from translution.modeling.operators.dispatch import AUTO, EAGER, TRITON, Call, choose_path
 from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
@@ -19,6 +19,7 @@ TEXT, IMAGE = PairLayout.for_text(9, 9), PairLayout.for_image(3, 4, 3, 4)
 FAR_TEXT, FAR_IMAGE = PairLayout.for_text(9, 9, 3), PairLayout.for_image(7, 8, 7, 8, 1, share_far=True)
 # More offsets with a matrix of their own than are worth keeping for a backward pass.
 WIDE_TEXT, WIDE_IMAGE = PairLayout.for_text(99, 99, 70), PairLayout.for_image(9, 9, 9, 9, 6, share_far=True)
+CLAMPED_STEP, CLAMPED_IMAGE = StepLayout(4, 9, 3, True), PairLayout.for_image(5, 6, 5, 6, 1)
 STEP, SEVERAL = StepLayout(4, 9, 9, False), StepLayout(4, 9, 9, False, num_queries=3)
 
 
@@ -59,6 +60,10 @@ ROWS = {
     "reference-rotated-dropout": (call(layout=FAR_IMAGE, rotated=True, drops=True), "reference", "no other path rotates"),
     "grouped-rotated-dropout": (call(layout=FAR_TEXT, rotated=True, drops=True), "grouped", "dropout"),
     "grouped-far-dropout": (call(layout=FAR_IMAGE, drops=True), "grouped", "dropout"),
+    "local-clamped": (call(layout=CLAMPED_IMAGE, relative="kv"), "local", "near pairs"),
+    "clamped-queries": (call(layout=CLAMPED_IMAGE, relative="qk"), "streamed", "one pass"),
+    "local-step": (call(layout=CLAMPED_STEP, relative="kv", cached=True), "local_step", "one new token"),
+    "decode-distance": (call(layout=CLAMPED_STEP, relative="v", cached=True), "decode", "one new token"),
     "basis": (call("basis"), "basis", "need a GPU"),
     "basis-dropout": (call("basis", FAR_TEXT, drops=True), "basis", "need a GPU"),
     "streamed-text": (call(layout=TEXT), "streamed", "one pass"),
@@ -159,11 +164,11 @@ def test_switched_off_others_take_the_place_of_local(monkeypatch):
     assert choose_path(call("low_rank", FAR_IMAGE)).path == "grouped"
     assert choose_path(call("basis", FAR_TEXT)).path == "basis"
     assert choose_path(call(layout=FAR_IMAGE, rotated=True)).path == "reference"
-    assert choose_path(call(layout=FAR_TEXT, rotated=True)).path == "streamed"
+    assert choose_path(call(layout=FAR_TEXT, rotated=True)).path == "grouped"
 
 
 def test_without_pytorchs_attention_far_pairs_of_a_text_take_the_square(monkeypatch):
-    monkeypatch.setattr(far_columns, "FLASH", None)
+    monkeypatch.setattr(fused_attention, "FLASH", None)
     monkeypatch.setattr(dispatch, "LOCAL", False)
     assert choose_path(call(layout=PairLayout.for_text(9, 9, 3))).path == "grouped"
     # No pair of so short a text is far.

@@ -9,6 +9,7 @@ from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.operators import (
     dispatch,
     far_columns,
+    fused_attention,
     pair_autograd,
     pair_layout,
     registration,
@@ -90,10 +91,12 @@ def test_image_with_a_distance(subset, distance, size, path, calls, monkeypatch)
     served = []
     monkeypatch.setattr(dispatch, "STREAM", path != "square")
     if path == "runs":
-        monkeypatch.setattr(far_columns, "FLASH", None)
+        monkeypatch.setattr(fused_attention, "FLASH", None)
     else:
-        flash = far_columns.FLASH
-        monkeypatch.setattr(far_columns, "FLASH", lambda *args, **kwargs: served.append(1) or flash(*args, **kwargs))
+        flash = far_columns.attention
+        monkeypatch.setattr(
+            far_columns, "attention", lambda *args, **kwargs: served.append(1) or flash(*args, **kwargs)
+        )
     layout = PairLayout.for_image(*size, *size, distance)
     compare(make_mixer(layout, subset), layout)
     assert bool(calls) == (path != "square")
@@ -105,7 +108,7 @@ def test_a_geometry_forgotten_in_between_changes_nothing(path, calls, monkeypatc
     """What is known of a geometry is kept in several places, and none of them may rely on another."""
     monkeypatch.setattr(dispatch, "STREAM", path != "square")
     if path == "runs":
-        monkeypatch.setattr(far_columns, "FLASH", None)
+        monkeypatch.setattr(fused_attention, "FLASH", None)
     layout = PairLayout.for_image(5, 6, 5, 6, 2)
     mixer = make_mixer(layout, "qkv")
     compare(mixer, layout)
@@ -166,7 +169,7 @@ def test_switched_off_the_square_runs(monkeypatch, calls):
 
 
 def test_without_pytorchs_attention_for_far_pairs_the_square_runs(monkeypatch, calls):
-    monkeypatch.setattr(far_columns, "FLASH", None)
+    monkeypatch.setattr(fused_attention, "FLASH", None)
     compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
     assert not calls
     # No pair of so short a text is far.

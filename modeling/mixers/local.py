@@ -125,7 +125,7 @@ def attend_step(
     weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(values.dtype).flatten(0, 1)
     far, near = weights.split([weights.shape[-1] - distance, distance], dim=-1)
     output = torch.baddbmm(torch.bmm(near, near_value), far, far_value)
-    return output.view(batch, 1, -1)
+    return output.view(batch, 1, num_heads * output.shape[-1])
 
 
 def _step_rotation(turns: Tensor, order: Tensor, num_queries: int) -> Tensor:

@@ -112,6 +112,11 @@ def find_packed_texts(position_ids: Tensor) -> PackedTexts | None:
     return PackedTexts(texts, int((places - first).max()) + 1)
 
 
+def positions_count_on(position_ids: Tensor) -> bool:
+    """Whether `[B, L]` positions are known to grow by one from token to token."""
+    return can_look(position_ids) and bool((position_ids.diff(dim=-1) == 1).all())
+
+
 def check_mask(mask: Any, batch: int, num_heads: int, layout: PairLayout | StepLayout, slots: int):
     """Checks that a mask fits.
 
@@ -183,4 +188,5 @@ __all__ = [
     "check_mask",
     "find_packed_texts",
     "make_mask",
+    "positions_count_on",
 ]

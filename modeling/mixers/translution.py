@@ -118,6 +118,7 @@ class TranslutionMixer(Mixer):
         rotation: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        counts_on: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         dense_query, dense_key, dense_value = self._dense(hidden_states, rotation)
@@ -138,7 +139,7 @@ class TranslutionMixer(Mixer):
         ).path
         if path == "local_step":
             return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
-        pairs = self._pairs(path, hidden_states, layout, mask, rotation, past_key_values)
+        pairs = self._pairs(path, hidden_states, layout, counts_on, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
         dense = (dense_query, dense_key, dense_value)
         if path == "basis_kernel":
@@ -171,11 +172,11 @@ class TranslutionMixer(Mixer):
         path: str,
         hidden_states: Tensor,
         layout: PairLayout | StepLayout,
-        mask: AttentionMask,
+        counts_on: bool,
         rotation: tuple[Tensor, Tensor] | None,
         past_key_values: Cache | None,
     ) -> AllPairs:
-        """The relative part, as the path and the layout want it."""
+        """The relative part, as the path and the layout want it; `counts_on` if positions are known to grow by one each."""
         inputs = (self._pair_inputs(name, path, hidden_states, layout) for name in "qkv")
         rotation = rotation if self.rotates_pairs else None
         # The reference holds all pairs, and the fused kernel clamps distances itself, where there is no cache to keep small.
@@ -183,8 +184,7 @@ class TranslutionMixer(Mixer):
         if not (layout.causal and layout.clamp) or whole:
             return AllPairs(path, layout, self.num_heads, *inputs, rotation)
         bank_rotation = None
-        # Without a mask there is one text, whose positions count on.
-        if rotation is not None and mask.additive is None and isinstance(layout, PairLayout):
+        if rotation is not None and counts_on and isinstance(layout, PairLayout):
             distances = torch.arange(layout.max_row_distance + 1, device=hidden_states.device)
             bank_rotation = text_rotation(
                 distances[None], self.config.head_dim, self.config.rope_theta, rotation[0].dtype

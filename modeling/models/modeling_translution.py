@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...configuration.configuration_translution import TranslutionConfig
 from ..mixers.build import build_mixer
-from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask
+from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask, positions_count_on
 from ..mixers.mixer import Mixer
 from ..operators.dispatch import AUTO, EAGER, TRITON
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
@@ -395,12 +395,14 @@ class TranslutionModel(TranslutionPreTrainedModel):
         slots = layout.num_tokens if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
         check_mask(attention_mask, batch, self.config.num_attention_heads, layout, slots)
         mask = make_mask(attention_mask, layout, inputs_embeds, packed)
+        counts_on = mask.additive is None and (position_ids is None or positions_count_on(position_ids))
         hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
         rotation = self._rotation(hidden_states, layout, position_ids)
         return hidden_states, {
             "layout": layout,
             "mask": mask,
             "rotation": rotation,
+            "counts_on": counts_on,
             "past_key_values": past_key_values,
         }
 

@@ -15,19 +15,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .fused_attention import attention, attention_backward, has_flash
 from .online_softmax import OnlineSoftmax, merge
 from .pair_layout import ColumnShift, OffsetRun, PairLayout
 from .runs import SharedMatrix, Side, grid, shared_matrices
-
-
-# PyTorch's fused attention in the form that returns the logarithm of each softmax's sum, which merging needs.
-FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-
-
-def has_flash(device: torch.device) -> bool:
-    """Whether PyTorch has that operator for a device."""
-    return device.type == "cpu" and FLASH is not None
 
 
 def has_far_columns(layout: PairLayout, device: torch.device) -> bool:
@@ -78,7 +69,7 @@ def add_far_columns(sides: tuple[Side, Side, Side], softmax: OnlineSoftmax, scal
         for run in runs:
             queries, keys = _rows(run, shared)
             inputs = (query[queries], key[keys], value[keys])
-            found, logsumexp = FLASH(*(part.flatten(0, 1) for part in inputs), 0.0, True, scale=scale)
+            found, logsumexp = attention(*(part.flatten(0, 1) for part in inputs), scale, causal=True)
             found = _back(found.unflatten(0, (run.num_rows, -1)), reverse)
             logsumexp = _back(logsumexp.unflatten(0, (run.num_rows, -1)).unsqueeze(-1), reverse)
             rows = slice(run.query_start, run.query_start + run.num_rows)
@@ -115,14 +106,13 @@ def accumulate_far_columns(
             places = (places[0], places[1], places[1])
             inputs = [part[place].flatten(0, 1) for part, place in zip(tensors, places, strict=True)]
             # With the output and the log-sum-exp of all pairs, this is the share of these.
-            pieces = FLASH_BACKWARD(
+            pieces = attention_backward(
                 given[places[0]].flatten(0, 1),
                 *inputs,
                 whole[places[0]].flatten(0, 1),
                 own_logsumexp[places[0]].flatten(0, 1),
-                0.0,
-                True,
-                scale=scale,
+                scale,
+                causal=True,
             )
             for gradient, place, piece in zip(gradients, places, pieces, strict=True):
                 part = gradient[place]
@@ -133,11 +123,8 @@ def accumulate_far_columns(
 
 
 __all__ = [
-    "FLASH",
-    "FLASH_BACKWARD",
     "accumulate_far_columns",
     "add_far_columns",
     "has_far_columns",
-    "has_flash",
     "near_shifts",
 ]

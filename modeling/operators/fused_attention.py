@@ -8,12 +8,17 @@ Legend: `B` batch, `A` heads, `Q` queries, `L` keys, `e` features per head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .pair_autograd import accumulation_dtype
 
+
+# Scores that the plain way holds at a time.
+SCORES_ELEMENTS = 1 << 24
 
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -44,9 +49,12 @@ def attention(
         widest = max(query.shape[-1], value.shape[-1])
         output, logsumexp = FLASH(*_widened(widest, query, key, value), 0.0, causal, attn_mask=bias, scale=scale)
         return output[..., : value.shape[-1]], logsumexp
-    scores = _scores(query, key, scale, causal, bias)
-    logsumexp = scores.logsumexp(-1)
-    return (scores - logsumexp[..., None]).exp().to(value.dtype) @ value, logsumexp
+    outputs, sums = [], []
+    for rows in _parts(query, key):
+        scores = _scores(query, key, scale, causal, bias, rows)
+        sums.append(scores.logsumexp(-1))
+        outputs.append((scores - sums[-1][..., None]).exp().to(value.dtype) @ value)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
 def attention_backward(
@@ -75,15 +83,18 @@ def attention_backward(
         )
         return tuple(part[..., : like.shape[-1]] for part, like in zip(gradients, (query, key, value), strict=True))
     wide = logsumexp.dtype
-    weights = (_scores(query, key, scale, causal, bias) - logsumexp[..., None]).exp()
+    query_gradient = torch.empty_like(query)
+    key_gradient, value_gradient = (torch.zeros_like(part, dtype=wide) for part in (key, value))
     delta = (gradient.to(wide) * output).sum(-1, keepdim=True)
-    score_gradient = ((gradient @ value.transpose(-1, -2) - delta) * weights * scale).to(query.dtype)
-    weights = weights.to(gradient.dtype)
-    return (
-        score_gradient @ key,
-        score_gradient.transpose(-1, -2) @ query,
-        weights.transpose(-1, -2) @ gradient,
-    )
+    for rows in _parts(query, key):
+        given = gradient[:, :, rows]
+        weights = (_scores(query, key, scale, causal, bias, rows) - logsumexp[:, :, rows, None]).exp()
+        score_gradient = (given @ value.transpose(-1, -2) - delta[:, :, rows]) * weights * scale
+        score_gradient, weights = score_gradient.to(query.dtype), weights.to(gradient.dtype)
+        query_gradient[:, :, rows] = score_gradient @ key
+        key_gradient += score_gradient.transpose(-1, -2) @ query[:, :, rows]
+        value_gradient += weights.transpose(-1, -2) @ given
+    return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype)
 
 
 def _widened(features: int, *tensors: Tensor) -> list[Tensor]:
@@ -93,12 +104,20 @@ def _widened(features: int, *tensors: Tensor) -> list[Tensor]:
     ]
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, causal: bool, bias: Tensor | None) -> Tensor:
-    scores = (query @ key.transpose(-1, -2)).to(accumulation_dtype(query.dtype)) * scale
+def _parts(query: Tensor, key: Tensor) -> Iterator[slice]:
+    """Queries at a time, so that their scores stay few."""
+    per_query = max(query.shape[0] * query.shape[1] * key.shape[2], 1)
+    size, queries = max(SCORES_ELEMENTS // per_query, 1), query.shape[2]
+    yield from (slice(start, min(start + size, queries)) for start in range(0, max(queries, 1), size))
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, causal: bool, bias: Tensor | None, rows: slice) -> Tensor:
+    scores = (query[:, :, rows] @ key.transpose(-1, -2)).to(accumulation_dtype(query.dtype)) * scale
     if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        i = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
+        hidden = torch.arange(key.shape[2], device=scores.device) > i
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return scores if bias is None else scores + bias
+    return scores if bias is None else scores + bias[:, :, rows]
 
 
 __all__ = ["attention", "attention_backward", "has_flash"]

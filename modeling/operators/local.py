@@ -99,15 +99,18 @@ class _Grid:
 
 
 class _Space:
-    """Memory for the products of one term, taken once."""
+    """Memory for the products of one term, taken once; in a type that sums over a head can be made of."""
 
     def __init__(self, like: Tensor, queries: int, features: int):
-        self.memory = like.new_empty(like.shape[0] * queries * features)
+        wide = accumulation_dtype(like.dtype)
+        self.memory = like.new_empty(like.shape[0] * queries * features, dtype=wide)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(left.shape, right.shape)
         out = self.memory[: shape.numel()].view(shape)
-        return torch.mul(left, right, out=out)
+        if left.dtype == out.dtype:
+            return torch.mul(left, right, out=out)
+        return out.copy_(left).mul_(right)
 
 
 def _at(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
@@ -140,7 +143,7 @@ def _far_blocks(far: Sequence[Tensor], bias: Tensor | None, layout: PairLayout) 
         yield _FarBlock(0, slice(distance, None), slice(0, keys - distance), True)
         return
     per_query = keys if bias is None else keys * bias.shape[0] * bias.shape[1]
-    size = max(BIAS_ELEMENTS // per_query, 1)
+    size = max(BIAS_ELEMENTS // max(per_query, 1), 1)
     j = torch.arange(keys, device=query.device)
     for start in range(0, queries, size):
         part = slice(start, min(start + size, queries))
@@ -321,7 +324,7 @@ def _register() -> None:
     @define(NAMES[0])
     def project(tokens: Tensor, matrices: list[Tensor]) -> list[Tensor]:
         flat = tokens.flatten(0, 1)
-        return [torch.mm(flat, matrix).view(*tokens.shape[:2], -1) for matrix in matrices]
+        return [torch.mm(flat, matrix).view(*tokens.shape[:2], matrix.shape[-1]) for matrix in matrices]
 
     @project.register_fake
     def _(tokens, matrices):

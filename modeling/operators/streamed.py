@@ -25,13 +25,12 @@ from torch import Tensor
 
 from .class_token import class_blocks
 from .far_columns import (
-    FLASH,
-    FLASH_BACKWARD,
     accumulate_far_columns,
     add_far_columns,
     has_far_columns,
     near_shifts,
 )
+from .fused_attention import attention, attention_backward
 from .online_softmax import OnlineSoftmax, by_head
 from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import PairLayout
@@ -97,7 +96,7 @@ def _forward(
     value_heads = Heads(num_heads, features, tensors[2])
     widest = max(query.features, features)
     if far is not None:
-        softmax.start_far(*FLASH(*_shifted(far, layout.band), 0.0, True, scale=scale), layout.band)
+        softmax.start_far(*attention(*_shifted(far, layout.band), scale, causal=True), layout.band)
     for queries, keys, row, reverse in class_blocks(layout):
         product = query.project_tokens(queries, reverse) * key.project_tokens(keys, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.running_sum.dtype) * scale
@@ -286,8 +285,8 @@ def _far_gradients(
     # With the output and the log-sum-exp of all pairs, PyTorch's backward pass gives the share of the far ones.
     received, whole = (by_head(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
     far_logsumexp = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
-    pieces = FLASH_BACKWARD(
-        received.contiguous(), *_shifted(far, distance), whole.contiguous(), far_logsumexp, 0.0, True, scale=scale
+    pieces = attention_backward(
+        received.contiguous(), *_shifted(far, distance), whole.contiguous(), far_logsumexp, scale, causal=True
     )
     gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
     for target, piece in zip(_shifted(tuple(gradients), distance), pieces, strict=True):
