@@ -29,7 +29,7 @@ from studies.report import comparisons, draw, report, write_between_markers
 from studies.rows import append_row, read_rows
 from studies.runs import TASKS, Run, best_learning_rates, execute_all, key_of, plan, plan_tuning
 from studies.settings import DYNAMIC, SETTINGS, Settings
-from studies.variants import STUDIES
+from studies.variants import STUDIES, Variant
 from tqdm.auto import tqdm
 
 
@@ -52,9 +52,17 @@ def do_missing(runs: list[Run], path: Path, threads: int, processes: int, has_ti
             bar.update()
 
 
+def chosen_variants(args: argparse.Namespace) -> dict[str, list[Variant]]:
+    """The variants of the study by task; where some are named, those alone."""
+    variants = STUDIES[args.study]
+    if not args.variants:
+        return variants
+    return {task: [one for one in variants[task] if one.name in args.variants] for task in variants}
+
+
 def plan_tests(args: argparse.Namespace, settings: Settings) -> list[Run]:
     """The test runs of all variants whose tuning is complete."""
-    variants = STUDIES[args.study]
+    variants = chosen_variants(args)
     tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, variants)
     return plan(args.seeds, args.text_seeds, settings, best_learning_rates(tuning, read_rows(args.output)), variants)
 
@@ -67,7 +75,7 @@ def run_study(args: argparse.Namespace, settings: Settings):
     def has_time() -> bool:
         return args.limit_minutes is None or time.perf_counter() - start < 60 * args.limit_minutes
 
-    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, STUDIES[args.study])
+    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, chosen_variants(args))
     do_missing(tuning, args.output, args.threads, args.processes, has_time)
     # Tests of the variants that happen to be tuned would be no comparison.
     if has_time():
@@ -113,6 +121,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--limit_minutes", type=float, help="start no run after this time")
     args = parser.parse_args(arguments)
+    known = {one.name for variants in STUDIES[args.study].values() for one in variants}
+    if unknown := sorted(set(args.variants or ()) - known):
+        parser.error(f"--variants must be of {', '.join(sorted(known))}; got {', '.join(unknown)}")
     if args.output is None:
         args.output = LOCAL_RESULTS if args.study == "local" else RESULTS
     args.tasks = [args.only] if args.only else list(TASKS)

@@ -46,6 +46,7 @@ def small(monkeypatch):
 def args(tmp_path):
     return argparse.Namespace(
         study="mixers",
+        variants=None,
         output=tmp_path / "results" / "study.csv",
         tasks=["images", "text"],
         seeds=2,
