@@ -107,6 +107,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--study", choices=STUDIES, default="mixers", help="which models")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="some models, by name; all of them if not given")
     parser.add_argument(
         "--output", type=Path, help=f"CSV with the rows; {RESULTS.name} or {LOCAL_RESULTS.name} if not given"
     )
