@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from common.tables import markdown
 from matplotlib.figure import Figure
+from scipy import stats
 
 from studies.runs import Run, key_of
 from studies.settings import COMPARISONS, DYNAMIC
@@ -129,15 +130,31 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
             if rival is None:
                 continue
             one, other = models.loc[name], models.loc[rival]
-            points = one["mean"] - other["mean"]
-            # Of perplexity in per cent, where less is better.
-            gain = f"{points:+.1f}" if comparison.higher_is_better else f"{-100 * points / other['mean']:+.1f} %"
-            overlap = one["min"] <= other["max"] and other["min"] <= one["max"]
+            gain, low, high = paired_gain(comparison, name, rival)
+            unit = "" if comparison.higher_is_better else " %"
             sizes = [f"{model['parameters']:,}" for model in (one, other)]
-            ranges = "overlap" if overlap else "apart"
-            lines.append([name, sizes[0], spreads[name], kind, sizes[1], spreads[rival], gain, ranges])
-    columns = ["Translution", "parameters", column, "attention", "parameters", column, "gain", "ranges over seeds"]
+            interval = "–" if low is None else f"{low:+.1f} … {high:+.1f}{unit}"
+            lines.append(
+                [name, sizes[0], spreads[name], kind, sizes[1], spreads[rival], f"{gain:+.1f}{unit}", interval]
+            )
+    columns = ["Translution", "parameters", column, "attention", "parameters", column, "gain", "95 % interval"]
     return pd.DataFrame(lines, columns=columns)
+
+
+def paired_gain(comparison: Comparison, name: str, rival: str) -> tuple[float, float | None, float | None]:
+    """By how much a model is better than another, with the same examples in the same order: mean and 95 % interval over seeds.
+
+    In points of accuracy, or in per cent of the rival's perplexity. The interval is Student's; one seed has none.
+    """
+    by_seed = comparison.rows.pivot_table(index="seed", columns="variant", values=comparison.column)[
+        [name, rival]
+    ].dropna()
+    one, other = by_seed[name], by_seed[rival]
+    gains = one - other if comparison.higher_is_better else 100 * (1 - one / other)
+    if len(gains) < 2:
+        return gains.mean(), None, None
+    reach = stats.t.ppf(0.975, len(gains) - 1) * gains.sem()
+    return gains.mean(), gains.mean() - reach, gains.mean() + reach
 
 
 def as_markdown(table: pd.DataFrame) -> str:
