@@ -22,7 +22,7 @@ from common.tables import markdown  # noqa: E402
 
 
 RESULTS = ROOT / "scripts" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "study.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "local.md", "study.md")))
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PASSES = {"forward": "forward", "forward+backward": "forward + backward"}
 
@@ -248,6 +248,30 @@ def generation_table() -> str:
     return markdown(["model", "cache per token", *columns], lines)
 
 
+def local_table() -> str:
+    """Local Translution beside rotary attention of as many parameters, in the same run."""
+    rows = read_rows("local_cpu")
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        group = [row for row in rows if row["case"] == case]
+        ours, rival = (only(group, implementation=name) for name in ("local", "rotary attention"))
+        memory = "–"
+        if ours["peak_mib"]:
+            memory = f"{mebibytes(ours)} / {mebibytes(rival)} MiB ({number(ours['times_rotary_memory'], 2)} ×)"
+        sizes = " / ".join(f"{int(row['parameters']) / 1e6:.2f}" for row in (ours, rival))
+        lines.append(
+            [
+                case,
+                sizes,
+                *(f"{milliseconds(row)} ms" for row in (ours, rival)),
+                f"{number(ours['times_rotary'], 2)} ×",
+                memory,
+            ]
+        )
+    columns = ["case", "parameters, M", "local", "rotary attention", "time", "peak memory"]
+    return markdown(columns, lines)
+
+
 def origin(name: str) -> str:
     """Machine, versions and commits of a CSV."""
     rows = read_rows(name)
@@ -267,6 +291,8 @@ TABLES = {
     "training": training_table,
     "length": length_table,
     "generation": generation_table,
+    "local": local_table,
+    "origin of local_cpu.csv": lambda: origin("local_cpu"),
     "origin of cpu.csv": lambda: origin("cpu"),
     "origin of generation_cpu.csv": lambda: origin("generation_cpu"),
 }

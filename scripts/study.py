@@ -37,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "study.csv"
 LOCAL_RESULTS = RESULTS.with_name("local_study.csv")
 DOCS = Path(__file__).parents[1] / "docs"
 # Where the tables of each study go.
-PAGES = {RESULTS: DOCS / "study.md", LOCAL_RESULTS: DOCS / "local_study.md"}
+PAGES = {RESULTS: DOCS / "study.md", LOCAL_RESULTS: DOCS / "local.md"}
 
 
 def do_missing(runs: list[Run], path: Path, threads: int, processes: int, has_time: Callable[[], bool]):

@@ -24,7 +24,7 @@ from translution.configuration.configuration_translution import (
     POOLINGS,
     RELATIVE_PROJECTIONS,
 )
-from translution.modeling.operators import basis, dispatch, local, runs, streamed
+from translution.modeling.operators import basis, dispatch, far_blocks, runs, streamed
 
 
 HEADS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
@@ -35,7 +35,7 @@ SWITCHES = {
     (streamed, "GROUP_ELEMENTS"): (1, 1 << 17),
     (dispatch, "STREAM"): (True, True, False),
     (dispatch, "LOCAL"): (True, True, False),
-    (local, "BIAS_ELEMENTS"): (1, 50, 1 << 22),
+    (far_blocks, "BIAS_ELEMENTS"): (1, 50, 1 << 22),
     (basis, "CHUNK_ELEMENTS"): (1, 100, 1 << 20),
 }
 

@@ -21,9 +21,11 @@ from transformers import DynamicCache, StaticCache
 from translution import TranslutionConfig, explain_dispatch
 from translution.modeling.mixers.build import build_mixer
 from translution.modeling.mixers.masks import AttentionMask, find_packed_texts, make_mask
-from translution.modeling.operators import dispatch, fused_attention, local, pair_autograd, registration
-from translution.modeling.operators.local import local_attention, project_each
+from translution.modeling.operators import dispatch, far_blocks, fused_attention, local, pair_autograd, registration
+from translution.modeling.operators import project_each as projections
+from translution.modeling.operators.local import local_attention
 from translution.modeling.operators.pair_layout import PairLayout, bank_layout
+from translution.modeling.operators.project_each import project_each
 from translution.modeling.operators.rotary import image_rotation, text_rotation
 
 
@@ -713,15 +715,15 @@ each_way = pytest.mark.parametrize("way", WAYS)
 @each_turn
 @each_way
 def test_blocks_of_queries_change_nothing(way, rotary, masked, elements, monkeypatch):
-    monkeypatch.setattr(local, "BIAS_ELEMENTS", elements)
-    blocks, original = [], local._far_blocks
+    monkeypatch.setattr(far_blocks, "BIAS_ELEMENTS", elements)
+    blocks, original = [], local.far_blocks
 
     def count(*args):
         found = list(original(*args))
         blocks.append(len(found))
         return iter(found)
 
-    monkeypatch.setattr(local, "_far_blocks", count)
+    monkeypatch.setattr(local, "far_blocks", count)
     size, distance, far_offsets = WAYS[way]
     mixer = make_mixer(size, distance, far_offsets, rotary, relative_projections="kv")
     compare_local(mixer, size, masks(num_tokens(size))["additive"] if masked else None)
@@ -835,7 +837,7 @@ def test_lower_precision_is_as_good_as_the_reference(way, rotary, form, dtype):
     ids=["text", "rotary-text", "image", "rotary-image"],
 )
 def test_nothing_as_large_as_the_square(size, distance, far_offsets, rotary, monkeypatch):
-    monkeypatch.setattr(local, "BIAS_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(far_blocks, "BIAS_ELEMENTS", 1 << 9)
     length = num_tokens(size)
     mixer = make_mixer(size, distance, far_offsets, rotary, relative_projections="kv").float()
     layout, positions = bank_layout(mixer.config), torch.arange(length)[None]
@@ -843,8 +845,8 @@ def test_nothing_as_large_as_the_square(size, distance, far_offsets, rotary, mon
     rotation = rotation_of(mixer, size, positions, torch.float32)
     assert " local: " in explain_dispatch(mixer, tokens, layout, rotation=rotation)
     largest = LargestTensor()
-    for name in ("_forward", "_backward", "_project_backward"):
-        monkeypatch.setattr(local, name, largest.inside(getattr(local, name)))
+    for place, name in ((local, "_forward"), (local, "_backward"), (projections, "_project_backward")):
+        monkeypatch.setattr(place, name, largest.inside(getattr(place, name)))
     with largest:
         mixer(tokens, layout, rotation=rotation)[0].sum().backward()
     # Each head's features of each token, for as many near offsets as a token has and the far ones.

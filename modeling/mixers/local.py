@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..operators.heads import merge_heads, split_heads
-from ..operators.local import local_attention, project_each
+from ..operators.local import local_attention
 from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import (
     CLASS_FROM_PATCH,
@@ -25,6 +25,7 @@ from ..operators.pair_layout import (
     StepLayout,
     distances,
 )
+from ..operators.project_each import project_each
 from ..operators.rotary import patch_rotation, rotate, rotate_bank
 from .cache import remember, remember_recent
 from .masks import AttentionMask

@@ -6,21 +6,18 @@ Far pairs are one ordinary attention, see `fused_attention.py`. A near offset sh
 products of two slices, one number per token and head. The two are merged by their log-sum-exp. Nothing of size `[B, A, L, L]`
 exists; what a pair needs is projected once per token and offset, since the tokens are the same for all queries.
 
-Images with clamped offsets have far pairs of several kinds: by which side of the query's row, and of its column, a key lies on.
-Several rows of queries are one attention to rows that lie on one side of all of them, whose tokens are keys once for each kind of
-column, all but one hidden: such squares of rows, each half as large as the one before, are all pairs.
-
 Legend: `B` batch, `N` tokens of a grid (text: `L × 1`), `A` heads, `e` features per head, `T` near terms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .far_blocks import FarBlock, far_blocks
 from .fused_attention import attention, attention_backward
 from .heads import split_heads
 from .pair_autograd import accumulation_dtype, pack, unpack
@@ -28,29 +25,11 @@ from .pair_layout import NearOffset, PairLayout
 from .registration import define, register_once
 
 
-# Elements of a bias that hides near pairs from the attention to far ones, made for some queries at a time.
-BIAS_ELEMENTS = 1 << 22
-
-
-def _project_backward(gradients: Sequence[Tensor | None], tokens: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
-    flat = tokens.flatten(0, 1)
-    token_gradient = torch.zeros_like(flat, dtype=accumulation_dtype(flat.dtype))
-    matrix_gradients = []
-    for gradient, matrix in zip(gradients, matrices, strict=True):
-        part = gradient.flatten(0, 1)
-        matrix_gradients.append(flat.t() @ part)
-        if part.dtype == token_gradient.dtype:
-            token_gradient.addmm_(part, matrix.t())
-        else:
-            token_gradient += part @ matrix.t()
-    return [token_gradient.to(tokens.dtype).view(tokens.shape), *matrix_gradients]
-
-
 def _by_head(tokens: Tensor, num_heads: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads, -1))
 
 
-def _inputs(far: Sequence[Tensor], block: _FarBlock) -> tuple[tuple[Tensor, slice], ...]:
+def _inputs(far: Sequence[Tensor], block: FarBlock) -> tuple[tuple[Tensor, slice], ...]:
     """Queries, keys and values of a block, and where it has them."""
     key, value = far[1 + 2 * block.source : 3 + 2 * block.source]
     return (far[0], block.queries), (key, block.keys), (value, block.keys)
@@ -118,97 +97,6 @@ def _at(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
     return parts[max(index - (terms - len(parts)), 0)]
 
 
-class _FarBlock(NamedTuple):
-    """Far pairs that one attention serves: of which source, queries, keys, whether causal, and the bias of what is hidden.
-
-    Of several `rows`, queries and keys are so many parts of one size, and each part of the queries attends to its own keys.
-    """
-
-    source: int
-    queries: slice
-    keys: slice
-    causal: bool = False
-    bias: Tensor | None = None
-    rows: int = 1
-
-
-def _far_blocks(far: Sequence[Tensor], bias: Tensor | None, layout: PairLayout) -> Iterator[_FarBlock]:
-    query, key = far[:2]
-    if not layout.causal and not layout.share_far:
-        yield from _clamped_blocks(query, bias, layout)
-        return
-    queries, keys, distance = query.shape[2], key.shape[2], layout.max_row_distance
-    if layout.causal and bias is None and queries == keys:
-        # A causal square: queries from the distance on, and the keys that many tokens before.
-        yield _FarBlock(0, slice(distance, None), slice(0, keys - distance), True)
-        return
-    per_query = keys if bias is None else keys * bias.shape[0] * bias.shape[1]
-    size = max(BIAS_ELEMENTS // max(per_query, 1), 1)
-    j = torch.arange(keys, device=query.device)
-    for start in range(0, queries, size):
-        part = slice(start, min(start + size, queries))
-        i = torch.arange(part.start, part.stop, device=query.device)[:, None]
-        if layout.causal:
-            near = i + (keys - queries) - j < distance
-        else:
-            near = (i // layout.width - j // layout.width).abs() <= distance
-            near = near & ((i % layout.width - j % layout.width).abs() <= distance)
-        yield _FarBlock(0, part, slice(0, keys), False, _hide(near, bias if bias is None else bias[:, :, part], query))
-
-
-def _clamped_blocks(query: Tensor, bias: Tensor | None, layout: PairLayout) -> Iterator[_FarBlock]:
-    """One source for each clamped row offset; a token of it is a key for each clamped column offset, one after the other."""
-    height, width, distance = layout.height, layout.width, layout.max_row_distance
-    kinds = 2 * distance + 1
-    if distance == 0:
-        # All pairs of patches share one matrix.
-        everything = slice(0, height * width)
-        yield _FarBlock(0, everything, everything, False, bias if bias is None else bias.to(query.dtype))
-        return
-    column = torch.arange(width, device=query.device)
-    between = (column[:, None] - column).clamp(-distance, distance) + distance
-    other = between[:, None, :, None] != torch.arange(kinds, device=query.device)
-
-    def block(source: int, row: int, key_row: int, rows: int, key_rows: int, apart: bool = False) -> _FarBlock:
-        queries = slice(row * width, (row + rows) * width)
-        keys = slice(key_row * width, (key_row + key_rows) * width)
-        added = None if bias is None else bias[:, :, queries, keys].repeat_interleave(kinds, dim=-1)
-        size = (1, 1) if apart else (rows, key_rows)
-        hidden = other.expand(-1, size[1], -1, -1).flatten(1).repeat(size[0], 1)
-        keys = slice(keys.start * kinds, keys.stop * kinds)
-        return _FarBlock(source, queries, keys, False, _hide(hidden, added, query), rows if apart else 1)
-
-    for source in range(kinds):
-        step = source - distance
-        first, key_first, count = max(step, 0), max(-step, 0), height - abs(step)
-        if count > 0 and bias is None:
-            yield block(source, first, key_first, count, count, apart=True)
-        elif count > 0:
-            yield from (block(source, first + row, key_first + row, 1, 1) for row in range(count))
-        if abs(step) == distance:
-            for (row, rows), (key_row, key_rows) in _beyond(0, count, step):
-                yield block(source, first + row, key_first + key_row, rows, key_rows)
-
-
-def _beyond(start: int, count: int, step: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Rows of queries and of keys, start and number, that together are all pairs whose keys come earlier, or later if `step` is
-    negative: squares of half the rows, then of a quarter, and so on.
-    """
-    if count < 2:
-        return
-    half = count // 2
-    lower, upper = (start, half), (start + half, count - half)
-    yield (upper, lower) if step > 0 else (lower, upper)
-    yield from _beyond(*lower, step)
-    yield from _beyond(*upper, step)
-
-
-def _hide(hidden: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """`[B or 1, A or 1, Q, L]`, the lowest number where a pair is hidden."""
-    bias = torch.zeros(1, 1, 1, 1, dtype=like.dtype, device=like.device) if bias is None else bias.to(like.dtype)
-    return bias.expand(-1, -1, *hidden.shape).masked_fill(hidden, torch.finfo(like.dtype).min)
-
-
 def _forward(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -237,7 +125,7 @@ def _forward(
     if near_bias is not None:
         near_scores += near_bias
     output = like.new_zeros(batch, count, features, dtype=wide)
-    for block in _far_blocks(far, far_bias, layout) if far else ():
+    for block in far_blocks(far, far_bias, layout) if far else ():
         inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
         found, logsumexp = attention(*inputs, scale, block.causal, block.bias)
         found, logsumexp = _together(found, block.rows), _together(logsumexp.unsqueeze(-1), block.rows).squeeze(-1)
@@ -301,7 +189,7 @@ def _backward(
         give(gradients[2], index, offset.keys, weight, received)
     far_gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
     received, whole = (split_heads(part, num_heads) for part in (gradient, output))
-    for block in _far_blocks(far, far_bias, layout) if far else ():
+    for block in far_blocks(far, far_bias, layout) if far else ():
         given, found, sums = (
             _apart(part[:, :, block.queries], block.rows)
             for part in (received, whole, logsumexp.transpose(1, 2).unsqueeze(-1))
@@ -317,39 +205,11 @@ def _backward(
     return [*gradients, far_gradients]
 
 
-NAMES = ("project_each", "project_each_backward", "local_attention", "local_attention_backward")
+NAMES = ("local_attention", "local_attention_backward")
 
 
 def _register() -> None:
     @define(NAMES[0])
-    def project(tokens: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-        flat = tokens.flatten(0, 1)
-        return [torch.mm(flat, matrix).view(*tokens.shape[:2], matrix.shape[-1]) for matrix in matrices]
-
-    @project.register_fake
-    def _(tokens, matrices):
-        return [tokens.new_empty(*tokens.shape[:2], matrix.shape[-1]) for matrix in matrices]
-
-    @define(NAMES[1])
-    def project_backward(gradients: list[Tensor], tokens: Tensor, matrices: list[Tensor]) -> list[Tensor]:
-        return _project_backward(gradients, tokens, matrices)
-
-    @project_backward.register_fake
-    def _(gradients, tokens, matrices):
-        return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in (tokens, *matrices)]
-
-    def save_projection(ctx, inputs, output):
-        tokens, matrices = inputs
-        ctx.save_for_backward(tokens, *matrices)
-
-    def differentiate_projection(ctx, gradients):
-        tokens, *matrices = ctx.saved_tensors
-        token_gradient, *matrix_gradients = project_backward(list(gradients), tokens, matrices)
-        return token_gradient, matrix_gradients
-
-    project.register_autograd(differentiate_projection, setup_context=save_projection)
-
-    @define(NAMES[2])
     def attend(
         queries: list[Tensor],
         keys: list[Tensor],
@@ -374,7 +234,7 @@ def _register() -> None:
             queries[0].new_empty(terms, batch, count, num_heads, dtype=wide),
         )
 
-    @define(NAMES[3])
+    @define(NAMES[1])
     def attend_backward(
         gradient: Tensor,
         output: Tensor,
@@ -422,12 +282,7 @@ def _split(parts: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     return lists
 
 
-_project, _, _attend, _ = register_once(NAMES, _register)
-
-
-def project_each(tokens: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Tokens `[B, N, in]` times each matrix `[in, out]`: as many `[B, N, out]`."""
-    return _project(tokens, list(matrices))
+_attend, _ = register_once(NAMES, _register)
 
 
 def local_attention(
@@ -460,4 +315,4 @@ def local_attention(
     return _attend(queries, keys, values, list(far or ()), near_bias, far_bias, num_heads, scale, pack(layout))[0]
 
 
-__all__ = ["local_attention", "project_each"]
+__all__ = ["local_attention"]
