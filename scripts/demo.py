@@ -3,8 +3,8 @@
     python scripts/demo.py --output_dir runs/demo
 
 Images: handwritten digits in the middle of a canvas ("static") or anywhere on it ("dynamic"). Text: the source text of
-Python's standard library. Models of one comparison have the same width and are trained alike, by the recipes `digits.yaml`
-and `stdlib.yaml`; only the mixer differs.
+Python's standard library. Local Translution is compared with rotary attention that is widened to as many parameters. All are
+trained alike, by the recipes `digits.yaml` and `stdlib.yaml`; each has the learning rate that the study found for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from common.hardware import hardware
 from common.saved_files import RUN, read_json, write_json
 from datasets import Dataset
 from studies.demo_report import draw, image_table, text_table
-from studies.settings import DYNAMIC
+from studies.settings import DYNAMIC, SETTINGS
+from studies.variants import STUDIES, model_fields
 from training.digits import PLACEMENTS
 from training.image_data import digits_dataset
 from training.model_card import write_model_card
@@ -43,15 +44,18 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 
 RECIPES = Path(__file__).parent / "recipes"
-# Models of the same width: their names, and what their configs add to the recipe's.
+# Models by name: a variant of the study, and its learning rate there.
 IMAGE_MODELS = {
-    "attention, absolute": {"mixer_types": "attention", "use_absolute_position_embeddings": True},
-    "attention, rotary": {"mixer_types": "rope_attention"},
-    "LoR-Translution": {"relative_projections": "kv", "relative_rank": 8},
-    "Translution": {"relative_projections": "kv"},
+    "attention, rotary": ("attention, rotary, as local kv, D 1, shared", 0.001),
+    "local Translution": ("local kv, D 1, shared", 0.002),
+    "Translution": ("full kv", 0.004),
 }
-TEXT_MODELS = {name: IMAGE_MODELS[name] for name in ("attention, rotary", "Translution")}
-FULL_TRANSLUTION = "Translution"
+TEXT_MODELS = {
+    "attention, rotary": ("attention, rotary, as local kv, D 3, rotary", 0.006),
+    "local Translution": ("local kv, D 3, rotary", 0.006),
+}
+SIZES = ("hidden_size", "head_dim", "intermediate_size")
+FULL_TRANSLUTION, LOCAL = "Translution", "local Translution"
 PROMPT = "def "
 # With `--quick`.
 QUICK_TEST_IMAGES = 40
@@ -76,6 +80,14 @@ def recipe(name: str, args: argparse.Namespace, *options: str) -> list[str]:
     return [str(RECIPES / f"{name}.yaml"), "--seed", str(args.seed), *options, *QUICK[name] * args.quick]
 
 
+def own_options(task: str, variant: str, learning_rate: float) -> list[str]:
+    """What a model of the study adds to a recipe: config fields, and its learning rate."""
+    found = next(one for variants in STUDIES.values() for one in variants[task] if one.name == variant)
+    fields = model_fields(task, found, SETTINGS.text_lengths[0])
+    own = {name: fields[name] for name in (*SIZES, *found.fields)}
+    return ["--config_overrides", json.dumps(own), "--learning_rate", str(learning_rate)]
+
+
 def call(main: Callable[[Sequence[str]], None], folder: Path, *options: str) -> dict[str, Any]:
     """Calls a training script without what it prints; returns `run.json`, or the metrics where nothing is trained."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -83,12 +95,10 @@ def call(main: Callable[[Sequence[str]], None], folder: Path, *options: str) -> 
     return read_json(folder / ("evaluation_results.json" if "--do_train" in options else RUN))
 
 
-def train(
-    main: Callable[[Sequence[str]], None], folder: Path, fields: dict[str, Any], *options: str
-) -> dict[str, Any]:
-    """Trains a model with config fields of its own; returns `run.json`."""
+def train(main: Callable[[Sequence[str]], None], folder: Path, *options: str) -> dict[str, Any]:
+    """Trains a model; returns `run.json`."""
     print(folder.name, flush=True)
-    return call(main, folder, *options, "--config_overrides", json.dumps(fields), *ONCE)
+    return call(main, folder, *options, *ONCE)
 
 
 def keep(run: Path, target: Path, args: argparse.Namespace, metrics: dict[str, float]) -> None:
@@ -109,16 +119,15 @@ def run_images(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     print("\n== Images: handwritten digits on a 16 × 16 canvas", flush=True)
     runs, main = folder / "runs", run_image_classification.main
     rows, models = [], {}
-    for name, fields in IMAGE_MODELS.items():
+    for name, model in IMAGE_MODELS.items():
         row = {"model": name, "seconds": {}, "accuracy": {}}
         for placement in PLACEMENTS:
-            options = recipe("digits", args, "--dataset_config_name", placement)
-            run = train(main, runs / f"{name}, {placement}", fields, *options)
+            options = recipe("digits", args, "--dataset_config_name", placement, *own_options("images", *model))
+            run = train(main, runs / f"{name}, {placement}", *options)
             row["seconds"][placement] = run["seconds"]
             row["accuracy"][f"{placement} → {placement}"] = 100 * run["metrics"]["accuracy"]
         # The model of the static run, on the data of the dynamic one, which came last.
         options += ["--resume_from_checkpoint", str(runs / f"{name}, static"), "--do_train", "false"]
-        options += ["--config_overrides", json.dumps(fields)]
         row["accuracy"]["static → dynamic"] = 100 * call(main, runs / f"{name}, evaluated", *options)["eval_accuracy"]
         models[name] = AutoModelForImageClassification.from_pretrained(runs / f"{name}, dynamic")
         rows.append({**row, "parameters": models[name].num_parameters()})
@@ -131,7 +140,7 @@ def run_images(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "models": rows,
         "best": best,
-        "points_above_attention": scores[best] - max(scores[name] for name in scores if name.startswith("attention")),
+        "points_above_attention": scores[LOCAL] - max(scores[name] for name in scores if name.startswith("attention")),
         "test_digits": len(test),
         "predictions": predictions,
         "accuracy": scores[best],
@@ -159,8 +168,8 @@ def run_text(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Trains the language models, keeps the best one, and returns the figures."""
     print("\n== Text: the source text of Python's standard library", flush=True)
     options, rows = recipe("stdlib", args, "--cache_dir", str(folder / "cache")), []
-    for name, fields in TEXT_MODELS.items():
-        run = train(run_clm.main, folder / "runs" / name, fields, *options)
+    for name, model in TEXT_MODELS.items():
+        run = train(run_clm.main, folder / "runs" / name, *options, *own_options("text", *model))
         parameters = AutoModelForCausalLM.from_pretrained(folder / "runs" / name).num_parameters()
         row = {"model": name, "parameters": parameters, "seconds": run["seconds"]}
         rows.append({**row, "perplexity": run["metrics"]["perplexity"]})
@@ -226,8 +235,8 @@ def print_report(report: dict[str, Any], folder: Path):
             f"\nAccuracy on {images['test_digits']} held-out digits (trained → tested)\n\n{image_table(images['models'])}"
         )
         print(
-            f"\nOn dynamic digits the best model, {images['best']}, is {images['points_above_attention']:.1f} points above "
-            "the better attention of the same width."
+            f"\nOn dynamic digits local Translution is {images['points_above_attention']:.1f} points above rotary attention of as "
+            f"many parameters. The best model is {images['best']}."
         )
     if "text" in report:
         text = report["text"]

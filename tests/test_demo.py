@@ -40,10 +40,14 @@ def test_demo_writes_what_it_says(tmp_path):
     command = [sys.executable, str(SCRIPTS / "demo.py"), "--quick", "--output_dir", str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr
-    assert "| Translution |" in run.stdout
+    assert "| local Translution |" in run.stdout
 
     report = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    assert [row["model"] for row in report["images"]["models"]][-1] == "Translution"
+    # Local Translution is compared with attention of as many parameters.
+    for part in ("images", "text"):
+        rival, local = report[part]["models"][:2]
+        assert (rival["model"], local["model"]) == ("attention, rotary", "local Translution")
+        assert rival["parameters"] == pytest.approx(local["parameters"], rel=0.01)
     assert all(
         set(row["accuracy"]) == {"static → static", "static → dynamic", "dynamic → dynamic"}
         for row in report["images"]["models"]

@@ -27,6 +27,7 @@ FIELDS = (
     "relative_rank",
     "offset_basis",
     "max_relative_distance",
+    "far_offsets",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -97,6 +98,8 @@ def _describe_mixer(config: TranslutionConfig, mixer: str) -> str:
     kind = "Translution" if config.relative_rank is None else f"LoR-Translution (rank {config.relative_rank})"
     if config.offset_basis is not None:
         kind = f"basis {kind} ({config.offset_basis} matrices)"
+    if config.max_relative_distance is not None:
+        kind = f"local {kind}"
     words = [{"q": "queries", "k": "keys", "v": "values"}[letter] for letter in config.relative_projections]
     relative = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
     return f"{'rotary ' if mixer.startswith('rope_') else ''}{kind} of {relative}"
@@ -152,7 +155,9 @@ def _slug(name: str) -> str:
 
 def _told(config: TranslutionConfig) -> list[str]:
     fields = FIELDS + (IMAGE_FIELDS if config.modality == "image" else TEXT_FIELDS)
-    return [field for field in fields if getattr(config, field) is not None]
+    # Without a distance no offset is far.
+    hidden = {"far_offsets"} if config.max_relative_distance is None else set()
+    return [field for field in fields if field not in hidden and getattr(config, field) is not None]
 
 
 def _plain(value: Any) -> Any:
