@@ -18,7 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+import pandas as pd  # noqa: E402
 from common.tables import markdown  # noqa: E402
+from studies.report import paired_gain  # noqa: E402
 
 
 RESULTS = ROOT / "scripts" / "results"
@@ -64,12 +66,12 @@ def mebibytes(row: Row) -> str:
 # The study
 
 
-def tuned_rows(task: str, length: str = "") -> dict[str, list[Row]]:
-    """The rows of each variant of the study that were trained with the learning rate that tuning chose.
+def tuned_rows(task: str, length: str = "", study: str = "study", **columns: str) -> dict[str, list[Row]]:
+    """The rows of each variant of a study that were trained with the learning rate that tuning chose.
 
     Learning rates are tuned at the first length of text, and serve the others too.
     """
-    rows = read_rows("study", task=task)
+    rows = read_rows(study, task=task, **columns)
     column, sign = ("dynamic → dynamic", 1) if task == "images" else ("perplexity", -1)
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -126,6 +128,39 @@ def results_table() -> str:
     columns += ["digits: parameters", "accuracy, %", "rotary of equal size"]
     columns += ["text: parameters", "perplexity", "rotary of equal size"]
     return markdown(columns, lines)
+
+
+def equal_seconds_table() -> str:
+    """Local Translution against rotary attention of equal parameters that is trained for at least as many processor seconds."""
+    lines = []
+    for task, length, local in (
+        ("images", "", "local kv, D 1, shared"),
+        ("text", "64", "local kv, D 3, rotary"),
+        ("text", "128", "local kv, D 3, rotary"),
+    ):
+        column = "dynamic → dynamic" if task == "images" else "perplexity"
+        groups = []
+        for name, choose in ((local, min), (f"attention, rotary, as {local}", max)):
+            steps = choose((row["steps"] for row in read_rows("local_study", task=task, variant=name)), key=int)
+            groups.append(tuned_rows(task, length, "local_study", variant=name, steps=steps)[name])
+        # Of both trainings of a row of images.
+        seconds = [
+            statistics.median(float(row["cpu_seconds"]) for row in rows) / (2 if task == "images" else 1)
+            for rows in groups
+        ]
+        results = [pd.Series({row["seed"]: float(row[column]) for row in rows}) for rows in groups]
+        gain, low, high = paired_gain(*results, task == "images")
+        unit = "" if task == "images" else " %"
+        lines.append(
+            [f"{task} {length}".strip(), local]
+            + [
+                f"{rows[0]['steps']} steps, {number(str(time))} s: {spread(rows, column)}"
+                for rows, time in zip(groups, seconds, strict=True)
+            ]
+            + [f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"]
+        )
+    columns = ["task", "model", "local", "rotary attention, trained longer", "gain", "95 % interval"]
+    return markdown(columns, lines, texts=2)
 
 
 def second_rate_table(rate: str = "0.002") -> str:
@@ -285,6 +320,7 @@ def origin(name: str) -> str:
 TABLES = {
     "results": results_table,
     "second learning rate": second_rate_table,
+    "equal seconds": equal_seconds_table,
     "gathering": gathering_table,
     "operator": operator_table,
     "layer": layer_table,

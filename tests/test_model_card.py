@@ -163,6 +163,7 @@ def test_null_is_shown_nowhere(tmp_path):
         ({"relative_projections": "qkv"}, "Translution of queries, keys and values"),
         ({"relative_rank": 8}, "LoR-Translution (rank 8) of keys and values"),
         ({"offset_basis": 4}, "basis Translution (4 matrices) of keys and values"),
+        ({"max_relative_distance": 1, "far_offsets": "shared"}, "local Translution of keys and values"),
         (
             {"mixer_types": ["acmix", "rope_attention"], "num_hidden_layers": 2},
             "a hybrid of ACmix and rotary attention",

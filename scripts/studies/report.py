@@ -130,7 +130,9 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
             if rival is None:
                 continue
             one, other = models.loc[name], models.loc[rival]
-            gain, low, high = paired_gain(comparison, name, rival)
+            by_seed = comparison.rows.set_index("seed").groupby("variant")[comparison.column]
+            results = (by_seed.get_group(model) for model in (name, rival))
+            gain, low, high = paired_gain(*results, comparison.higher_is_better)
             unit = "" if comparison.higher_is_better else " %"
             sizes = [f"{model['parameters']:,}" for model in (one, other)]
             interval = "–" if low is None else f"{low:+.1f} … {high:+.1f}{unit}"
@@ -141,16 +143,14 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=columns)
 
 
-def paired_gain(comparison: Comparison, name: str, rival: str) -> tuple[float, float | None, float | None]:
+def paired_gain(one: pd.Series, other: pd.Series, higher_is_better: bool) -> tuple[float, float | None, float | None]:
     """By how much a model is better than another, with the same examples in the same order: mean and 95 % interval over seeds.
 
-    In points of accuracy, or in per cent of the rival's perplexity. The interval is Student's; one seed has none.
+    Args:
+        one, other: results by seed.
+        higher_is_better: then in points, otherwise in per cent of the other's. The interval is Student's; one seed has none.
     """
-    by_seed = comparison.rows.pivot_table(index="seed", columns="variant", values=comparison.column)[
-        [name, rival]
-    ].dropna()
-    one, other = by_seed[name], by_seed[rival]
-    gains = one - other if comparison.higher_is_better else 100 * (1 - one / other)
+    gains = (one - other if higher_is_better else 100 * (1 - one / other)).dropna()
     if len(gains) < 2:
         return gains.mean(), None, None
     reach = stats.t.ppf(0.975, len(gains) - 1) * gains.sem()
