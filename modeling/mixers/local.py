@@ -96,7 +96,7 @@ def attend_step(
         cache, layer_idx: what to remember it in.
     """
     distance, batch = layout.max_row_distance, len(tokens)
-    turns = None if rotation is None else pack_rotation(rotation, batch)
+    turns = None if rotation is None else layout.once("own_turn", lambda: pack_rotation(rotation, batch))
     states, _, turns = remember_recent(cache, layer_idx, [tokens, None, turns], distance - 1)
     # By distance, and once more itself, for all that are further away.
     order = layout.once(
