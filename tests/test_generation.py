@@ -403,8 +403,8 @@ def recent_elements(config, mixer):
     if config.relative_rank is not None:
         return (distance - 1) * rank * (scores + values)
     key = 0 if not scores else hidden if "k" in relative else INNER
-    # A cosine and a sine for two features of a head, where projections are rotated.
-    turns = HEAD_DIM if mixer == "rope_translution" and scores else 0
+    # A cosine and a sine for each feature of a head, where projections are rotated.
+    turns = 2 * HEAD_DIM if mixer == "rope_translution" and scores else 0
     return (distance - 1) * (turns + (hidden if "k" in relative and values else key + hidden * values))
 
 

@@ -12,7 +12,8 @@ the last few tokens alone (`recent`). Per token of each sequence and layer, in e
     LoR                             2·C' + R·(1 if q or k is relative) + R·(1 if v is relative)
     with a distance D               what each side costs in attention: C' (LoR: C' + R) for keys and values, those of a far
                                     token; and of the last D − 1 tokens what near pairs project: C if k or v is relative (one
-                                    input serves both), and C' if q is relative and k is not (LoR: R for each side)
+                                    input serves both), and C' if q is relative and k is not (LoR: R for each side); 2·d more
+                                    where they are rotated, the cosines and sines of their positions
 
 Legend: `B` batch, `L` tokens, `C` hidden size, `C' = A·d`, `R = A·r`, `T` taps, `k` kernel size.
 """
