@@ -5,13 +5,15 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -43,6 +45,15 @@ from .input_checks import (
     holds_tokens,
     refuse,
 )
+from .trunks import (
+    build_trunk,
+    check_source,
+    convert_config,
+    image_options,
+    input_embedding_name,
+    replace_attention,
+    run_trunk,
+)
 from .weight_files import check_dtypes, check_index
 
 
@@ -50,6 +61,9 @@ logger = logging.get_logger(__name__)
 
 # Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.
 EMBEDDING_STD = 0.02
+
+# Arguments of `from_pretrained` that say where a config is.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # Names that Transformers has for attention. Harnesses pass them to every model.
 OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -171,6 +185,13 @@ class TranslutionPreTrainedModel(PreTrainedModel):
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
+    def initialize_weights(self):
+        """Transformers' own, which asks a trunk of another class for the initial weights of what is in it: not of mixers."""
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                self._initialize_weights(module, self.is_custom_code())
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Draws the initial weights of a module.
@@ -200,6 +221,8 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             elif name.endswith("_rate"):
                 init.constant_(parameter, 0.5)
+            elif name.endswith("_bias_bank"):
+                init.zeros_(parameter)
             elif name == "shift_kernel":
                 init.copy_(parameter, mixer.exact_shifts())
             elif name.startswith("relative_"):
@@ -210,6 +233,16 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 # A convolution sums over its window as a Linear sums over its inputs; attention averages.
                 taps = parameter.shape[0] if name == "window_weight" else 1
                 init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
+
+
+def _or_by_trunk(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the trunk of another model, where there is one, serve a trunk's forward pass."""
+
+    @wraps(forward)
+    def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs) if self.trunk is None else self._forward_trunk(*args, **kwargs)
+
+    return called
 
 
 def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,6 +267,15 @@ class TranslutionModel(TranslutionPreTrainedModel):
 
     def __init__(self, config: TranslutionConfig):
         super().__init__(config)
+        self.trunk = None if config.trunk_config is None else build_trunk(config)
+        if self.trunk is None:
+            self._make_layers()
+        self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
+        self.has_rotary_layers = any(name.startswith("rope_") for name in config.mixer_types)
+        self.post_init()
+
+    def _make_layers(self):
+        config = self.config
         if config.modality == "image":
             self.embeddings = TranslutionPatchEmbeddings(config)
         else:
@@ -243,17 +285,19 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(TranslutionLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
-        self.has_rotary_layers = any(name.startswith("rope_") for name in config.mixer_types)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        if self.trunk is not None:
+            return self.trunk.get_input_embeddings()
         return self.embed_tokens if self.config.modality == "text" else self.embeddings.projection
 
     def set_input_embeddings(self, value: nn.Module):
         if self.config.modality != "text":
             raise ValueError("`set_input_embeddings` needs `modality` 'text', got 'image'.")
-        self.embed_tokens = value
+        if self.trunk is not None:
+            self.trunk.set_input_embeddings(value)
+        else:
+            self.embed_tokens = value
 
     @torch.no_grad()
     def resize_image(self, image_size: int | list[int] | tuple[int, int]) -> None:
@@ -272,6 +316,11 @@ class TranslutionModel(TranslutionPreTrainedModel):
         """
         if self.config.modality != "image":
             raise ValueError(f"`resize_image` needs `modality` 'image', got {self.config.modality!r}.")
+        if self.trunk is not None:
+            raise ValueError(
+                "`resize_image` needs this package's own trunk, got one of type "
+                f"{self.trunk.config.model_type!r}; `interpolate_pos_encoding` takes images of other sizes."
+            )
         resized = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
         old_grid, new_grid, layout = self.config.grid_height_width, resized.grid_height_width, bank_layout(resized)
         embeddings = self.embeddings
@@ -289,6 +338,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.config.image_size = image_size
 
     @_first_is_main_input
+    @_or_by_trunk
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -359,13 +409,15 @@ class TranslutionModel(TranslutionPreTrainedModel):
             raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
         config = self.config
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
-        share_far = config.far_offsets == "shared"
-        layout = PairLayout.for_image(height, width, height, width, config.max_relative_distance, share_far)
+        layout = self._image_layout(*self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding))
         check_mask(attention_mask, hidden_states.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         mask = make_mask(attention_mask, layout, hidden_states)
         rotation = self._rotation(hidden_states, layout)
         return hidden_states, {"layout": layout, "mask": mask, "rotation": rotation, "past_key_values": None}
+
+    def _image_layout(self, height: int, width: int) -> PairLayout:
+        share_far = self.config.far_offsets == "shared"
+        return PairLayout.for_image(height, width, height, width, self.config.max_relative_distance, share_far)
 
     def _text_inputs(
         self,
@@ -377,6 +429,25 @@ class TranslutionModel(TranslutionPreTrainedModel):
         wants_weights: bool,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Tokens of texts, `[B, L, C]`, and what every layer needs beside them."""
+        shared = self._text_pairs(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
+        )
+        hidden_states, position_ids = self._embed_positions(
+            inputs_embeds, attention_mask, position_ids, shared["layout"]
+        )
+        rotation = self._rotation(hidden_states, shared["layout"], position_ids)
+        return hidden_states, {**shared, "rotation": rotation}
+
+    def _text_pairs(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        wants_weights: bool,
+    ) -> dict[str, Any]:
+        """The pairs of a text, those that a mask hides, and its cache."""
         batch, new = inputs_embeds.shape[:2]
         check_cache(past_key_values)
         check_position_ids(position_ids, batch, new)
@@ -395,14 +466,84 @@ class TranslutionModel(TranslutionPreTrainedModel):
         slots = layout.num_tokens if past_key_values is None else past_key_values.get_mask_sizes(new, 0)[0]
         check_mask(attention_mask, batch, self.config.num_attention_heads, layout, slots)
         mask = make_mask(attention_mask, layout, inputs_embeds, packed)
-        hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
-        rotation = self._rotation(hidden_states, layout, position_ids)
-        return hidden_states, {
+        return {"layout": layout, "mask": mask, "past_key_values": past_key_values}
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def _forward_trunk(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """See `forward`: the same with the trunk of another model, which embeds tokens and positions itself."""
+        wants_weights = self._wants_weights(kwargs)
+        wants_states = kwargs.pop("output_hidden_states", None)
+        kwargs.pop("output_attentions", None)
+        if self.config.modality == "image":
+            refuse(
+                "image",
+                "`pixel_values`",
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+            )
+            inputs, past_key_values = self._trunk_image(pixel_values, attention_mask, interpolate_pos_encoding), None
+        else:
+            refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
+            inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
+            inputs = self._text_pairs(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
+            )
+            past_key_values = inputs["past_key_values"]
+            inputs.update(
+                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=past_key_values is not None
+            )
+        last, states, weights = run_trunk(
+            self.trunk,
+            wants_weights,
+            self.config.output_hidden_states if wants_states is None else wants_states,
+            attention_mask=attention_mask,
+            **inputs,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=last, past_key_values=past_key_values, hidden_states=states, attentions=weights
+        )
+
+    def _trunk_image(
+        self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
+    ) -> dict[str, Any]:
+        """What the trunk of another model needs of images."""
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
+            )
+        config = self.config
+        size = list(pixel_values.shape[2:])
+        if size != list(config.image_height_width) and not interpolate_pos_encoding:
+            raise ValueError(
+                f"`pixel_values` must be of `image_size` {list(config.image_height_width)}, got {size}; other sizes need "
+                "`interpolate_pos_encoding=True`."
+            )
+        layout = self._image_layout(
+            *(side // patch for side, patch in zip(size, config.patch_height_width, strict=True))
+        )
+        check_mask(attention_mask, pixel_values.shape[0], config.num_attention_heads, layout, layout.num_tokens)
+        inputs = {
+            "pixel_values": pixel_values,
             "layout": layout,
-            "mask": mask,
-            "rotation": rotation,
-            "past_key_values": past_key_values,
+            "mask": make_mask(attention_mask, layout, pixel_values),
         }
+        return {**inputs, **image_options(self.trunk, interpolate_pos_encoding)}
 
     def _wants_weights(self, kwargs: dict[str, Any]) -> bool:
         wanted = kwargs.get("output_attentions")
@@ -417,8 +558,8 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 raise ValueError(
                     f"`input_ids` must be [batch, length] with a length of at least 1, got shape {list(input_ids.shape)}."
                 )
-            check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, "`vocab_size`")
-            inputs_embeds = self.embed_tokens(input_ids)
+            check_range("input_ids", input_ids, self.get_input_embeddings().num_embeddings, "`vocab_size`")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if (
             inputs_embeds.ndim != 3
             or inputs_embeds.shape[-1] != self.config.hidden_size
@@ -489,7 +630,76 @@ class TranslutionModel(TranslutionPreTrainedModel):
         )
 
 
-class TranslutionForImageClassification(TranslutionPreTrainedModel):
+class FromAttention:
+    """Makes a head of Translution out of a trained attention model."""
+
+    @classmethod
+    def from_attention(
+        cls,
+        model: str | os.PathLike | PreTrainedModel,
+        relative_projections: str = "kv",
+        max_relative_distance: int | None = None,
+        layers: Iterable[int] | None = None,
+        far_offsets: str = "clamped",
+        **from_pretrained_arguments: Any,
+    ) -> Any:
+        """A Translution model that computes what a trained attention model computes, see `docs/from_attention.md`.
+
+        The model's trunk and head stay, and only attention modules are replaced. The matrices of all offsets are the trained
+        one to begin with, so that outputs are the same, and part ways as the model is trained on.
+
+        Args:
+            model: a folder or a name on the Hub, or a model, whose modules become parts of the new one: it must not be used
+                afterwards. Nothing but the new banks takes memory besides.
+            relative_projections, max_relative_distance, far_offsets: of `TranslutionConfig`. A model with rotary positions
+                needs a `max_relative_distance`, or `relative_projections` `"v"`.
+            layers: indices of the layers that become Translution; the others stay attention. `None` for all.
+            from_pretrained_arguments: of `from_pretrained` of the source's class, such as `dtype` and `revision`.
+
+        Raises:
+            ValueError: for a model that is not supported; the message names the field that says so.
+            huggingface_hub.errors.StrictDataclassError: for fields that contradict each other.
+        """
+        modality = "image" if cls.main_input_name == "pixel_values" else "text"
+        auto_class = AutoModelForImageClassification if modality == "image" else AutoModelForCausalLM
+        if isinstance(model, PreTrainedModel):
+            if from_pretrained_arguments:
+                raise ValueError(
+                    "Arguments of `from_pretrained` need the name or folder of a `model`, got one that is loaded, and "
+                    f"{', '.join(sorted(from_pretrained_arguments))}."
+                )
+            source = model
+        else:
+            where = {k: v for k, v in from_pretrained_arguments.items() if k in HUB_ARGUMENTS}
+            # Before any weight is downloaded.
+            check_source(AutoConfig.from_pretrained(model, **where), modality)
+            source = auto_class.from_pretrained(model, **from_pretrained_arguments)
+        check_source(source.config, modality)
+        if len(set(getattr(source, "hf_device_map", {}).values())) > 1:
+            raise ValueError(
+                "`device_map` must name one device, got several: load the converted model by `from_pretrained` for that."
+            )
+        config = convert_config(
+            cls.config_class,
+            source.config,
+            layers,
+            relative_projections=relative_projections,
+            max_relative_distance=max_relative_distance,
+            far_offsets=far_offsets,
+        )
+        config.dtype = source.dtype
+        with torch.device("meta"):
+            converted = cls(config)
+        trunk = source.base_model
+        trunk.set_attn_implementation("sdpa")
+        replace_attention(trunk, config)
+        converted.model.trunk = trunk
+        converted._take_head(source)
+        converted.config._name_or_path = source.config._name_or_path
+        return converted.train(source.training)
+
+
+class TranslutionForImageClassification(FromAttention, TranslutionPreTrainedModel):
     """Image classifier: a Linear head on the class token, or on the mean of all tokens (`config.pooling`)."""
 
     main_input_name = "pixel_values"
@@ -502,8 +712,12 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = TranslutionModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        width = config.hidden_size * (2 if config.pooling == "cls_and_mean" else 1)
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
+
+    def _take_head(self, source: PreTrainedModel):
+        self.classifier = source.classifier
 
     @can_return_tuple
     def forward(
@@ -535,7 +749,10 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         )
         tokens = outputs.last_hidden_state
         check_image_labels(labels, self.config, tokens.shape[0])
-        pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
+        if self.config.pooling == "cls_and_mean":
+            pooled = torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=-1)
+        else:
+            pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
         logits = self.classifier(pooled)
         loss = None
         if labels is not None:
@@ -545,7 +762,7 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         )
 
 
-class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
+class TranslutionForCausalLM(FromAttention, TranslutionPreTrainedModel, GenerationMixin):
     """Causal language model: a second LayerNorm, then a Linear head without bias."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -555,9 +772,20 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.model = TranslutionModel(config)
-        self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.trunk_config is None:
+            self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            # The head of a model with that trunk has no norm of its own.
+            self.head_norm = nn.Identity()
+            self._tied_weights_keys = {
+                "lm_head.weight": f"model.trunk.{input_embedding_name(self.model.trunk)}.weight"
+            }
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _take_head(self, source: PreTrainedModel):
+        self.lm_head = source.get_output_embeddings()
+        self.generation_config = source.generation_config
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
