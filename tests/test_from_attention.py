@@ -13,6 +13,7 @@ import torch
 from closeness import assert_close_in_rounding
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from test_remote_code import LOAD_AND_SAVE
 from tokenizers import Tokenizer, models
@@ -33,6 +34,7 @@ from transformers import (
 from without_package import without_package
 
 from translution import TranslutionForCausalLM, TranslutionForImageClassification, explain_dispatch
+from translution.modeling.mixers.mixer import Mixer
 
 
 # Sizes that are odd, and not multiples of each other where they need not be.
@@ -76,6 +78,7 @@ TEXTS = {
     "llama-tied": ("llama", {**ROTARY, "tie_word_embeddings": True, "num_key_value_heads": 6}, DISTANCE),
     "llama-value": ("llama", ROTARY, {"relative_projections": "v"}),
     "llama-query": ("llama", ROTARY, {"relative_projections": "qv", **DISTANCE}),
+    "llama-all-near": ("llama", ROTARY, {"max_relative_distance": 20}),
     "llama-nothing-near": ("llama", ROTARY, {"max_relative_distance": 0}),
     "llama-one-layer": ("llama", ROTARY, {"layers": [1], **DISTANCE}),
     "llama-llama3": ("llama", {**ROTARY, "rope_parameters": LLAMA3}, DISTANCE),
@@ -183,7 +186,7 @@ def test_gradients_sum_to_the_sources(case):
     banks = 0
     largest = max(gradient.abs().max() for gradient in gradients.values() if gradient is not None)
     for name, parameter in converted.named_parameters():
-        name = name.removeprefix("model.trunk.")
+        name = name.removeprefix("model.trunk.").replace(".mixer.", ".")
         gradient, expected = parameter.grad, gradients.get(name)
         if name.endswith("_bank"):
             banks += 1
@@ -272,6 +275,87 @@ def test_images_of_other_sizes(case):
         converted(images)
 
 
+@pytest.mark.parametrize(("case", "size"), [("vit-square", [18, 9]), ("vit-clamped", [18, 9]), ("dinov2", 18)])
+def test_resized_for_good(case, size, tmp_path):
+    converted = part_from_source(convert(make_source(case), case))
+    images = torch.randn(2, 2, *(size if isinstance(size, list) else [size] * 2), dtype=torch.float64)
+    expected = converted(images, interpolate_pos_encoding=True).logits
+    converted.model.resize_image(size)
+    # DINOv2 interpolates in float32.
+    dtype = torch.float32 if case == "dinov2" else None
+    assert_close_in_rounding(converted(images).logits, expected, roundings=1000, dtype=dtype)
+    converted.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert_close_in_rounding(loaded(images).logits, converted(images).logits)
+    if case == "dinov2":
+        with pytest.raises(ValueError, match="square"):
+            converted.model.resize_image([18, 9])
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen3-query", "qwen3-key", "gpt2-distance", "vit-shared"])
+def test_attention_dropout_takes_a_path_that_is_right(case, monkeypatch):
+    source = make_source(case)
+    converted = part_from_source(convert(source, case))
+    inputs = make_inputs(source, case)
+    expected = converted(**inputs).logits
+    for module in converted.modules():
+        module.training = isinstance(module, Mixer)
+        if module.training:
+            module.attention_dropout = 0.5
+    # The path of dropout is taken, and nothing is dropped.
+    monkeypatch.setattr(nn.functional, "dropout", lambda weights, *_: weights)
+    assert "local" not in explain_dispatch(converted, **inputs)
+    assert_close_in_rounding(converted(**inputs).logits, expected, roundings=1000)
+
+
+def test_adapters_of_peft(tmp_path):
+    source = make_source("llama", torch.float32)
+    converted = convert(source, "llama")
+    tokens = make_inputs(source, "llama")["input_ids"]
+    banks = LoraConfig(target_parameters=["k_bank", "v_bank"], r=2, task_type="CAUSAL_LM")
+    model = get_peft_model(converted, banks)
+    assert_close_in_rounding(model(tokens).logits, source(tokens).logits, roundings=1000)
+    model(tokens, labels=tokens).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(("k_bank" in name) or ("v_bank" in name) or ".mixer." in name for name in trained)
+    assert any(p.grad.abs().max() > 0 for p in trained.values())
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(std=0.3)
+    expected = model(tokens).logits
+    assert (expected - source(tokens).logits).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(convert(source, "llama"), tmp_path)
+    assert_close_in_rounding(loaded(tokens).logits, expected)
+    assert_close_in_rounding(loaded.merge_and_unload()(tokens).logits, expected, roundings=1000)
+
+
+def test_parts_on_the_disk(tmp_path):
+    source = make_source("llama-biases", torch.float32)
+    converted = convert(source, "llama-biases").float()
+    converted.save_pretrained(tmp_path / "model")
+    tokens = make_inputs(source, "llama-biases")["input_ids"]
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    places = {"model.trunk.embed_tokens": "cpu", "model.trunk.layers.0": "cpu", "model.trunk.layers.1": "disk"}
+    places |= {"model.trunk.norm": "disk", "model.trunk.rotary_emb": "cpu", "lm_head": "cpu"}
+    apart = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert apart.model.trunk.layers[1].self_attn.mixer.k_bank.device.type == "meta"
+    assert_close_in_rounding(apart(tokens).logits, whole(tokens).logits)
+
+
+def test_packed_texts():
+    source = make_source("llama-one-layer")
+    converted = convert(source, "llama-one-layer")
+    tokens = make_inputs(source, "llama-one-layer")["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    ours, theirs = (model(tokens, position_ids=positions, use_cache=False).logits for model in (converted, source))
+    assert_close_in_rounding(ours, theirs, roundings=1000)
+    apart = [source(tokens[:, part], use_cache=False).logits for part in (slice(0, 4), slice(4, 9))]
+    assert_close_in_rounding(ours, torch.cat(apart, dim=1), roundings=1000)
+
+
 @pytest.mark.parametrize("case", ["llama-tied", "qwen2", "qwen3", "gpt2", "vit-shared", "dinov2"])
 def test_saved_and_loaded(case, tmp_path):
     source = make_source(case)
@@ -355,7 +439,7 @@ def test_converts_a_text_model_with_its_tokenizer(tmp_path):
     banks = {name: p for name, p in converted.named_parameters() if name.endswith("_bank")}
     weights = AutoModelForCausalLM.from_pretrained(tmp_path / "source").model
     for name, bank in banks.items():
-        path = name.removeprefix("model.trunk.").replace("_bank", "_proj.weight")
+        path = name.removeprefix("model.trunk.").replace("mixer.", "").replace("_bank", "_proj.weight")
         assert all(torch.equal(matrix, weights.get_parameter(path).t()) for matrix in bank)
     assert len(banks) == 4
 
@@ -447,5 +531,7 @@ def test_refuses_fields_that_do_not_fit():
         TranslutionForCausalLM.from_attention(source, layers=[2], max_relative_distance=1)
     with pytest.raises(StrictDataclassError, match="`relative_projections`"):
         TranslutionForCausalLM.from_attention(source, "kk", max_relative_distance=1)
+    with pytest.raises(ValueError, match="must be a LlamaForCausalLM, got a LlamaModel"):
+        TranslutionForCausalLM.from_attention(source.model, max_relative_distance=1)
     with pytest.raises(ValueError, match="revision"):
         TranslutionForCausalLM.from_attention(source, max_relative_distance=1, revision="main")

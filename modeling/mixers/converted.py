@@ -42,14 +42,12 @@ class AttentionParts(NamedTuple):
     key_norm: nn.Module | None = None
 
 
-class ConvertedAttention(TranslutionMixer):
+class ConvertedMixer(TranslutionMixer):
     """Full Translution that computes what an attention module computed: every offset's matrix is the trained one.
 
     Its parameters are `{q,k,v}_bank`, `[num_offsets, C, C']`, and where the source has a bias `{q,k,v}_bias_bank`,
     `[num_offsets, C']`, for the projections that are relative, and `{q,k,v}_proj` for the others. Keys and values keep their
     fewer heads, `C'_kv` features. Modules of the source, the output projection and norms, are taken over.
-
-    It is called as the source's attention is, and besides with `layout` and `mask`, see `TranslutionMixer.forward`.
 
     Args:
         config: of the Translution model.
@@ -73,6 +71,22 @@ class ConvertedAttention(TranslutionMixer):
             if projection.bias is not None:
                 self.register_parameter(f"{name}_bias_bank", _for_each_offset(projection.bias, num_offsets))
 
+    def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> None:
+        # The source computes its rotations in its own way, scaled ones included: none is computed here.
+        return None
+
+
+class ConvertedAttention(nn.Module):
+    """Stands where the source's attention module stood, and is called as that was; `mixer` does the work.
+
+    Args:
+        config, layer_idx, parts: see `ConvertedMixer`.
+    """
+
+    def __init__(self, config, layer_idx: int, parts: AttentionParts):
+        super().__init__()
+        self.mixer = ConvertedMixer(config, layer_idx, parts)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -89,16 +103,14 @@ class ConvertedAttention(TranslutionMixer):
 
         Args:
             attention_mask: the source's own mask; `mask` says the same.
+            layout, mask: see `TranslutionMixer.forward`.
             position_embeddings: cosines and sines of rotary positions, `[B or 1, L, d]`.
         """
         rotation = None
         if position_embeddings is not None:
             rotation = tuple(part.unsqueeze(1) for part in position_embeddings)
-        return super().forward(hidden_states, layout, mask, rotation, past_key_values, wants_weights)
-
-    def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> None:
-        # The source computes its rotations in its own way, scaled ones included: none is computed here.
-        return None
+        # By place: what adapters of PEFT wrap takes its input so.
+        return self.mixer(hidden_states, layout, mask, rotation, past_key_values, wants_weights)
 
 
 def _for_each_offset(tensor: Tensor, num_offsets: int) -> nn.Parameter:
@@ -114,4 +126,4 @@ def _linear(projection: Projection) -> nn.Linear:
     return linear
 
 
-__all__ = ["AttentionParts", "ConvertedAttention", "Projection"]
+__all__ = ["AttentionParts", "ConvertedAttention", "ConvertedMixer", "Projection"]

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -52,6 +58,7 @@ from .trunks import (
     image_options,
     input_embedding_name,
     replace_attention,
+    resize_trunk,
     run_trunk,
 )
 from .weight_files import check_dtypes, check_index
@@ -61,6 +68,9 @@ logger = logging.get_logger(__name__)
 
 # Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.
 EMBEDDING_STD = 0.02
+
+# The classes that models are converted from, by the class of their config.
+HEADS_OF_SOURCES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 
 # Arguments of `from_pretrained` that say where a config is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -311,26 +321,25 @@ class TranslutionModel(TranslutionPreTrainedModel):
             image_size: pixels, an int or `[height, width]`; a multiple of `patch_size`.
 
         Raises:
-            ValueError: for a text model.
+            ValueError: for a text model, or a size that the trunk of another model does not take.
             huggingface_hub.errors.StrictDataclassError: for a size that the config refuses.
         """
         if self.config.modality != "image":
             raise ValueError(f"`resize_image` needs `modality` 'image', got {self.config.modality!r}.")
-        if self.trunk is not None:
-            raise ValueError(
-                "`resize_image` needs this package's own trunk, got one of type "
-                f"{self.trunk.config.model_type!r}; `interpolate_pos_encoding` takes images of other sizes."
-            )
         resized = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
         old_grid, new_grid, layout = self.config.grid_height_width, resized.grid_height_width, bank_layout(resized)
-        embeddings = self.embeddings
-        embeddings.image_size, embeddings.grid_size = resized.image_height_width, new_grid
-        if embeddings.position_embeddings is not None:
-            embeddings.position_embeddings = nn.Parameter(
-                resample_positions(embeddings.position_embeddings, old_grid, new_grid)
-            )
-        for layer in self.layers:
-            mixer = layer.mixer
+        if self.trunk is not None:
+            resize_trunk(self.trunk, resized.image_height_width, old_grid, new_grid)
+        else:
+            embeddings = self.embeddings
+            embeddings.image_size, embeddings.grid_size = resized.image_height_width, new_grid
+            if embeddings.position_embeddings is not None:
+                embeddings.position_embeddings = nn.Parameter(
+                    resample_positions(embeddings.position_embeddings, old_grid, new_grid)
+                )
+        for mixer in self.modules():
+            if not isinstance(mixer, Mixer):
+                continue
             for name in mixer.offset_parameters():
                 table = resample_offsets(getattr(mixer, name), mixer.bank_layout, layout)
                 setattr(mixer, name, nn.Parameter(table))
@@ -675,6 +684,9 @@ class FromAttention:
             check_source(AutoConfig.from_pretrained(model, **where), modality)
             source = auto_class.from_pretrained(model, **from_pretrained_arguments)
         check_source(source.config, modality)
+        head = HEADS_OF_SOURCES[modality][type(source.config)]
+        if not isinstance(source, head):
+            raise ValueError(f"`model` must be a {head.__name__}, got a {type(source).__name__}.")
         if len(set(getattr(source, "hf_device_map", {}).values())) > 1:
             raise ValueError(
                 "`device_map` must name one device, got several: load the converted model by `from_pretrained` for that."

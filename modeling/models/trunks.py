@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ...configuration.configuration_translution import TranslutionConfig
 from ..mixers.converted import AttentionParts, ConvertedAttention, Projection
+from ..operators.resampling import resample_positions
 
 
 # What attention that is not replaced runs; "eager" where its weights are asked for.
@@ -251,8 +252,8 @@ def replace_attention(trunk: PreTrainedModel, config: TranslutionConfig) -> None
     for index, layer in enumerate(layers_of(trunk)):
         if config.mixer_types[index].endswith("translution"):
             attention = getattr(layer, family.attention)
-            mixer = ConvertedAttention(config, index, family.parts(attention))
-            setattr(layer, family.attention, mixer.train(attention.training))
+            converted = ConvertedAttention(config, index, family.parts(attention))
+            setattr(layer, family.attention, converted.train(attention.training))
 
 
 def input_embedding_name(trunk: PreTrainedModel) -> str:
@@ -266,6 +267,35 @@ def image_options(trunk: PreTrainedModel, interpolate_pos_encoding: bool) -> dic
     if FAMILIES[trunk.config.model_type].resizes:
         return {"interpolate_pos_encoding": interpolate_pos_encoding}
     return {}
+
+
+@torch.no_grad()
+def resize_trunk(
+    trunk: PreTrainedModel, image_size: tuple[int, int], old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> None:
+    """Makes the embeddings of a trunk those of images of another size, for good.
+
+    Args:
+        image_size: height and width in pixels.
+        old_grid, new_grid: height and width in patches.
+
+    Raises:
+        ValueError: for an oblong size where the trunk interpolates by itself, which takes a square of positions.
+    """
+    if not FAMILIES[trunk.config.model_type].resizes and image_size[0] != image_size[1]:
+        raise ValueError(
+            f"`image_size` must be square for a trunk of type {trunk.config.model_type!r}, got {list(image_size)}; images of "
+            "another shape need no resizing there."
+        )
+    embeddings = trunk.embeddings
+    embeddings.position_embeddings = nn.Parameter(
+        resample_positions(embeddings.position_embeddings, old_grid, new_grid)
+    )
+    for part in (embeddings, embeddings.patch_embeddings):
+        if hasattr(part, "image_size"):
+            part.image_size = image_size
+    embeddings.patch_embeddings.num_patches = new_grid[0] * new_grid[1]
+    trunk.config.image_size = list(image_size)
 
 
 def run_trunk(
@@ -309,6 +339,7 @@ __all__ = [
     "input_embedding_name",
     "layers_of",
     "replace_attention",
+    "resize_trunk",
     "run_trunk",
     "source_config",
 ]
