@@ -14,7 +14,7 @@ from closeness import assert_close_in_rounding
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_remote_code import LOAD_AND_SAVE
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -33,7 +33,12 @@ from transformers import (
 )
 from without_package import without_package
 
-from translution import TranslutionForCausalLM, TranslutionForImageClassification, explain_dispatch
+from translution import (
+    TranslutionConfig,
+    TranslutionForCausalLM,
+    TranslutionForImageClassification,
+    explain_dispatch,
+)
 from translution.modeling.mixers.mixer import Mixer
 
 
@@ -308,6 +313,22 @@ def test_attention_dropout_takes_a_path_that_is_right(case, monkeypatch):
     assert_close_in_rounding(converted(**inputs).logits, expected, roundings=1000)
 
 
+def test_a_bank_that_is_missing_is_drawn(tmp_path):
+    converted = convert(make_source("llama", torch.float32), "llama")
+    converted.config.initializer_range = 0.25
+    converted.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = "model.trunk.layers.1.self_attn.mixer.k_bank"
+    weights.pop(missing)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = TranslutionForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] == {missing}
+    bank = loaded.get_parameter(missing)
+    # 576 numbers: the spread of their own is known to 3 %.
+    assert 0.2 < bank.std() < 0.3
+    assert all(torch.equal(loaded.get_parameter(name), weight) for name, weight in weights.items())
+
+
 def test_adapters_of_peft(tmp_path):
     source = make_source("llama", torch.float32)
     converted = convert(source, "llama")
@@ -531,6 +552,14 @@ def test_refuses_fields_that_do_not_fit():
         TranslutionForCausalLM.from_attention(source, layers=[2], max_relative_distance=1)
     with pytest.raises(StrictDataclassError, match="`relative_projections`"):
         TranslutionForCausalLM.from_attention(source, "kk", max_relative_distance=1)
+    for fields, message in (
+        ({"relative_rank": 2}, "`relative_rank` must be None with a `trunk_config`, got 2"),
+        ({"mixer_types": "convolution"}, "`mixer_types` must be one of .* got 'convolution'"),
+        ({"trunk_config": {"hidden_size": 8}}, "`trunk_config` must have the `model_type`"),
+    ):
+        fields = {"modality": "text", "trunk_config": source.config.to_dict(), **fields}
+        with pytest.raises(StrictDataclassError, match=message):
+            TranslutionConfig(**fields)
     with pytest.raises(ValueError, match="must be a LlamaForCausalLM, got a LlamaModel"):
         TranslutionForCausalLM.from_attention(source.model, max_relative_distance=1)
     with pytest.raises(ValueError, match="revision"):

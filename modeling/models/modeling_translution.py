@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...configuration.configuration_translution import TranslutionConfig
 from ..mixers.build import build_mixer
+from ..mixers.converted import ConvertedMixer
 from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask
 from ..mixers.mixer import Mixer
 from ..operators.dispatch import AUTO, EAGER, TRITON
@@ -198,7 +199,7 @@ class TranslutionPreTrainedModel(PreTrainedModel):
     def initialize_weights(self):
         """Transformers' own, which asks a trunk of another class for the initial weights of what is in it: not of mixers."""
         for module in self.modules():
-            if isinstance(module, Mixer):
+            if isinstance(module, ConvertedMixer):
                 self._initialize_weights(module, self.is_custom_code())
         super().initialize_weights()
 
@@ -663,12 +664,14 @@ class FromAttention:
             relative_projections, max_relative_distance, far_offsets: of `TranslutionConfig`. A model with rotary positions
                 needs a `max_relative_distance`, or `relative_projections` `"v"`.
             layers: indices of the layers that become Translution; the others stay attention. `None` for all.
-            from_pretrained_arguments: of `from_pretrained` of the source's class, such as `dtype` and `revision`.
+            from_pretrained_arguments: of `from_pretrained` of the source's class, such as `dtype` and `revision`; an
+                `attn_implementation` is that of the new model.
 
         Raises:
             ValueError: for a model that is not supported; the message names the field that says so.
             huggingface_hub.errors.StrictDataclassError: for fields that contradict each other.
         """
+        implementation = from_pretrained_arguments.pop("attn_implementation", None)
         modality = "image" if cls.main_input_name == "pixel_values" else "text"
         auto_class = AutoModelForImageClassification if modality == "image" else AutoModelForCausalLM
         if isinstance(model, PreTrainedModel):
@@ -708,6 +711,8 @@ class FromAttention:
         converted.model.trunk = trunk
         converted._take_head(source)
         converted.config._name_or_path = source.config._name_or_path
+        if implementation is not None:
+            converted.set_attn_implementation(implementation)
         return converted.train(source.training)
 
 

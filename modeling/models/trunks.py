@@ -23,6 +23,8 @@ from ..operators.resampling import resample_positions
 
 # What attention that is not replaced runs; "eager" where its weights are asked for.
 SDPA, EAGER = "sdpa", "eager"
+# What the dropout of attention weights is called.
+ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 # Config fields of a source that say nothing of its trunk, or that the Translution config has itself.
 NOT_OF_TRUNK = (
     "architectures",
@@ -46,7 +48,7 @@ class Family:
         parts: takes an attention module apart.
         rotary: whether queries and keys are rotated by position.
         pooling: what its image classifier reads.
-        absolute: whether a table of absolute positions bounds the length of a text.
+        absolute: whether it adds a table of absolute positions, which bounds the length of a text.
         resizes: whether its trunk takes `interpolate_pos_encoding`.
         trunk_options: of the trunk's class.
         obstacle: what of a config is not supported; empty for nothing.
@@ -116,9 +118,15 @@ FAMILIES = {
     "qwen3": _text_family(),
     "gpt2": Family("text", "h", "attn", _gpt2_parts, absolute=True, obstacle=_gpt2_obstacle),
     "vit": Family(
-        "image", "layers", "attention", _linear_parts, resizes=True, trunk_options={"add_pooling_layer": False}
+        "image",
+        "layers",
+        "attention",
+        _linear_parts,
+        absolute=True,
+        resizes=True,
+        trunk_options={"add_pooling_layer": False},
     ),
-    "dinov2": Family("image", "encoder.layer", "attention", _linear_parts, pooling="cls_and_mean"),
+    "dinov2": Family("image", "encoder.layer", "attention", _linear_parts, absolute=True, pooling="cls_and_mean"),
 }
 # Model types that are near to supported ones.
 REASONS = {
@@ -197,8 +205,7 @@ def convert_config(
         if value is not None:
             kept[name] = value
     kept["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
-    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
-        kept["attention_dropout"] = getattr(source, name, None) or kept.get("attention_dropout", 0.0)
+    kept["attention_dropout"] = next(getattr(source, name) for name in ATTENTION_DROPOUTS if hasattr(source, name))
     return config_class(
         modality=family.modality,
         mixer_types=[f"{prefix}{'translution' if i in chosen else 'attention'}" for i in range(count)],
