@@ -257,6 +257,28 @@ def test_caches_and_paths_agree_when_offsets_differ(case):
         assert_close_in_rounding(torch.cat(pieces, dim=1)[shown], expected, roundings=1000)
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
+LONG = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 8}
+LONG |= {"short_factor": [1.0, 2.0], "long_factor": [3.0, 5.0]}
+
+
+@pytest.mark.parametrize(
+    "scaling", [LINEAR, {**LINEAR, "rope_type": "dynamic"}, LONG], ids=lambda scaling: scaling["rope_type"]
+)
+def test_rotations_that_change_with_the_length(scaling, monkeypatch):
+    """What was cached before a rotation changed stays as it was, in the source as well."""
+    fields = {**ROTARY, "max_position_embeddings": 12, "rope_parameters": scaling}
+    monkeypatch.setitem(CASES, "llama", ("llama", fields, DISTANCE))
+    source = make_source("llama")
+    converted = convert(source, "llama")
+    for length in (7, 20):
+        inputs = make_inputs(source, "llama", length)
+        assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
+    prompt = make_inputs(source, "llama", 7)["input_ids"]
+    tokens = [model.generate(prompt, max_new_tokens=12, do_sample=False) for model in (source, converted)]
+    assert torch.equal(*tokens)
+
+
 @pytest.mark.parametrize("case", IMAGES)
 def test_paths_agree_on_images_when_offsets_differ(case):
     source = make_source(case)
@@ -516,23 +538,28 @@ def test_trains_with_checkpointing_and_resized_embeddings(tmp_path):
 
 
 REFUSED = {
-    "experts": (MixtralConfig(), {}, "'mixtral'.*experts"),
-    "distillation token": (AutoConfig.for_model("deit"), {}, "'deit'.*distillation"),
-    "no such family": (AutoConfig.for_model("opt"), {}, "'llama'.*got 'opt'"),
-    "sliding window": (AutoConfig.for_model("mistral", sliding_window=8), {}, "`sliding_window` is 8"),
+    "no distance": (AutoConfig.for_model("llama"), {}, "`max_relative_distance`"),
+    "experts": (MixtralConfig(), DISTANCE, "'mixtral'.*experts"),
+    "distillation token": (AutoConfig.for_model("deit"), DISTANCE, "'deit'.*distillation"),
+    "no such family": (AutoConfig.for_model("opt"), DISTANCE, "'llama'.*got 'opt'"),
+    "sliding window": (AutoConfig.for_model("mistral", sliding_window=8), DISTANCE, "`sliding_window` is 8"),
     "windows in some layers": (
         AutoConfig.for_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
-        {},
+        DISTANCE,
         "'sliding_attention'",
     ),
-    "cross attention": (AutoConfig.for_model("gpt2", add_cross_attention=True), {}, "`add_cross_attention`"),
-    "scores in float32": (AutoConfig.for_model("gpt2", reorder_and_upcast_attn=True), {}, "`reorder_and_upcast_attn`"),
+    "cross attention": (AutoConfig.for_model("gpt2", add_cross_attention=True), DISTANCE, "`add_cross_attention`"),
+    "scores in float32": (
+        AutoConfig.for_model("gpt2", reorder_and_upcast_attn=True),
+        DISTANCE,
+        "`reorder_and_upcast_attn`",
+    ),
     "quantised": (
         AutoConfig.for_model("llama", quantization_config={"quant_method": "bitsandbytes"}),
-        {},
+        DISTANCE,
         "`quantization_config`",
     ),
-    "an image model": (AutoConfig.for_model("vit"), {}, "`modality` 'text'.*'vit'"),
+    "an image model": (AutoConfig.for_model("vit"), DISTANCE, "`modality` 'text'.*'vit'"),
 }
 
 
@@ -540,8 +567,8 @@ REFUSED = {
 def test_refused_before_weights_are_read(case, tmp_path):
     config, fields, message = REFUSED[case]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        TranslutionForCausalLM.from_attention(tmp_path, max_relative_distance=1, **fields)
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        TranslutionForCausalLM.from_attention(tmp_path, **fields)
 
 
 def test_refuses_fields_that_do_not_fit():
@@ -562,5 +589,8 @@ def test_refuses_fields_that_do_not_fit():
             TranslutionConfig(**fields)
     with pytest.raises(ValueError, match="must be a LlamaForCausalLM, got a LlamaModel"):
         TranslutionForCausalLM.from_attention(source.model, max_relative_distance=1)
+    source.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(ValueError, match="`device_map` must name one device"):
+        TranslutionForCausalLM.from_attention(source, max_relative_distance=1)
     with pytest.raises(ValueError, match="revision"):
         TranslutionForCausalLM.from_attention(source, max_relative_distance=1, revision="main")
