@@ -408,6 +408,9 @@ def test_saved_and_loaded(case, tmp_path):
     fresh = HEADS[modality_of(case)](converted.config).double().eval()
     fresh.load_state_dict(converted.state_dict())
     fresh.save_pretrained(tmp_path, max_shard_size="20KB")
+    stored = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
+    assert fresh.state_dict().keys() - stored <= {"lm_head.weight"}
+    assert stored <= fresh.state_dict().keys()
     loaded, report = AUTO[modality_of(case)].from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded) is HEADS[modality_of(case)]

@@ -148,6 +148,13 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 check_index(pretrained_model_name_or_path, **where)
             raise
 
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """Transformers' own; see there. The names of tensors are those of `state_dict`."""
+        if self.config.trunk_config is not None:
+            # Not those that the class of a trunk had in earlier versions, which know no mixers.
+            kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)
+
     @staticmethod
     def _load_pretrained_model(
         model: PreTrainedModel,
