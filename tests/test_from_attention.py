@@ -31,6 +31,7 @@ from transformers import (
     StaticCache,
     ViTImageProcessorPil,
 )
+from triton_devices import DEVICE, EXACT, TOLERANCE
 from without_package import without_package
 
 from translution import (
@@ -288,6 +289,21 @@ def test_paths_agree_on_images_when_offsets_differ(case):
     assert (expected - source(**inputs).logits).abs().max() > 1e-3
     converted.set_attn_implementation("eager")
     assert_close_in_rounding(converted(**inputs).logits, expected, roundings=1000)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-value"])
+def test_kernels(case):
+    source = make_source(case, EXACT)
+    converted = part_from_source(convert(source, case)).to(DEVICE)
+    inputs = {name: value.to(DEVICE) for name, value in make_inputs(source, case, length=3).items()}
+    results = []
+    for implementation in ("eager", "triton"):
+        converted.set_attn_implementation(implementation)
+        logits = converted(**inputs).logits
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=EXACT, device=DEVICE).view_as(logits)
+        results.append([logits, *torch.autograd.grad((logits * weights).sum(), list(converted.parameters()))])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("case", ["vit-square", "vit-clamped", "dinov2"])
@@ -592,6 +608,10 @@ def test_refuses_fields_that_do_not_fit():
             TranslutionConfig(**fields)
     with pytest.raises(ValueError, match="must be a LlamaForCausalLM, got a LlamaModel"):
         TranslutionForCausalLM.from_attention(source.model, max_relative_distance=1)
+    images = make_source("vit")
+    del images.vit.layers[1].attention.q_proj
+    with pytest.raises(ValueError, match=r"'vit' must be made as in Transformers .* 'q_proj'"):
+        TranslutionForImageClassification.from_attention(images)
     source.hf_device_map = {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(ValueError, match="`device_map` must name one device"):
         TranslutionForCausalLM.from_attention(source, max_relative_distance=1)

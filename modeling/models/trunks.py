@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
+from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -254,12 +255,22 @@ def replace_attention(trunk: PreTrainedModel, config: TranslutionConfig) -> None
     """Puts Translution in the place of attention, in the layers that `config.mixer_types` says, one after the other.
 
     What has been replaced is free at once, so that no second copy of a model is in memory.
+
+    Raises:
+        ValueError: if this version of Transformers makes the attention of a family of other parts.
     """
     family = FAMILIES[trunk.config.model_type]
     for index, layer in enumerate(layers_of(trunk)):
         if config.mixer_types[index].endswith("translution"):
             attention = getattr(layer, family.attention)
-            converted = ConvertedAttention(config, index, family.parts(attention))
+            try:
+                parts = family.parts(attention)
+            except AttributeError as error:
+                raise ValueError(
+                    f"Attention of `model_type` {trunk.config.model_type!r} must be made as in Transformers 5.23, got that of "
+                    f"{transformers_version}: {error}."
+                ) from error
+            converted = ConvertedAttention(config, index, parts)
             setattr(layer, family.attention, converted.train(attention.training))
 
 
