@@ -291,6 +291,21 @@ def test_paths_agree_on_images_when_offsets_differ(case):
     assert_close_in_rounding(converted(**inputs).logits, expected, roundings=1000)
 
 
+@pytest.mark.parametrize("case", ["llama", "llama-value", "llama-query", "llama-one-layer"])
+def test_caches_keep_heads_grouped(case):
+    source = make_source(case)
+    converted = convert(source, case)
+    tokens = make_inputs(source, case)["input_ids"]
+    cache = DynamicCache(config=converted.config)
+    for part in (tokens[:, :8], tokens[:, 8:]):
+        converted(part, past_key_values=cache)
+    for mixer_type, layer in zip(converted.config.mixer_types, cache.layers, strict=True):
+        stored = layer.keys.numel() + layer.values.numel()
+        # Two heads of four features, for keys and for values; or of values that are relative without a distance, the inputs.
+        values = 18 if (mixer_type, case) == ("rope_translution", "llama-value") else 2 * 4
+        assert stored == tokens.numel() * (2 * 4 + values)
+
+
 @pytest.mark.parametrize("case", ["gpt2", "llama-value"])
 def test_kernels(case):
     source = make_source(case, EXACT)
@@ -402,6 +417,23 @@ def test_parts_on_the_disk(tmp_path):
     )
     assert apart.model.trunk.layers[1].self_attn.mixer.k_bank.device.type == "meta"
     assert_close_in_rounding(apart(tokens).logits, whole(tokens).logits)
+
+
+def test_reads_the_class_token_beside_the_mean():
+    """As DINOv2's classifier does, with a trunk of this package's own."""
+    fields = {
+        "hidden_size": 6,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+        "intermediate_size": 8,
+    }
+    config = TranslutionConfig(image_size=8, patch_size=4, num_labels=3, pooling="cls_and_mean", **fields)
+    model = TranslutionForImageClassification(config).double()
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    tokens = model.model(images).last_hidden_state
+    read = torch.cat((tokens[:, 0], tokens[:, 1:].sum(1) / 4), dim=1)
+    assert_close_in_rounding(model(images).logits, read @ model.classifier.weight.t() + model.classifier.bias)
 
 
 def test_packed_texts():

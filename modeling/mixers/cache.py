@@ -14,6 +14,8 @@ the last few tokens alone (`recent`). Per token of each sequence and layer, in e
                                     token; and of the last D − 1 tokens what near pairs project: C if k or v is relative (one
                                     input serves both), and C' if q is relative and k is not (LoR: R for each side)
 
+Where heads of queries share keys and values (`converted.py`), `C'` of keys and values counts their heads alone.
+
 Legend: `B` batch, `L` tokens, `C` hidden size, `C' = A·d`, `R = A·r`, `T` taps, `k` kernel size.
 """
 
