@@ -291,6 +291,23 @@ def test_paths_agree_on_images_when_offsets_differ(case):
     assert_close_in_rounding(converted(**inputs).logits, expected, roundings=1000)
 
 
+@pytest.mark.parametrize("case", ["vit", "vit-shared", "vit-clamped"])
+def test_masks_of_images(case):
+    source = make_source(case)
+    converted = convert(source, case)
+    inputs = make_inputs(source, case)
+    length = converted.model(**inputs).last_hidden_state.shape[1]
+    tokens = torch.ones(2, length, dtype=torch.long)
+    tokens[0, 3:6] = tokens[1, -1] = 0
+    hidden = torch.rand(2, 1, length, length) < 0.3
+    hidden[..., 0] = False
+    pairs = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden, torch.finfo(torch.float64).min)
+    for mask in (tokens, pairs):
+        ours, theirs = (model(**inputs, attention_mask=mask).logits for model in (converted, source))
+        assert_close_in_rounding(ours, theirs, roundings=1000)
+        assert (ours - converted(**inputs).logits).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("case", ["llama", "llama-value", "llama-query", "llama-one-layer"])
 def test_caches_keep_heads_grouped(case):
     source = make_source(case)
