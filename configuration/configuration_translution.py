@@ -30,7 +30,9 @@ MIXER_TYPES = (
 RELATIVE_PROJECTIONS = ("qkv", "qk", "qv", "kv", "q", "k", "v")
 FAR_OFFSETS = ("clamped", "shared")
 MODALITIES = ("image", "text")
-POOLINGS = ("cls", "mean")
+POOLINGS = ("cls", "mean", "cls_and_mean")
+# Mixers of a model whose trunk is that of another: Translution, or its own attention.
+TRUNK_MIXER_TYPES = ("translution", "rope_translution", "attention", "rope_attention")
 # Fields of a saved config that no config class declares.
 ADDED_BY_TRANSFORMERS = {
     "attn_implementation",
@@ -125,7 +127,8 @@ class TranslutionConfig(PreTrainedConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Channels of an image.
         pooling (`str`, *optional*, defaults to `"cls"`):
-            What the image classifier reads: the class token, or the `"mean"` of all tokens, the class token included.
+            What the image classifier reads: the class token, the `"mean"` of all tokens, the class token included, or
+            `"cls_and_mean"`, the class token beside the mean of the patches.
         vocab_size (`int`, *optional*, defaults to 50257):
             Tokens of the text vocabulary.
         max_position_embeddings (`int`, *optional*, defaults to 256):
@@ -134,6 +137,9 @@ class TranslutionConfig(PreTrainedConfig):
             Whether the language-model head shares the input embedding.
         use_cache (`bool`, *optional*, defaults to `True`):
             Whether generation keeps a cache, where the model supports one.
+        trunk_config (`dict`, *optional*):
+            Config of the attention model whose trunk this one keeps, see [`TranslutionForCausalLM.from_attention`]: only its
+            attention modules are replaced, where `mixer_types` says so. `None` for this package's own trunk.
 
     Example:
 
@@ -179,6 +185,7 @@ class TranslutionConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    trunk_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any):
         self.name_each_mixer()
@@ -322,6 +329,8 @@ class TranslutionConfig(PreTrainedConfig):
             raise ValueError(f"`kernel_size` must be odd, got {self.kernel_size}.")
         self._validate_activation()
         self._validate_mixers()
+        if self.trunk_config is not None:
+            self._validate_trunk()
         if self.modality == "image":
             self._validate_image()
 
@@ -364,6 +373,18 @@ class TranslutionConfig(PreTrainedConfig):
                 f"`head_dim` must be a multiple of {divisor} for rotary mixers of modality {self.modality!r}, got "
                 f"{self.head_dim}."
             )
+
+    def _validate_trunk(self):
+        if not isinstance(self.trunk_config.get("model_type"), str):
+            raise ValueError(
+                "`trunk_config` must have the `model_type` of a model of Transformers, got "
+                f"{self.trunk_config.get('model_type')!r}."
+            )
+        for name in self.mixer_types:
+            _check_choice("mixer_types", name, TRUNK_MIXER_TYPES)
+        for field in ("relative_rank", "offset_basis"):
+            if getattr(self, field) is not None:
+                raise ValueError(f"`{field}` must be None with a `trunk_config`, got {getattr(self, field)}.")
 
     def _validate_image(self):
         for field in ("image_size", "patch_size"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.atomic_folder import written_whole
+from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, run_command
 from common.saved_files import read_json
 from torch import Tensor
@@ -375,17 +375,6 @@ def resolve_config(
             allowed = "an integer" if field == "relative_rank" and value is not None else repr(value)
             raise ValueError(f"`{field}` must be {allowed} by the checkpoint's `arch` {recorded!r}, got {given!r}.")
     return config
-
-
-def check_output(output: Path, overwrite: bool):
-    """Refuses an output directory that is in use, and with `overwrite` one that holds something else than a model."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ValueError(f"`output` must be a directory, got the file {str(output)!r}.")
-    if any(output.iterdir()) and not (overwrite and (output / "config.json").is_file()):
-        allowed = "one that holds a `config.json`" if overwrite else "--overwrite to replace a model that is there"
-        raise ValueError(f"`output` must be a new or empty directory, or {allowed}; got {str(output)!r}.")
 
 
 def convert(

@@ -25,6 +25,7 @@ CALLS = [
     ("run_image_classification", ["--train_dir", "nowhere", "--output_dir", "out"], 1, "`train_dir` must be a folder"),
     ("push_to_hub", ["nowhere", "--repo_id", "a/b"], 1, "error: nowhere is no folder"),
     ("convert_original_to_hf", ["--checkpoint", "nowhere", "--output", "out"], 1, "'nowhere'"),
+    ("convert_attention_to_translution", ["--model", "nowhere", "--output", "out"], 1, "no folder 'nowhere'"),
     ("model_card", ["nowhere"], 1, "run.json is missing"),
     ("benchmark", ["--repeats", "0"], 2, "--repeats must be at least 1, got 0"),
     ("gpu_check", ["--minutes", "soon"], 2, "invalid float value: 'soon'"),

@@ -15,6 +15,8 @@ the last few tokens alone (`recent`). Per token of each sequence and layer, in e
                                     input serves both), and C' if q is relative and k is not (LoR: R for each side); 2·d more
                                     where they are rotated, the cosines and sines of their positions
 
+Where heads of queries share keys and values (`converted.py`), `C'` of keys and values counts their heads alone.
+
 Legend: `B` batch, `L` tokens, `C` hidden size, `C' = A·d`, `R = A·r`, `T` taps, `k` kernel size.
 """
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..operators.heads import merge_heads, split_heads
+from ..operators.heads import merge_heads, repeat_features, repeat_heads, split_heads
 from ..operators.local import local_attention
 from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import (
@@ -56,9 +56,14 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
         if side is not None:
             tokens, matrices = side.tokens[:, side.tokens.shape[1] - count :], _matrices(side)
             relative = [tokens] if matrices is None else project_each(tokens, [matrices[row] for row in rows])
+            groups = 1 if name == "q" else pairs.groups
+            norm = None if matrices is None else pairs.norms.get(name)
+            if norm is not None:
+                relative = [merge_heads(norm(split_heads(part, num_heads // groups))) for part in relative]
             if pairs.near_rotation is not None and name != "v":
                 turns = tuple(part[:, :, part.shape[2] - count :] for part in pairs.near_rotation)
-                relative = [_rotate_tokens(part, turns, num_heads) for part in relative]
+                relative = [_rotate_tokens(part, turns, num_heads // groups) for part in relative]
+            relative = [repeat_features(part, num_heads, groups) for part in relative]
         own = None if heads is None else [merge_heads(heads[:, :, heads.shape[2] - count :])]
         sides.append(_join(own, relative, num_heads))
     far = None
@@ -84,6 +89,8 @@ def attend_step(
     rotation: tuple[Tensor, Tensor] | None,
     cache: Cache,
     layer_idx: int,
+    groups: int = 1,
+    norms: dict[str, nn.Module | None] | None = None,
 ) -> Tensor:
     """`[B, 1, A·e]` of one new token with a cache, as `NearAndFarPairs` keeps it: far keys, and the last few keys, side by side.
 
@@ -94,6 +101,7 @@ def attend_step(
         num_heads, scale, layout, mask: see `attend_text`.
         rotation: cosines and sines of the token, `[B or 1, 1, 1, e]`, where queries and keys are rotated.
         cache, layer_idx: what to remember it in.
+        groups, norms: see `AllPairs`.
     """
     distance, batch = layout.max_row_distance, len(tokens)
     turns = None if rotation is None else layout.once("own_turn", lambda: pack_rotation(rotation, batch))
@@ -103,18 +111,33 @@ def attend_step(
         "near_order", lambda: torch.tensor([*reversed(range(distance)), distance - 1], device=tokens.device)
     )
     states = states.index_select(1, order).transpose(0, 1)
-    keys, values = (torch.bmm(states, bank).unflatten(-1, (num_heads, -1)) for bank in banks[1:])
+    norms = norms or {"q": None, "k": None}
+    keys, values = (torch.bmm(states, bank).unflatten(-1, (num_heads // groups, -1)) for bank in banks[1:])
+    if norms["k"] is not None:
+        keys = norms["k"](keys)
     queries = query.transpose(0, 1) if banks[0] is None else tokens.transpose(0, 1) @ banks[0]
     queries = queries.unflatten(-1, (num_heads, -1))
+    if norms["q"] is not None and banks[0] is not None:
+        queries = norms["q"](queries)
     if turns is not None:
         # The same for all layers.
         turns = layout.once("near_turns", lambda: _step_rotation(turns, order, len(queries)))
-        both = rotate(torch.cat((queries, keys)), turns.unbind()).to(keys.dtype)
-        queries, keys = both.split([len(queries), distance + 1])
+        sizes = [len(queries), distance + 1]
+        if groups == 1:
+            queries, keys = rotate(torch.cat((queries, keys)), turns.unbind()).to(keys.dtype).split(sizes)
+        else:
+            queries, keys = (
+                rotate(part, turn.unbind()).to(keys.dtype)
+                for part, turn in zip((queries, keys), turns.split(sizes, dim=1), strict=True)
+            )
     far_key, far_value = (part[-1].unsqueeze(2) for part in (keys, values))
     (_, _, far_key, far_value), _ = remember(cache, layer_idx, [None, None, far_key, far_value], [])
     # Three dimensions, batch and heads as one: a product of four would be brought to three each time.
-    far_key, far_value = (part[:, :, : layout.num_tokens].flatten(0, 1) for part in (far_key, far_value))
+    far_key, far_value = (
+        repeat_heads(part[:, :, : layout.num_tokens], groups).flatten(0, 1) for part in (far_key, far_value)
+    )
+    if groups > 1:
+        keys, values = (part.repeat_interleave(groups, dim=2) for part in (keys, values))
     near_value = values[:-1].permute(1, 2, 0, 3).flatten(0, 1)
     far = torch.bmm(queries[-1].flatten(0, 1).unsqueeze(1), far_key.transpose(1, 2))
     if banks[0] is None:

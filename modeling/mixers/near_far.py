@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis
 from ..operators.dispatch import pair_operators
-from ..operators.heads import merge_heads, split_heads
+from ..operators.heads import merge_heads, repeat_features, repeat_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout, distances
 from ..operators.rotary import rotate, rotate_bank
 from .cache import remember, remember_recent
@@ -42,6 +42,8 @@ class AllPairs:
         num_heads: `A`.
         query, key, value: of the new tokens; `None` where scores or values are not relative.
         rotation: cosines and sines of the new tokens where relative queries and keys are rotated by position.
+        groups: heads of queries that share one of keys and values, whose banks and plain projections have `A / groups` heads.
+        norms: of each head that a bank projects, by `"q"` and `"k"`.
     """
 
     def __init__(
@@ -53,7 +55,10 @@ class AllPairs:
         key: PairInputs | None,
         value: PairInputs | None,
         rotation: tuple[Tensor, Tensor] | None = None,
+        groups: int = 1,
+        norms: dict[str, nn.Module | None] | None = None,
     ):
+        self.groups, self.norms = groups, norms or {"q": None, "k": None}
         self.path, self.layout, self.num_heads, self.rotation = path, layout, num_heads, rotation
         self.query, self.key, self.value = query, key, value
         # One input of two banks is remembered once.
@@ -97,7 +102,9 @@ class AllPairs:
 
     def scores(self) -> Tensor:
         """`<q_ij, k_ij>`, `[B, A, queries, L]`."""
-        (query, query_bank), (key, key_bank) = self.query, self.key
+        if self._norm("q") is not None or self._norm("k") is not None:
+            return self._normed_scores()
+        (query, query_bank), (key, key_bank) = self.query, self.repeated()[0]
         if self.rotation is None:
             operator = pair_operators(self.path).pair_scores
             return operator(query, key, query_bank, key_bank, self.num_heads, self.layout)
@@ -106,7 +113,45 @@ class AllPairs:
 
     def values(self, weights: Tensor) -> Tensor:
         """`Σ_j p_ij v_ij`, `[B, queries, A·e]`, from `[B, A, queries, L]` probabilities."""
-        return pair_operators(self.path).pair_values(weights, *self.value, self.layout)
+        return pair_operators(self.path).pair_values(weights, *self.repeated()[1], self.layout)
+
+    def repeated(self) -> tuple[PairInputs | None, PairInputs | None]:
+        """Keys and values with as many heads as queries have, for operators that know no groups."""
+        return self._repeat(self.key), self._repeat(self.value)
+
+    def _repeat(self, side: PairInputs | None) -> PairInputs | None:
+        if side is None or self.groups == 1:
+            return side
+        if side.bank is None:
+            return side._replace(tokens=repeat_features(side.tokens, self.num_heads, self.groups))
+        return side._replace(bank=repeat_features(side.bank, self.num_heads, self.groups))
+
+    def _norm(self, name: str) -> nn.Module | None:
+        """The norm of what a bank projects; plain projections had theirs before."""
+        side = self.query if name == "q" else self.key
+        return None if side.bank is None else self.norms[name]
+
+    def _normed_scores(self) -> Tensor:
+        """As `scores`, one matrix after the other: no operator has a norm between a bank and the product."""
+        rows, _ = self.layout.offsets(self.key.tokens.device)
+        bank = self.key.bank if self.query.bank is None else self.query.bank
+        scores = 0
+        for row in range(len(bank)):
+            # Of a text both banks are read at the same row.
+            of_row = self._heads("q", row) @ self._heads("k", row).transpose(-1, -2)
+            scores = scores + of_row.masked_fill(rows != row, 0)
+        return scores
+
+    def _heads(self, name: str, row: int) -> Tensor:
+        """Queries or keys by one matrix, normed and rotated, `[B, A, queries or L, e]`."""
+        tokens, bank = self.query if name == "q" else self.key
+        heads = tokens if bank is None else tokens @ bank[row]
+        heads = split_heads(heads, self.num_heads if name == "q" else self.num_heads // self.groups)
+        heads = heads if self._norm(name) is None else self._norm(name)(heads)
+        if self.rotation is not None:
+            turns = tuple(part[..., part.shape[-2] - heads.shape[2] :, :] for part in self.rotation)
+            heads = rotate(heads, turns).to(heads.dtype)
+        return heads if name == "q" else repeat_heads(heads, self.groups)
 
 
 class NearAndFarPairs(AllPairs):
@@ -122,8 +167,12 @@ class NearAndFarPairs(AllPairs):
     def __init__(self, *args, bank_rotation: tuple[Tensor, Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.far_query, self.far_key, self.far_value = (
-            _far_heads(inputs, self.num_heads, rotation)
-            for inputs, rotation in ((self.query, self.rotation), (self.key, self.rotation), (self.value, None))
+            _far_heads(inputs, num_heads, rotation, norm)
+            for inputs, num_heads, rotation, norm in (
+                (self.query, self.num_heads, self.rotation, self.norms["q"]),
+                (self.key, self.num_heads // self.groups, self.rotation, self.norms["k"]),
+                (self.value, self.num_heads // self.groups, None, None),
+            )
         )
         # Of the near tokens, those that a cache remembers included.
         self.near_rotation = self.rotation if bank_rotation is None else None
@@ -144,6 +193,7 @@ class NearAndFarPairs(AllPairs):
         dense_key, dense_value, self.far_key, self.far_value = (
             None if part is None else part[:, :, : self.layout.num_tokens] for part in stored
         )
+        self.far_key, self.far_value = (repeat_heads(part, self.groups) for part in (self.far_key, self.far_value))
         self.distance = self.layout.max_row_distance
         # The token itself is at distance 0, so D - 1 tokens before it are near.
         self.window = 0 if cache is None else max(self.distance - 1, 0)
@@ -167,8 +217,17 @@ class NearAndFarPairs(AllPairs):
         scores = self.far_query @ self.far_key.transpose(-1, -2)
         if self.distance == 0:
             return scores
-        near_pairs = AllPairs(self.path, self.layout.near(self.window), self.num_heads, self.query, self.key, None)
-        near_pairs.rotation = self.near_rotation
+        near_pairs = AllPairs(
+            self.path,
+            self.layout.near(self.window),
+            self.num_heads,
+            self.query,
+            self.key,
+            None,
+            self.near_rotation,
+            self.groups,
+            self.norms,
+        )
         near = near_pairs.scores()
         between = distances(self.layout, near.device)
         if near.shape != scores.shape or isinstance(self.layout, StepLayout):
@@ -192,7 +251,7 @@ class NearAndFarPairs(AllPairs):
             slot = positions - (behind - torch.arange(num_near, device=weights.device))
             inside = slot.clamp(0, weights.shape[3] - 1).expand(*weights.shape[:2], -1, -1)
             near = weights.gather(-1, inside).masked_fill((slot < 0) | (slot > positions), 0)
-        return output + pair_operators(self.path).pair_values(near, *self.value, self.layout.near(self.window))
+        return output + pair_operators(self.path).pair_values(near, *self.repeated()[1], self.layout.near(self.window))
 
 
 def pack_rotation(rotation: tuple[Tensor, Tensor], batch: int) -> Tensor:
@@ -200,7 +259,12 @@ def pack_rotation(rotation: tuple[Tensor, Tensor], batch: int) -> Tensor:
     return torch.cat(rotation, dim=-1)[:, 0].expand(batch, -1, -1)
 
 
-def _far_heads(inputs: PairInputs | None, num_heads: int, rotation: tuple[Tensor, Tensor] | None) -> Tensor | None:
+def _far_heads(
+    inputs: PairInputs | None,
+    num_heads: int,
+    rotation: tuple[Tensor, Tensor] | None,
+    norm: nn.Module | None,
+) -> Tensor | None:
     """The projection that a token has in all far pairs, by the last matrix of its bank, `[B, A, L, e]`."""
     if inputs is None:
         return None
@@ -210,6 +274,8 @@ def _far_heads(inputs: PairInputs | None, num_heads: int, rotation: tuple[Tensor
     elif bank is not None:
         tokens = tokens @ bank[-1]
     heads = split_heads(tokens, num_heads)
+    if norm is not None and bank is not None:
+        heads = norm(heads)
     return heads if rotation is None else rotate(heads, rotation).to(heads.dtype)
 
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis, project_factors
 from ..operators.dispatch import kernels
-from ..operators.heads import merge_heads, split_heads
+from ..operators.heads import merge_heads, repeat_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.rotary import rotate, text_rotation
 from ..operators.streamed import streamed_attention
@@ -51,6 +51,8 @@ class TranslutionMixer(Mixer):
     LoR's `{q,k,v}_down` (Uq, Uk, Uv) and `v_up` (Uo); `o_proj`.
 
     Shapes: `hidden_states` and the output `[B, L, C]`.
+
+    What attention of other models has is set by `converted.py`: grouped heads, `{q,k,v}_bias_bank`, norms of heads.
     """
 
     def __init__(self, config, layer_idx: int, rotary: bool = False):
@@ -59,6 +61,13 @@ class TranslutionMixer(Mixer):
         self.relative = config.relative_projections
         self.low_rank = config.relative_rank is not None
         self.offset_basis = config.offset_basis
+        # Heads of queries that share one of keys and values.
+        self.groups = 1
+        # Of each head of queries and of keys, after their projection and before their rotation.
+        self.q_norm = self.k_norm = None
+        for name in "qkv":
+            # Added to what a bank projects, one vector for each offset.
+            self.register_parameter(f"{name}_bias_bank", None)
         hidden, inner = config.hidden_size, self.inner_size
         bank_size = (hidden, inner)
         if self.low_rank:
@@ -141,6 +150,7 @@ class TranslutionMixer(Mixer):
             return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
         pairs = self._pairs(path, hidden_states, layout, counts_on, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
+        dense_key, dense_value = repeat_heads(dense_key, self.groups), repeat_heads(dense_value, self.groups)
         dense = (dense_query, dense_key, dense_value)
         if path == "basis_kernel":
             return self.o_proj(self._basis_attention(pairs, *dense, mask.additive)), None
@@ -177,20 +187,25 @@ class TranslutionMixer(Mixer):
         past_key_values: Cache | None,
     ) -> AllPairs:
         """The relative part, as the path and the layout want it; `counts_on` if positions are known to grow by one each."""
-        inputs = (self._pair_inputs(name, path, hidden_states, layout) for name in "qkv")
+        inputs = self._inputs_of_pairs(path, hidden_states, layout)
         rotation = rotation if self.rotates_pairs else None
+        norms = {"q": self.q_norm, "k": self.k_norm}
         # The reference holds all pairs, and the fused kernel clamps distances itself, where there is no cache to keep small.
         whole = path == "basis_kernel" or (path == "reference" and past_key_values is None)
         if not (layout.causal and layout.clamp) or whole:
-            return AllPairs(path, layout, self.num_heads, *inputs, rotation)
+            return AllPairs(path, layout, self.num_heads, *inputs, rotation, self.groups, norms)
         bank_rotation = None
         if rotation is not None and counts_on and isinstance(layout, PairLayout):
-            distances = torch.arange(layout.max_row_distance + 1, device=hidden_states.device)
-            bank_rotation = text_rotation(
-                distances[None], self.config.head_dim, self.config.rope_theta, rotation[0].dtype
-            )
-            bank_rotation = tuple(part[0, 0] for part in bank_rotation)
-        return NearAndFarPairs(path, layout, self.num_heads, *inputs, rotation, bank_rotation=bank_rotation)
+            bank_rotation = self._rotation_of_distances(layout, rotation[0])
+        return NearAndFarPairs(
+            path, layout, self.num_heads, *inputs, rotation, self.groups, norms, bank_rotation=bank_rotation
+        )
+
+    def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines by which the matrices of near pairs may be rotated, `[D + 1, d]`."""
+        distances = torch.arange(layout.max_row_distance + 1, device=like.device)
+        rotation = text_rotation(distances[None], self.config.head_dim, self.config.rope_theta, like.dtype)
+        return tuple(part[0, 0] for part in rotation)
 
     def _streamed_attention(
         self, pairs: AllPairs, dense: tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -201,7 +216,7 @@ class TranslutionMixer(Mixer):
             PairInputs(merge_heads(heads), None)
             if side is None
             else side._replace(tokens=side.tokens[:, -pairs.layout.num_queries :])
-            for side, heads in zip((pairs.query, pairs.key, pairs.value), dense, strict=True)
+            for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True)
         ]
         tokens, banks = zip(*inputs, strict=True)
         far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
@@ -215,7 +230,7 @@ class TranslutionMixer(Mixer):
         rotation: tuple[Tensor, Tensor] | None,
         past_key_values: Cache,
     ) -> Tensor:
-        query, key, value = (self._pair_inputs(name, "local_step", hidden_states, layout) for name in "qkv")
+        query, key, value = self._inputs_of_pairs("local_step", hidden_states, layout)
         return attend_step(
             key.tokens,
             query.tokens if query.bank is None else None,
@@ -227,6 +242,8 @@ class TranslutionMixer(Mixer):
             rotation if self.rotates_pairs else None,
             past_key_values,
             self.layer_idx,
+            self.groups,
+            {"q": self.q_norm, "k": self.k_norm},
         )
 
     def _local_attention(
@@ -300,31 +317,61 @@ class TranslutionMixer(Mixer):
         """The queries, keys and values of ordinary attention, `[B, A, L, d]`: LoR's, or those that no bank takes part in."""
         query = key = value = None
         if self.low_rank or not self.scores_are_relative:
-            query, key = (split_heads(p(hidden_states), self.num_heads) for p in (self.q_proj, self.k_proj))
+            query, key = self._plain("q", hidden_states), self._plain("k", hidden_states)
             if self.rotary:
                 query, key = (rotate(heads, rotation).to(heads.dtype) for heads in (query, key))
         if self.low_rank or "v" not in self.relative:
-            value = split_heads(self.v_proj(hidden_states), self.num_heads)
+            value = self._plain("v", hidden_states)
         return query, key, value
 
+    def _plain(self, name: str, hidden_states: Tensor) -> Tensor:
+        """Queries, keys or values that no bank takes part in, `[B, A, L, d]` (keys and values as many heads as they have)."""
+        heads = split_heads(
+            getattr(self, f"{name}_proj")(hidden_states),
+            self.num_heads if name == "q" else self.num_heads // self.groups,
+        )
+        norm = getattr(self, f"{name}_norm", None)
+        return heads if norm is None else norm(heads)
+
+    def _inputs_of_pairs(
+        self, path: str, hidden_states: Tensor, layout: PairLayout | StepLayout
+    ) -> list[PairInputs | None]:
+        """What q, k and v bring to the pairs."""
+        projected = hidden_states
+        if any(getattr(self, f"{name}_bias_bank") is not None for name in self.relative):
+            # A bias is one row more of each matrix, for a feature that is always 1.
+            projected = nn.functional.pad(hidden_states, (0, 1), value=1)
+        return [self._pair_inputs(name, path, hidden_states, projected, layout) for name in "qkv"]
+
     def _pair_inputs(
-        self, name: str, path: str, hidden_states: Tensor, layout: PairLayout | StepLayout
+        self, name: str, path: str, hidden_states: Tensor, projected: Tensor, layout: PairLayout | StepLayout
     ) -> PairInputs | None:
-        """What one of q, k, v brings to the pairs, in the type to compute in; `None` if it takes no part in them."""
+        """What one of q, k, v brings to the pairs, in the type to compute in; `None` if it takes no part in them.
+
+        A bank projects `projected`, `[B, L, C]`, or `[B, L, C + 1]` where banks have biases.
+        """
         if not (self.scores_are_relative if name in "qk" else "v" in self.relative):
             return None
         tokens, bank = hidden_states, None
         if name in self.relative:
-            bank = self._bank(name, layout)
+            tokens, bank = projected, self._bank(name, layout)
+            if projected is not hidden_states:
+                bank = self._append_bias(name, bank, layout)
             if isinstance(bank, OffsetBasis) and (self.rotates_pairs or path not in KEEPS_BASIS):
                 bank = bank.bank()
         if self.low_rank:
             tokens = getattr(self, f"{name}_down")(tokens)
         elif bank is None:
-            tokens = getattr(self, f"{name}_proj")(tokens)
+            tokens = merge_heads(self._plain(name, tokens))
         if bank is not None and torch.is_autocast_enabled(hidden_states.device.type):
             bank = bank.to(tokens.dtype)
         return PairInputs(tokens, bank)
+
+    def _append_bias(self, name: str, bank: Tensor, layout: PairLayout | StepLayout) -> Tensor:
+        """`[num_offsets, C + 1, C']`."""
+        bias = getattr(self, f"{name}_bias_bank")
+        bias = bank.new_zeros(len(bank), bank.shape[-1]) if bias is None else self.resample(bias, layout)
+        return torch.cat((bank, bias.unsqueeze(1)), dim=1)
 
     def _bank(self, name: str, layout: PairLayout | StepLayout) -> Tensor | OffsetBasis:
         if self.offset_basis is None:

@@ -26,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...configuration.configuration_translution import TranslutionConfig
 from ..mixers.build import build_mixer
+from ..mixers.converted import ConvertedMixer
 from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask, positions_count_on
 from ..mixers.mixer import Mixer
 from ..operators.dispatch import AUTO, EAGER, TRITON
@@ -33,6 +34,7 @@ from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets, resample_positions
 from ..operators.rotary import image_rotation, text_rotation
 from .embeddings import TranslutionPatchEmbeddings
+from .from_attention import FromAttention
 from .input_checks import (
     check_cache,
     check_image_labels,
@@ -42,6 +44,13 @@ from .input_checks import (
     check_text_labels,
     holds_tokens,
     refuse,
+)
+from .trunks import (
+    build_trunk,
+    image_options,
+    input_embedding_name,
+    resize_trunk,
+    run_trunk,
 )
 from .weight_files import check_dtypes, check_index
 
@@ -139,6 +148,13 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 check_index(pretrained_model_name_or_path, **where)
             raise
 
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """Transformers' own; see there. The names of tensors are those of `state_dict`."""
+        if self.config.trunk_config is not None:
+            # Not those that the class of a trunk had in earlier versions, which know no mixers.
+            kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)
+
     @staticmethod
     def _load_pretrained_model(
         model: PreTrainedModel,
@@ -171,6 +187,13 @@ class TranslutionPreTrainedModel(PreTrainedModel):
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
+    def initialize_weights(self):
+        """Transformers' own, which asks a trunk of another class for the initial weights of what is in it: not of mixers."""
+        for module in self.modules():
+            if isinstance(module, ConvertedMixer):
+                self._initialize_weights(module, self.is_custom_code())
+        super().initialize_weights()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         """Draws the initial weights of a module.
@@ -200,6 +223,8 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
             elif name.endswith("_rate"):
                 init.constant_(parameter, 0.5)
+            elif name.endswith("_bias_bank"):
+                init.zeros_(parameter)
             elif name == "shift_kernel":
                 init.copy_(parameter, mixer.exact_shifts())
             elif name.startswith("relative_"):
@@ -210,6 +235,16 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 # A convolution sums over its window as a Linear sums over its inputs; attention averages.
                 taps = parameter.shape[0] if name == "window_weight" else 1
                 init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
+
+
+def _or_by_trunk(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets the trunk of another model, where there is one, serve a trunk's forward pass."""
+
+    @wraps(forward)
+    def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs) if self.trunk is None else self._forward_trunk(*args, **kwargs)
+
+    return called
 
 
 def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -234,6 +269,15 @@ class TranslutionModel(TranslutionPreTrainedModel):
 
     def __init__(self, config: TranslutionConfig):
         super().__init__(config)
+        self.trunk = None if config.trunk_config is None else build_trunk(config)
+        if self.trunk is None:
+            self._make_layers()
+        self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
+        self.has_rotary_layers = any(name.startswith("rope_") for name in config.mixer_types)
+        self.post_init()
+
+    def _make_layers(self):
+        config = self.config
         if config.modality == "image":
             self.embeddings = TranslutionPatchEmbeddings(config)
         else:
@@ -243,17 +287,19 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(TranslutionLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
-        self.has_rotary_layers = any(name.startswith("rope_") for name in config.mixer_types)
-        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        if self.trunk is not None:
+            return self.trunk.get_input_embeddings()
         return self.embed_tokens if self.config.modality == "text" else self.embeddings.projection
 
     def set_input_embeddings(self, value: nn.Module):
         if self.config.modality != "text":
             raise ValueError("`set_input_embeddings` needs `modality` 'text', got 'image'.")
-        self.embed_tokens = value
+        if self.trunk is not None:
+            self.trunk.set_input_embeddings(value)
+        else:
+            self.embed_tokens = value
 
     @torch.no_grad()
     def resize_image(self, image_size: int | list[int] | tuple[int, int]) -> None:
@@ -267,21 +313,25 @@ class TranslutionModel(TranslutionPreTrainedModel):
             image_size: pixels, an int or `[height, width]`; a multiple of `patch_size`.
 
         Raises:
-            ValueError: for a text model.
+            ValueError: for a text model, or a size that the trunk of another model does not take.
             huggingface_hub.errors.StrictDataclassError: for a size that the config refuses.
         """
         if self.config.modality != "image":
             raise ValueError(f"`resize_image` needs `modality` 'image', got {self.config.modality!r}.")
         resized = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
         old_grid, new_grid, layout = self.config.grid_height_width, resized.grid_height_width, bank_layout(resized)
-        embeddings = self.embeddings
-        embeddings.image_size, embeddings.grid_size = resized.image_height_width, new_grid
-        if embeddings.position_embeddings is not None:
-            embeddings.position_embeddings = nn.Parameter(
-                resample_positions(embeddings.position_embeddings, old_grid, new_grid)
-            )
-        for layer in self.layers:
-            mixer = layer.mixer
+        if self.trunk is not None:
+            resize_trunk(self.trunk, resized.image_height_width, old_grid, new_grid)
+        else:
+            embeddings = self.embeddings
+            embeddings.image_size, embeddings.grid_size = resized.image_height_width, new_grid
+            if embeddings.position_embeddings is not None:
+                embeddings.position_embeddings = nn.Parameter(
+                    resample_positions(embeddings.position_embeddings, old_grid, new_grid)
+                )
+        for mixer in self.modules():
+            if not isinstance(mixer, Mixer):
+                continue
             for name in mixer.offset_parameters():
                 table = resample_offsets(getattr(mixer, name), mixer.bank_layout, layout)
                 setattr(mixer, name, nn.Parameter(table))
@@ -289,6 +339,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.config.image_size = image_size
 
     @_first_is_main_input
+    @_or_by_trunk
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -359,13 +410,15 @@ class TranslutionModel(TranslutionPreTrainedModel):
             raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
         config = self.config
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        height, width = self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
-        share_far = config.far_offsets == "shared"
-        layout = PairLayout.for_image(height, width, height, width, config.max_relative_distance, share_far)
+        layout = self._image_layout(*self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding))
         check_mask(attention_mask, hidden_states.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         mask = make_mask(attention_mask, layout, hidden_states)
         rotation = self._rotation(hidden_states, layout)
         return hidden_states, {"layout": layout, "mask": mask, "rotation": rotation, "past_key_values": None}
+
+    def _image_layout(self, height: int, width: int) -> PairLayout:
+        share_far = self.config.far_offsets == "shared"
+        return PairLayout.for_image(height, width, height, width, self.config.max_relative_distance, share_far)
 
     def _text_inputs(
         self,
@@ -377,6 +430,25 @@ class TranslutionModel(TranslutionPreTrainedModel):
         wants_weights: bool,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Tokens of texts, `[B, L, C]`, and what every layer needs beside them."""
+        shared = self._text_pairs(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
+        )
+        hidden_states, position_ids = self._embed_positions(
+            inputs_embeds, attention_mask, position_ids, shared["layout"]
+        )
+        rotation = self._rotation(hidden_states, shared["layout"], position_ids)
+        return hidden_states, {**shared, "rotation": rotation}
+
+    def _text_pairs(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        wants_weights: bool,
+    ) -> dict[str, Any]:
+        """The pairs of a text, those that a mask hides, and its cache."""
         batch, new = inputs_embeds.shape[:2]
         check_cache(past_key_values)
         check_position_ids(position_ids, batch, new)
@@ -396,15 +468,86 @@ class TranslutionModel(TranslutionPreTrainedModel):
         check_mask(attention_mask, batch, self.config.num_attention_heads, layout, slots)
         mask = make_mask(attention_mask, layout, inputs_embeds, packed)
         counts_on = mask.additive is None and (position_ids is None or positions_count_on(position_ids))
-        hidden_states, position_ids = self._embed_positions(inputs_embeds, attention_mask, position_ids, layout)
-        rotation = self._rotation(hidden_states, layout, position_ids)
-        return hidden_states, {
+        return {"layout": layout, "mask": mask, "counts_on": counts_on, "past_key_values": past_key_values}
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def _forward_trunk(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """See `forward`: the same with the trunk of another model, which embeds tokens and positions itself."""
+        wants_weights = self._wants_weights(kwargs)
+        wants_states = kwargs.pop("output_hidden_states", None)
+        kwargs.pop("output_attentions", None)
+        if self.config.modality == "image":
+            refuse(
+                "image",
+                "`pixel_values`",
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+            )
+            inputs, past_key_values = self._trunk_image(pixel_values, attention_mask, interpolate_pos_encoding), None
+        else:
+            refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
+            inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
+            inputs = self._text_pairs(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
+            )
+            past_key_values = inputs["past_key_values"]
+            # Trunks rotate in their own way.
+            inputs.pop("counts_on")
+            inputs.update(
+                inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=past_key_values is not None
+            )
+        last, states, weights = run_trunk(
+            self.trunk,
+            wants_weights,
+            self.config.output_hidden_states if wants_states is None else wants_states,
+            attention_mask=attention_mask,
+            **inputs,
+            **kwargs,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=last, past_key_values=past_key_values, hidden_states=states, attentions=weights
+        )
+
+    def _trunk_image(
+        self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
+    ) -> dict[str, Any]:
+        """What the trunk of another model needs of images."""
+        if pixel_values is None:
+            raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
+            )
+        config = self.config
+        size = list(pixel_values.shape[2:])
+        if size != list(config.image_height_width) and not interpolate_pos_encoding:
+            raise ValueError(
+                f"`pixel_values` must be of `image_size` {list(config.image_height_width)}, got {size}; other sizes need "
+                "`interpolate_pos_encoding=True`."
+            )
+        layout = self._image_layout(
+            *(side // patch for side, patch in zip(size, config.patch_height_width, strict=True))
+        )
+        check_mask(attention_mask, pixel_values.shape[0], config.num_attention_heads, layout, layout.num_tokens)
+        inputs = {
+            "pixel_values": pixel_values,
             "layout": layout,
-            "mask": mask,
-            "rotation": rotation,
-            "counts_on": counts_on,
-            "past_key_values": past_key_values,
+            "mask": make_mask(attention_mask, layout, pixel_values),
         }
+        return {**inputs, **image_options(self.trunk, interpolate_pos_encoding)}
 
     def _wants_weights(self, kwargs: dict[str, Any]) -> bool:
         wanted = kwargs.get("output_attentions")
@@ -419,8 +562,8 @@ class TranslutionModel(TranslutionPreTrainedModel):
                 raise ValueError(
                     f"`input_ids` must be [batch, length] with a length of at least 1, got shape {list(input_ids.shape)}."
                 )
-            check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, "`vocab_size`")
-            inputs_embeds = self.embed_tokens(input_ids)
+            check_range("input_ids", input_ids, self.get_input_embeddings().num_embeddings, "`vocab_size`")
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         if (
             inputs_embeds.ndim != 3
             or inputs_embeds.shape[-1] != self.config.hidden_size
@@ -491,7 +634,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         )
 
 
-class TranslutionForImageClassification(TranslutionPreTrainedModel):
+class TranslutionForImageClassification(FromAttention, TranslutionPreTrainedModel):
     """Image classifier: a Linear head on the class token, or on the mean of all tokens (`config.pooling`)."""
 
     main_input_name = "pixel_values"
@@ -504,8 +647,12 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = TranslutionModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        width = config.hidden_size * (2 if config.pooling == "cls_and_mean" else 1)
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
+
+    def _take_head(self, source: PreTrainedModel):
+        self.classifier = source.classifier
 
     @can_return_tuple
     def forward(
@@ -537,7 +684,10 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         )
         tokens = outputs.last_hidden_state
         check_image_labels(labels, self.config, tokens.shape[0])
-        pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
+        if self.config.pooling == "cls_and_mean":
+            pooled = torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=-1)
+        else:
+            pooled = tokens[:, 0] if self.config.pooling == "cls" else tokens.mean(dim=1)
         logits = self.classifier(pooled)
         loss = None
         if labels is not None:
@@ -547,7 +697,7 @@ class TranslutionForImageClassification(TranslutionPreTrainedModel):
         )
 
 
-class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
+class TranslutionForCausalLM(FromAttention, TranslutionPreTrainedModel, GenerationMixin):
     """Causal language model: a second LayerNorm, then a Linear head without bias."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -557,9 +707,20 @@ class TranslutionForCausalLM(TranslutionPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.model = TranslutionModel(config)
-        self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.trunk_config is None:
+            self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            # The head of a model with that trunk has no norm of its own.
+            self.head_norm = nn.Identity()
+            self._tied_weights_keys = {
+                "lm_head.weight": f"model.trunk.{input_embedding_name(self.model.trunk)}.weight"
+            }
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _take_head(self, source: PreTrainedModel):
+        self.lm_head = source.get_output_embeddings()
+        self.generation_config = source.generation_config
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

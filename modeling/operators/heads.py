@@ -18,4 +18,16 @@ def merge_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-__all__ = ["merge_heads", "split_heads"]
+def repeat_heads(heads: Tensor | None, groups: int) -> Tensor | None:
+    """`[B, A / groups, L, e]` to `[B, A, L, e]`: each head serves `groups` heads of queries, one after the other."""
+    return heads if heads is None or groups == 1 else heads.repeat_interleave(groups, dim=1)
+
+
+def repeat_features(tokens: Tensor, num_heads: int, groups: int) -> Tensor:
+    """The same where heads are side by side, `[…, A / groups · e]` to `[…, A · e]`; `num_heads` is `A`."""
+    if groups == 1:
+        return tokens
+    return tokens.unflatten(-1, (num_heads // groups, -1)).repeat_interleave(groups, dim=-2).flatten(-2)
+
+
+__all__ = ["merge_heads", "repeat_features", "repeat_heads", "split_heads"]

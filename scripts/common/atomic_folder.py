@@ -39,6 +39,21 @@ def written_whole(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_output(output: Path, overwrite: bool):
+    """Refuses an output directory that is in use, and with `overwrite` one that holds something else than a model.
+
+    Raises:
+        ValueError: for such a directory.
+    """
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ValueError(f"`output` must be a directory, got the file {str(output)!r}.")
+    if any(output.iterdir()) and not (overwrite and (output / "config.json").is_file()):
+        allowed = "one that holds a `config.json`" if overwrite else "--overwrite to replace a model that is there"
+        raise ValueError(f"`output` must be a new or empty directory, or {allowed}; got {str(output)!r}.")
+
+
 def recover(target: Path) -> None:
     """Puts back a folder that a killed process had moved aside, and deletes its other leftovers."""
     target = Path(target).absolute()

@@ -1,0 +1,106 @@
+"""Translution models out of trained attention models of Transformers, with the same outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+)
+from transformers.modeling_utils import PreTrainedModel
+
+from .trunks import check_source, convert_config, replace_attention
+
+
+# The classes that models are converted from, by the class of their config.
+HEADS_OF_SOURCES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+
+# Arguments of `from_pretrained` that say where a config is.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class FromAttention:
+    """Makes a head of Translution out of a trained attention model."""
+
+    @classmethod
+    def from_attention(
+        cls,
+        model: str | os.PathLike | PreTrainedModel,
+        relative_projections: str = "kv",
+        max_relative_distance: int | None = None,
+        layers: Iterable[int] | None = None,
+        far_offsets: str = "clamped",
+        **from_pretrained_arguments: Any,
+    ) -> Any:
+        """A Translution model that computes what a trained attention model computes, see `docs/from_attention.md`.
+
+        The model's trunk and head stay, and only attention modules are replaced. The matrices of all offsets are the trained
+        one to begin with, so that outputs are the same, and part ways as the model is trained on.
+
+        Args:
+            model: a folder or a name on the Hub, or a model, whose modules become parts of the new one: it must not be used
+                afterwards. Nothing but the new banks takes memory besides.
+            relative_projections, max_relative_distance, far_offsets: of `TranslutionConfig`. A model with rotary positions
+                needs a `max_relative_distance`, or `relative_projections` `"v"`.
+            layers: indices of the layers that become Translution; the others stay attention. `None` for all.
+            from_pretrained_arguments: of `from_pretrained` of the source's class, such as `dtype` and `revision`; an
+                `attn_implementation` is that of the new model.
+
+        Raises:
+            ValueError: for a model that is not supported; the message names the field that says so.
+            huggingface_hub.errors.StrictDataclassError: for fields that contradict each other.
+        """
+        implementation = from_pretrained_arguments.pop("attn_implementation", None)
+        fields = {
+            "relative_projections": relative_projections,
+            "max_relative_distance": max_relative_distance,
+            "far_offsets": far_offsets,
+        }
+        layers = None if layers is None else list(layers)
+        modality = "image" if cls.main_input_name == "pixel_values" else "text"
+        auto_class = AutoModelForImageClassification if modality == "image" else AutoModelForCausalLM
+        if isinstance(model, PreTrainedModel):
+            if from_pretrained_arguments:
+                raise ValueError(
+                    "Arguments of `from_pretrained` need the name or folder of a `model`, got one that is loaded, and "
+                    f"{', '.join(sorted(from_pretrained_arguments))}."
+                )
+            source = model
+        else:
+            where = {k: v for k, v in from_pretrained_arguments.items() if k in HUB_ARGUMENTS}
+            # What is wrong is said before any weight is downloaded.
+            source_config = AutoConfig.from_pretrained(model, **where)
+            check_source(source_config, modality)
+            convert_config(cls.config_class, source_config, layers, **fields)
+            source = auto_class.from_pretrained(model, **from_pretrained_arguments)
+        check_source(source.config, modality)
+        head = HEADS_OF_SOURCES[modality][type(source.config)]
+        if not isinstance(source, head):
+            raise ValueError(f"`model` must be a {head.__name__}, got a {type(source).__name__}.")
+        if len(set(getattr(source, "hf_device_map", {}).values())) > 1:
+            raise ValueError(
+                "`device_map` must name one device, got several: load the converted model by `from_pretrained` for that."
+            )
+        config = convert_config(cls.config_class, source.config, layers, **fields)
+        config.dtype = source.dtype
+        with torch.device("meta"):
+            converted = cls(config)
+        trunk = source.base_model
+        trunk.set_attn_implementation("sdpa")
+        replace_attention(trunk, config)
+        converted.model.trunk = trunk
+        converted._take_head(source)
+        converted.config._name_or_path = source.config._name_or_path
+        if implementation is not None:
+            converted.set_attn_implementation(implementation)
+        return converted.train(source.training)
+
+
+__all__ = ["FromAttention"]

@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Makes a Translution model with the same outputs out of a trained attention model of Transformers.
+
+    python scripts/convert_attention_to_translution.py --model user/name --output DIR --max_relative_distance 3
+    python scripts/convert_attention_to_translution.py --model FOLDER --output DIR --layers 0 1 --far_offsets shared
+
+The model's trunk stays, and its attention is replaced. Tokenizer or image processor, generation config, and the card's base
+model and licence are copied.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from common.atomic_folder import check_output, written_whole
+from common.command import ArgumentParser, require_least, run_command
+from common.saved_files import CARD, RUN, check_model_name, write_json
+from huggingface_hub import ModelCard
+from training.model_card import write_model_card
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
+
+from translution import TranslutionForCausalLM, TranslutionForImageClassification
+from translution.configuration.configuration_translution import FAR_OFFSETS, RELATIVE_PROJECTIONS
+from translution.modeling.models.trunks import family_of
+
+
+MODELS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
+TASKS = {"image": "image-classification", "text": "text-generation"}
+# What turns data into tokens, and the file that says so.
+PROCESSORS = {
+    "image": (AutoImageProcessor, "preprocessor_config.json"),
+    "text": (AutoTokenizer, "tokenizer_config.json"),
+}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def convert(
+    model: str,
+    output: Path,
+    revision: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    command: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Converts a model and saves it with all that belongs to it.
+
+    Args:
+        model: a folder, or a name on the Hub.
+        output: the folder to write.
+        revision: of the model on the Hub.
+        dtype: one of `DTYPES`; `"auto"` is that of the checkpoint.
+        max_shard_size: largest file of weights.
+        overwrite: whether to replace a model that is there.
+        command: the command line, for the card.
+        options: of `from_attention`.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ValueError: for a model that is not supported, or a folder that is in use.
+        OSError: if the model cannot be read.
+    """
+    output = output.resolve()
+    check_output(output, overwrite)
+    check_model_name(model)
+    where = {} if revision is None else {"revision": revision}
+    modality = family_of(AutoConfig.from_pretrained(model, **where).model_type).modality
+    converted = MODELS[modality].from_attention(model, dtype=dtype, **options, **where)
+    processor_class, file = PROCESSORS[modality]
+    with written_whole(output) as folder:
+        converted.save_pretrained(folder, max_shard_size=max_shard_size)
+        if find(model, file, **where) is not None:
+            processor_class.from_pretrained(model, **where).save_pretrained(folder)
+        write_json(folder / RUN, run_of(model, modality, command, **where))
+        write_model_card(folder, output.name)
+    return converted
+
+
+def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict[str, Any]:
+    """What the card of the converted model says of where it is from."""
+    card = find(model, CARD, **where)
+    data = {} if card is None else ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    # A folder's name is no name on the Hub, and what it holds may be from there.
+    base = data.get("base_model") if Path(model).is_dir() else model
+    return {
+        "task": TASKS[modality],
+        "converted_from": base if isinstance(base, str) else Path(model).name,
+        "base_model": base,
+        "license": data.get("license"),
+        "command": command,
+        "date": date.today().isoformat(),
+    }
+
+
+def find(model: str, file: str, **where: Any) -> str | None:
+    """A file of a model, if it has that."""
+    return cached_file(model, file, _raise_exceptions_for_missing_entries=False, **where)
+
+
+def build_parser() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        description="Convert an attention model of Transformers to Translution, with the same outputs."
+    )
+    parser.add_argument("--model", required=True, help="folder, or name on the Hub, of the attention model")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the converted model, new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace the whole directory of an earlier model")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument(
+        "--relative_projections", choices=RELATIVE_PROJECTIONS, default="kv", help="what depends on the offset (kv)"
+    )
+    parser.add_argument(
+        "--max_relative_distance", type=int, metavar="D", help="offsets beyond share a matrix; rotary models need it"
+    )
+    parser.add_argument(
+        "--far_offsets", choices=FAR_OFFSETS, default="clamped", help="images: what offsets beyond share (clamped)"
+    )
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers that become Translution (all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (that of the checkpoint)")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights (5GB)")
+    return parser
+
+
+def main(argv: Sequence[str]):
+    arguments = build_parser().parse_args(argv)
+    require_least(arguments, max_relative_distance=0)
+    command = shlex.join(["python", "scripts/convert_attention_to_translution.py", *argv])
+    model = convert(**vars(arguments), command=command)
+    print(f"{type(model).__name__} with {model.num_parameters():,} parameters saved to {arguments.output.resolve()}")
+
+
+if __name__ == "__main__":
+    run_command(main)
