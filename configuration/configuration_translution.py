@@ -225,9 +225,9 @@ class TranslutionConfig(PreTrainedConfig):
         Raises:
             ValueError: for an unknown size or preset.
         """
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"`size` must be one of {_choices(SIZES)}, got {size!r}.")
-        if preset is not None and preset not in PRESETS:
+        if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
             raise ValueError(f"`preset` must be None or one of {_choices(PRESETS)}, got {preset!r}.")
         modality = fields.get("modality", cls.modality)
         _check_choice("modality", modality, MODALITIES)

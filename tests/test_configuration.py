@@ -176,6 +176,8 @@ def test_from_size_local_errors():
     from_size = TranslutionConfig.from_size
     assert_rejected(("`preset`", "None", "'local'", "got 'global'"), from_size, "tiny", "global")
     assert_rejected(("`size`", "'huge'", *map(repr, SIZES)), from_size, "huge", "local")
+    assert_rejected(("`size`", "['tiny']", *map(repr, SIZES)), from_size, ["tiny"])
+    assert_rejected(("`preset`", "['local']", "'local'"), from_size, "tiny", ["local"])
     assert_rejected(("`modality`", "'video'", "'image'", "'text'"), from_size, "tiny", "local", modality="video")
     words = ("`far_offsets` 'shared'", "`max_relative_distance`", "got None")
     assert_rejected(words, from_size, "tiny", "local", max_relative_distance=None)

@@ -63,6 +63,7 @@ ROWS = {
     "local-clamped": (call(layout=CLAMPED_IMAGE, relative="kv"), "local", "near pairs"),
     "clamped-queries": (call(layout=CLAMPED_IMAGE, relative="qk"), "streamed", "one pass"),
     "local-step": (call(layout=CLAMPED_STEP, relative="kv", cached=True), "local_step", "one new token"),
+    "decode-dropout": (call(layout=CLAMPED_STEP, relative="kv", cached=True, drops=True), "decode", "one new token"),
     "decode-distance": (call(layout=CLAMPED_STEP, relative="v", cached=True), "decode", "one new token"),
     "basis": (call("basis"), "basis", "need a GPU"),
     "basis-dropout": (call("basis", FAR_TEXT, drops=True), "basis", "need a GPU"),

@@ -4,11 +4,11 @@
 
 | layer | path | where | condition |
 | --- | --- | --- | --- |
-| Translution | `local_step` | `mixers/local.py` | one new token with a cache and a distance, not 0; full, keys and values relative; a basis only where it is rotated |
+| Translution | `local_step` | `mixers/local.py` | one new token with a cache and a distance, not 0; full, keys and values relative; a basis only where it is rotated; no attention dropout |
 | | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `local` | `local.py` | a distance with at most 64 matrices that some pairs exceed, not 0 in text; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
+| | `local` | `local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs are further apart; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache; neither rotated nor shared far offsets |
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
@@ -143,7 +143,8 @@ def _choose_path(call: Call) -> Choice:
     adds_tokens = isinstance(call.layout, StepLayout)
     if adds_tokens and call.layout.num_queries == 1:
         layout = call.layout
-        if call.kind == "full" and layout.clamp and layout.max_row_distance > 0 and {"k", "v"} <= set(call.relative):
+        near_and_far = layout.clamp and layout.max_row_distance > 0 and {"k", "v"} <= set(call.relative)
+        if call.kind == "full" and near_and_far and not call.drops:
             return Choice("local_step", "one new token with a cache and a distance")
         return Choice("decode", "one new token with a cache")
     if adds_tokens or (is_exporting() and say_what_serves()):
