@@ -122,13 +122,14 @@ def attend_step(
     if turns is not None:
         # The same for all layers.
         turns = layout.once("near_turns", lambda: _step_rotation(turns, order, len(queries)))
-        sizes = [len(queries), distance + 1]
+        count = len(queries)
         if groups == 1:
-            queries, keys = rotate(torch.cat((queries, keys)), turns.unbind()).to(keys.dtype).split(sizes)
+            both = rotate(torch.cat((queries, keys)), (turns[0], turns[1])).to(keys.dtype)
+            queries, keys = both[:count], both[count:]
         else:
             queries, keys = (
                 rotate(part, turn.unbind()).to(keys.dtype)
-                for part, turn in zip((queries, keys), turns.split(sizes, dim=1), strict=True)
+                for part, turn in ((queries, turns[:, :count]), (keys, turns[:, count:]))
             )
     far_key, far_value = (part[-1].unsqueeze(2) for part in (keys, values))
     (_, _, far_key, far_value), _ = remember(cache, layer_idx, [None, None, far_key, far_value], [])
@@ -147,7 +148,7 @@ def attend_step(
     scores = torch.cat((far, near), dim=-1).unflatten(0, (batch, num_heads))
     scores = torch.add(layout.once("step_bias", lambda: _step_bias(layout, mask.additive)), scores, alpha=scale)
     weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(values.dtype).flatten(0, 1)
-    far, near = weights.split([weights.shape[-1] - distance, distance], dim=-1)
+    far, near = weights[..., :-distance], weights[..., -distance:]
     output = torch.baddbmm(torch.bmm(near, near_value), far, far_value)
     return output.view(batch, 1, num_heads * output.shape[-1])
 

@@ -25,7 +25,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.inner_size = config.num_attention_heads * config.head_dim
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
@@ -52,7 +52,7 @@ class Mixer(nn.Module):
             kind,
             self.layer_idx,
             layout,
-            self.config.head_dim if head_size is None else head_size,
+            self.head_dim if head_size is None else head_size,
             tokens.device,
             tokens.dtype,
             # A mixer outside a model has no implementation yet.

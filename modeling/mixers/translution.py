@@ -108,10 +108,10 @@ class TranslutionMixer(Mixer):
     def bank_head_size(self) -> int:
         """Features per head that a kernel has to hold."""
         if not self.low_rank:
-            return self.config.head_dim
+            return self.head_dim
         # A fused kernel holds the dense part as well.
         return (
-            max(self.config.head_dim, self.config.relative_rank) if self.kind == "basis" else self.config.relative_rank
+            max(self.head_dim, self.config.relative_rank) if self.kind == "basis" else self.config.relative_rank
         )
 
     @property
@@ -204,7 +204,7 @@ class TranslutionMixer(Mixer):
     def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines by which the matrices of near pairs may be rotated, `[D + 1, d]`."""
         distances = torch.arange(layout.max_row_distance + 1, device=like.device)
-        rotation = text_rotation(distances[None], self.config.head_dim, self.config.rope_theta, like.dtype)
+        rotation = text_rotation(distances[None], self.head_dim, self.config.rope_theta, like.dtype)
         return tuple(part[0, 0] for part in rotation)
 
     def _streamed_attention(
@@ -264,7 +264,7 @@ class TranslutionMixer(Mixer):
         if not (self.low_rank and "v" in self.relative):
             return output
         heads = output.unflatten(-1, (self.num_heads, -1))
-        dense_output, relative_output = heads.split([self.config.head_dim, self.config.relative_rank], dim=-1)
+        dense_output, relative_output = heads.split([self.head_dim, self.config.relative_rank], dim=-1)
         return (dense_output.flatten(-2) + self.v_up(relative_output.flatten(-2))) / 2
 
     def _basis_attention(
