@@ -130,37 +130,47 @@ def results_table() -> str:
     return markdown(columns, lines)
 
 
-def equal_seconds_table() -> str:
-    """Local Translution against rotary attention of equal parameters that is trained for at least as many processor seconds."""
+def budgets_table() -> str:
+    """Local Translution against rotary attention of equal parameters: for as many steps, as many processor seconds, and more steps."""
     lines = []
     for task, length, local in (
         ("images", "", "local kv, D 1, shared"),
         ("text", "64", "local kv, D 3, rotary"),
         ("text", "128", "local kv, D 3, rotary"),
     ):
-        column = "dynamic → dynamic" if task == "images" else "perplexity"
-        groups = []
-        for name, choose in ((local, min), (f"attention, rotary, as {local}", max)):
-            steps = choose((row["steps"] for row in read_rows("local_study", task=task, variant=name)), key=int)
-            groups.append(tuned_rows(task, length, "local_study", variant=name, steps=steps)[name])
-        # Of both trainings of a row of images.
-        seconds = [
-            statistics.median(float(row["cpu_seconds"]) for row in rows) / (2 if task == "images" else 1)
-            for rows in groups
+        column, unit = ("dynamic → dynamic", "") if task == "images" else ("perplexity", " %")
+        names = (local, f"attention, rotary, as {local}")
+        known = [
+            {row["steps"] for row in read_rows("local_study", stage="test", task=task, variant=name)} for name in names
         ]
-        results = [pd.Series({row["seed"]: float(row[column]) for row in rows}) for rows in groups]
-        gain, low, high = paired_gain(*results, task == "images")
-        unit = "" if task == "images" else " %"
-        lines.append(
-            [f"{task} {length}".strip(), local]
-            + [
-                f"{rows[0]['steps']} steps, {number(str(time))} s: {spread(rows, column)}"
-                for rows, time in zip(groups, seconds, strict=True)
+        budgets = sorted(known[1], key=int)
+        for words, chosen in {
+            "equal steps": (budgets[0], budgets[0]),
+            "equal seconds": (budgets[0], budgets[-1]),
+            "equal steps, more": (budgets[-1], budgets[-1]),
+        }.items():
+            if chosen[0] not in known[0]:
+                continue
+            groups = [
+                tuned_rows(task, length, "local_study", variant=name, steps=steps)[name]
+                for name, steps in zip(names, chosen, strict=True)
             ]
-            + [f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"]
-        )
-    columns = ["task", "model", "local", "rotary attention, trained longer", "gain", "95 % interval"]
-    return markdown(columns, lines, texts=2)
+            results = [pd.Series({row["seed"]: float(row[column]) for row in group}) for group in groups]
+            gain, low, high = paired_gain(*results, task == "images")
+            cells = [
+                f"{steps} steps, {trained(group)} s: {spread(group, column)}"
+                for steps, group in zip(chosen, groups, strict=True)
+            ]
+            lines.append(
+                [f"{task} {length}".strip(), words, *cells, f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"]
+            )
+    return markdown(["task", "budget", "local", "rotary attention", "gain", "95 % interval"], lines, texts=2)
+
+
+def trained(rows: list[Row]) -> str:
+    """Processor seconds of one training; a row of images has two."""
+    seconds = statistics.median(float(row["cpu_seconds"]) for row in rows)
+    return number(str(seconds / (2 if rows[0]["task"] == "images" else 1)))
 
 
 def second_rate_table(rate: str = "0.002") -> str:
@@ -320,7 +330,7 @@ def origin(name: str) -> str:
 TABLES = {
     "results": results_table,
     "second learning rate": second_rate_table,
-    "equal seconds": equal_seconds_table,
+    "budgets": budgets_table,
     "gathering": gathering_table,
     "operator": operator_table,
     "layer": layer_table,

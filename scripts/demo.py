@@ -58,10 +58,19 @@ SIZES = ("hidden_size", "head_dim", "intermediate_size")
 FULL_TRANSLUTION, LOCAL = "Translution", "local Translution"
 PROMPT = "def "
 # With `--quick`.
-QUICK_TEST_IMAGES = 40
+QUICK_TEST_IMAGES, QUICK_VOCABULARY = 40, 300
 QUICK = {
     "digits": f"--num_train_epochs 1 --max_train_samples 64 --max_eval_samples {QUICK_TEST_IMAGES}".split(),
-    "stdlib": ["--max_steps", "2", "--vocab_size", "300", "--max_train_samples", "2", "--max_eval_samples", "1"],
+    "stdlib": [
+        "--max_steps",
+        "2",
+        "--vocab_size",
+        str(QUICK_VOCABULARY),
+        "--max_train_samples",
+        "2",
+        "--max_eval_samples",
+        "1",
+    ],
 }
 # One evaluation, at the end, and no checkpoints.
 ONCE = ["--eval_strategy", "no", "--save_strategy", "no", "--logging_strategy", "no"]
@@ -80,10 +89,11 @@ def recipe(name: str, args: argparse.Namespace, *options: str) -> list[str]:
     return [str(RECIPES / f"{name}.yaml"), "--seed", str(args.seed), *options, *QUICK[name] * args.quick]
 
 
-def own_options(task: str, variant: str, learning_rate: float) -> list[str]:
+def own_options(task: str, variant: str, learning_rate: float, args: argparse.Namespace) -> list[str]:
     """What a model of the study adds to a recipe: config fields, and its learning rate."""
+    vocabulary = QUICK_VOCABULARY if args.quick else SETTINGS.vocab_size
     found = next(one for variants in STUDIES.values() for one in variants[task] if one.name == variant)
-    fields = model_fields(task, found, SETTINGS.text_lengths[0])
+    fields = model_fields(task, found, SETTINGS.text_lengths[0], vocabulary)
     own = {name: fields[name] for name in (*SIZES, *found.fields)}
     return ["--config_overrides", json.dumps(own), "--learning_rate", str(learning_rate)]
 
@@ -122,7 +132,7 @@ def run_images(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     for name, model in IMAGE_MODELS.items():
         row = {"model": name, "seconds": {}, "accuracy": {}}
         for placement in PLACEMENTS:
-            options = recipe("digits", args, "--dataset_config_name", placement, *own_options("images", *model))
+            options = recipe("digits", args, "--dataset_config_name", placement, *own_options("images", *model, args))
             run = train(main, runs / f"{name}, {placement}", *options)
             row["seconds"][placement] = run["seconds"]
             row["accuracy"][f"{placement} → {placement}"] = 100 * run["metrics"]["accuracy"]
@@ -169,7 +179,7 @@ def run_text(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     print("\n== Text: the source text of Python's standard library", flush=True)
     options, rows = recipe("stdlib", args, "--cache_dir", str(folder / "cache")), []
     for name, model in TEXT_MODELS.items():
-        run = train(run_clm.main, folder / "runs" / name, *options, *own_options("text", *model))
+        run = train(run_clm.main, folder / "runs" / name, *options, *own_options("text", *model, args))
         parameters = AutoModelForCausalLM.from_pretrained(folder / "runs" / name).num_parameters()
         row = {"model": name, "parameters": parameters, "seconds": run["seconds"]}
         rows.append({**row, "perplexity": run["metrics"]["perplexity"]})

@@ -4,6 +4,7 @@ The figures of a run that is repeated are the same to the last digit: both are t
 """
 
 import argparse
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -227,6 +228,7 @@ def test_tables_follow_from_the_rows():
         rows = [
             {
                 "variant": name,
+                "seed": seed,
                 "family": family,
                 "parameters": parameters,
                 "widened_to": target,
@@ -236,21 +238,26 @@ def test_tables_follow_from_the_rows():
                 **dict.fromkeys([*COMPARISONS, "perplexity"], value),
             }
             for name, family, parameters, target, values in models
-            for value in values
+            for seed, value in enumerate(values)
         ]
         column = DYNAMIC if higher_is_better else "perplexity"
         return Comparison("Title", pd.DataFrame(rows), column, higher_is_better)
 
-    for values, others, gain, ranges in (
-        ([3, 5], [1, 2], "+2.5", "apart"),
-        ([3, 5], [4, 9], "-2.5", "overlap"),
-        ([1, 2], [2, 9], "-4.0", "overlap"),
+    def interval(one, other, unit=""):
+        # Two differences: Student's t of one degree of freedom is Cauchy's, and their standard error half of what they differ by.
+        reach = math.tan(math.pi * 0.475) * abs(one - other) / 2
+        return f"{(one + other) / 2 - reach:+.1f} … {(one + other) / 2 + reach:+.1f}{unit}"
+
+    for values, others, gain, differences in (
+        ([3, 5], [1, 2], "+2.5", (2, 3)),
+        ([3, 5], [4, 9], "-2.5", (-1, -4)),
+        ([1, 2], [2, 9], "-4.0", (-1, -7)),
     ):
         (line,) = equal_size_table(comparison(values, others)).itertuples(index=False)
         assert (line[0], line[3], line[1], line[4]) == ("full kv", "rotary", "1,000", "1,020")
-        assert line[-2:] == (gain, ranges)
-    (line,) = equal_size_table(comparison([40, 60], [70, 130], False)).itertuples(index=False)
-    assert line[-2:] == ("+50.0 %", "apart")
+        assert line[-2:] == (gain, interval(*differences))
+    (line,) = equal_size_table(comparison([40, 60], [80, 100], False)).itertuples(index=False)
+    assert line[-2:] == ("+45.0 %", interval(50, 40, " %"))
     # The standard deviation of two values is their difference over the root of 2.
     assert line[2] == f"50.0 ± {20 / 2**0.5:.1f}"
     first = next(results_table(comparison([3, 5], [1, 2])).itertuples(index=False))

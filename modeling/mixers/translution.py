@@ -110,9 +110,7 @@ class TranslutionMixer(Mixer):
         if not self.low_rank:
             return self.head_dim
         # A fused kernel holds the dense part as well.
-        return (
-            max(self.head_dim, self.config.relative_rank) if self.kind == "basis" else self.config.relative_rank
-        )
+        return max(self.head_dim, self.config.relative_rank) if self.kind == "basis" else self.config.relative_rank
 
     @property
     def scores_are_relative(self) -> bool:
