@@ -4,7 +4,7 @@
 
 Images: handwritten digits in the middle of a canvas ("static") or anywhere on it ("dynamic"). Text: the source text of
 Python's standard library. Local Translution is compared with rotary attention that is widened to as many parameters. All are
-trained alike, by the recipes `digits.yaml` and `stdlib.yaml`; each has the learning rate that the study found for it.
+trained alike, by the recipes `digits.yaml` and `stdlib.yaml`; each has a learning rate that did well when the study tuned it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 
 RECIPES = Path(__file__).parent / "recipes"
-# Models by name: a variant of the study, and its learning rate there.
+# Models by name: a variant of the study, and a learning rate that did well when that was tuned.
 IMAGE_MODELS = {
     "attention, rotary": ("attention, rotary, as local kv, D 1, shared", 0.001),
     "local Translution": ("local kv, D 1, shared", 0.002),
