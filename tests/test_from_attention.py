@@ -568,8 +568,9 @@ def test_as_near_in_bfloat16_as_the_source(case):
         inputs = {name: value.to(torch.bfloat16) if case in IMAGES else value for name, value in inputs.items()}
         errors.append([(model(**inputs).logits - exact).abs().mean().item() for model in (converted, source)])
     error, expected = torch.tensor(errors).mean(0)
-    # Both are rounded, at other places: over 8 models their errors were within a tenth of each other.
-    assert error < 1.3 * expected
+    # Both are rounded, at other places. What belongs to far and to near pairs is rounded apart, so at most twice as often; how
+    # often a fused attention rounds depends on the processor.
+    assert error < 2 * expected
 
 
 @pytest.mark.parametrize("case", ["llama-one-layer", "gpt2", "vit-clamped"])
