@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..operators.class_token import class_blocks
 from ..operators.heads import merge_heads, repeat_features, repeat_heads, split_heads
-from ..operators.local import local_attention
+from ..operators.local import local_attention, of_term
 from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import (
     CLASS_FROM_PATCH,
@@ -315,10 +316,8 @@ def _of_class_token(
     if pairs.query is not None:
         # To itself, and to the patches.
         parts = [
-            _class_scores(pairs, matrices, slice(0, 1), first + CLASS_TO_CLASS, first + CLASS_TO_CLASS, rotation),
-            _class_scores(
-                pairs, matrices, slice(1, None), first + CLASS_FROM_PATCH, first + PATCH_FROM_CLASS, rotation
-            ),
+            _class_scores(pairs, matrices, keys, row, reverse, rotation)
+            for _, keys, row, reverse in class_blocks(pairs.layout)[:2]
         ]
         scores = scores + torch.cat(parts, dim=-1).to(wide)
     scores = scores * scale
@@ -397,8 +396,7 @@ def _join(own: list[Tensor] | None, relative: list[Tensor] | None, num_heads: in
     if own is None or relative is None:
         return relative if own is None else own
     count = max(len(own), len(relative))
-    # Fewer parts begin with one for all near offsets.
-    pairs = [[parts[max(index - (count - len(parts)), 0)] for parts in (own, relative)] for index in range(count)]
+    pairs = [[of_term(parts, index, count) for parts in (own, relative)] for index in range(count)]
     return [merge_heads(_join_heads(*(split_heads(part, num_heads) for part in pair))) for pair in pairs]
 
 

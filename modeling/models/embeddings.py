@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...configuration.configuration_translution import TranslutionConfig
 from ..operators.resampling import resample_positions
+from .input_checks import check_pixels
 
 
 class TranslutionPatchEmbeddings(nn.Module):
@@ -33,14 +34,11 @@ class TranslutionPatchEmbeddings(nn.Module):
             self.position_embeddings = nn.Parameter(torch.empty(1, 1 + height * width, config.hidden_size))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
-            )
+        check_pixels(pixel_values, self.image_size, interpolate_pos_encoding)
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
             raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
-        grid = self.grid(height, width, interpolate_pos_encoding)
+        grid = self.grid(height, width)
         # A quantised Linear has no tensor of weights.
         (patch_height, patch_width), dtype = self.patch_size, self.cls_token.dtype
         patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
@@ -51,18 +49,12 @@ class TranslutionPatchEmbeddings(nn.Module):
             return tokens
         return tokens + resample_positions(self.position_embeddings, self.grid_size, grid)
 
-    def grid(self, height: int, width: int, interpolate_pos_encoding: bool) -> tuple[int, int]:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in patches of an image in pixels.
 
         Raises:
-            ValueError: for a size other than `image_size` without `interpolate_pos_encoding`, or one that is not a multiple
-                of the patch size.
+            ValueError: for a size that is not a multiple of the patch size.
         """
-        if (height, width) != self.image_size and not interpolate_pos_encoding:
-            raise ValueError(
-                f"`pixel_values` must be images of `image_size` {list(self.image_size)} (height, width), got "
-                f"{[height, width]}; other sizes need `interpolate_pos_encoding=True`."
-            )
         patch_height, patch_width = self.patch_size
         if height % patch_height or width % patch_width or not height or not width:
             raise ValueError(

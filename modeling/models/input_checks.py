@@ -28,6 +28,22 @@ def refuse(modality: str, allowed: str, **unwanted: Any):
             raise ValueError(f"`{name}` does not go with `modality` {modality!r}, got {got}; allowed is {allowed}.")
 
 
+def check_pixels(pixel_values: Tensor | None, image_size: tuple[int, int], interpolate_pos_encoding: bool):
+    """Whether there are images, `[B, channels, height, width]`, and of `image_size` where no other size is wanted."""
+    if pixel_values is None:
+        raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
+        )
+    size = tuple(pixel_values.shape[2:])
+    if size != image_size and not interpolate_pos_encoding:
+        raise ValueError(
+            f"`pixel_values` must be images of `image_size` {list(image_size)} (height, width), got {list(size)}; other sizes "
+            "need `interpolate_pos_encoding=True`."
+        )
+
+
 def check_cache(cache: Cache | None):
     """Whether a cache has the layers that mixers write to, see `cache.py`."""
     if cache is None:
@@ -124,6 +140,7 @@ __all__ = [
     "check_cache",
     "check_image_labels",
     "check_logits_to_keep",
+    "check_pixels",
     "check_position_ids",
     "check_range",
     "check_text_labels",

@@ -39,6 +39,7 @@ from .input_checks import (
     check_cache,
     check_image_labels,
     check_logits_to_keep,
+    check_pixels,
     check_position_ids,
     check_range,
     check_text_labels,
@@ -377,13 +378,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
             ValueError: for inputs of the other modality, or of the wrong shape or range.
         """
         if self.config.modality == "image":
-            refuse(
-                "image",
-                "`pixel_values`",
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
-            )
+            self._refuse_text(input_ids, inputs_embeds, past_key_values)
             hidden_states, shared = self._image_inputs(pixel_values, attention_mask, interpolate_pos_encoding)
         else:
             refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
@@ -402,15 +397,22 @@ class TranslutionModel(TranslutionPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=shared["past_key_values"]
         )
 
+    def _refuse_text(self, input_ids: Any, inputs_embeds: Any, past_key_values: Any):
+        refuse(
+            "image",
+            "`pixel_values`",
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+        )
+
     def _image_inputs(
         self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """Tokens of images, `[B, L, C]`, and what every layer needs beside them."""
-        if pixel_values is None:
-            raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
         config = self.config
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        layout = self._image_layout(*self.embeddings.grid(*pixel_values.shape[2:], interpolate_pos_encoding))
+        layout = self._image_layout(*self.embeddings.grid(*pixel_values.shape[2:]))
         check_mask(attention_mask, hidden_states.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         mask = make_mask(attention_mask, layout, hidden_states)
         rotation = self._rotation(hidden_states, layout)
@@ -489,13 +491,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         wants_states = kwargs.pop("output_hidden_states", None)
         kwargs.pop("output_attentions", None)
         if self.config.modality == "image":
-            refuse(
-                "image",
-                "`pixel_values`",
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
-            )
+            self._refuse_text(input_ids, inputs_embeds, past_key_values)
             inputs, past_key_values = self._trunk_image(pixel_values, attention_mask, interpolate_pos_encoding), None
         else:
             refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
@@ -525,21 +521,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
     ) -> dict[str, Any]:
         """What the trunk of another model needs of images."""
-        if pixel_values is None:
-            raise ValueError("`pixel_values` must be given for `modality` 'image', got None.")
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be [batch, channels, height, width], got shape {list(pixel_values.shape)}."
-            )
         config = self.config
-        size = list(pixel_values.shape[2:])
-        if size != list(config.image_height_width) and not interpolate_pos_encoding:
-            raise ValueError(
-                f"`pixel_values` must be of `image_size` {list(config.image_height_width)}, got {size}; other sizes need "
-                "`interpolate_pos_encoding=True`."
-            )
+        check_pixels(pixel_values, config.image_height_width, interpolate_pos_encoding)
         layout = self._image_layout(
-            *(side // patch for side, patch in zip(size, config.patch_height_width, strict=True))
+            *(side // patch for side, patch in zip(pixel_values.shape[2:], config.patch_height_width, strict=True))
         )
         check_mask(attention_mask, pixel_values.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         inputs = {

@@ -92,7 +92,7 @@ class _Space:
         return out.copy_(left).mul_(right)
 
 
-def _at(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
+def of_term(parts: Sequence[Tensor], index: int, terms: int) -> Tensor:
     """The part of a term: fewer parts than terms begin with one that serves all near offsets."""
     return parts[max(index - (terms - len(parts)), 0)]
 
@@ -118,7 +118,7 @@ def _forward(
     scores = like.new_full((terms + 1, batch, count, num_heads), lowest, dtype=wide)
     for index, offset in enumerate(offsets):
         product = space.product(
-            grid.of(_at(queries, index, terms), offset.queries), grid.of(_at(keys, index, terms), offset.keys)
+            grid.of(of_term(queries, index, terms), offset.queries), grid.of(of_term(keys, index, terms), offset.keys)
         )
         grid.of(scores[index], offset.queries).copy_(_by_head(product, num_heads).sum(-1, dtype=wide))
     near_scores = scores[:-1].mul_(scale)
@@ -135,7 +135,7 @@ def _forward(
     _by_head(output, num_heads).mul_(weights[-1].unsqueeze(-1))
     for index, offset in enumerate(offsets):
         target = _by_head(grid.of(output, offset.queries), num_heads)
-        given = _by_head(grid.of(_at(values, index, terms), offset.keys), num_heads)
+        given = _by_head(grid.of(of_term(values, index, terms), offset.keys), num_heads)
         target.addcmul_(grid.of(weights[index], offset.queries).unsqueeze(-1), given.to(wide))
     return output.to(values[0].dtype), logsumexp, weights[:-1]
 
@@ -167,7 +167,7 @@ def _backward(
     ]
 
     def give(parts: list[Tensor], index: int, place: tuple[slice, slice], factor: Tensor, heads: Tensor) -> None:
-        target = _at(parts, index, terms)
+        target = of_term(parts, index, terms)
         if target.shape[1] == 1 and layout.num_queries > 1:
             target += (factor * heads).sum((1, 2), dtype=wide).flatten(-2).unsqueeze(1)
         else:
@@ -175,7 +175,7 @@ def _backward(
 
     for index, offset in enumerate(grid.terms(terms)):
         q, k, v = (
-            grid.of(_at(parts, index, terms), place)
+            grid.of(of_term(parts, index, terms), place)
             for parts, place in ((queries, offset.queries), (keys, offset.keys), (values, offset.keys))
         )
         received = grid.of(gradient, offset.queries)
@@ -315,4 +315,4 @@ def local_attention(
     return _attend(queries, keys, values, list(far or ()), near_bias, far_bias, num_heads, scale, pack(layout))[0]
 
 
-__all__ = ["local_attention"]
+__all__ = ["local_attention", "of_term"]

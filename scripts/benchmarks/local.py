@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.generation import generate, verify_generation
-from benchmarks.measuring import BOTH, peak_memory, spread, stop_if_wrong, time_in_turn, worst_error
+from benchmarks.measuring import BOTH, peak_memory, spread, stop_if_wrong, time_in_turn, train_step, worst_error
+from benchmarks.operator import weighted_sum
 from translution import TranslutionConfig
 
 
@@ -76,8 +77,7 @@ def verify(fields: dict[str, Any]) -> float:
     def results(implementation: str) -> list[Tensor]:
         model.set_attn_implementation(implementation)
         logits = model(**inputs).logits
-        weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
-        return [logits, *torch.autograd.grad((logits * weights).sum(), list(model.parameters()))]
+        return [logits, *torch.autograd.grad(weighted_sum(logits), list(model.parameters()))]
 
     return worst_error(results("auto"), results("eager"))
 
@@ -91,17 +91,12 @@ def make_model(name: str, fields: dict[str, Any]) -> tuple[PreTrainedModel, floa
     return build(fields), error
 
 
-def train(model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
-    # As optimizers do: each step makes its gradients anew.
-    model.zero_grad(set_to_none=True)
-    model(**inputs).loss.backward()
-
-
 def compare(case: str, variants: dict[str, dict[str, Any]], batch: int, repeats: int) -> Iterator[dict]:
     """Training steps of models in turn."""
     made = {name: make_model(name, fields) for name, fields in variants.items()}
     steps = {
-        name: partial(train, model.train(), make_inputs(variants[name], batch)) for name, (model, _) in made.items()
+        name: partial(train_step, model.train(), make_inputs(variants[name], batch))
+        for name, (model, _) in made.items()
     }
     memory = {name: peak_memory(step) for name, step in steps.items()}
     yield from rows(case, BOTH, {name: (steps[name], *made[name], memory[name]) for name in made}, repeats)

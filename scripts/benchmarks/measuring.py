@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 # Columns of the results. Times are in milliseconds, memory in MiB above where the process stood; `times_…` are quotients of
@@ -107,3 +107,9 @@ def step(run: Callable[[], Tensor], inputs: Iterable[Tensor], backward: bool) ->
         return torch.autograd.grad(output, inputs, torch.ones_like(output))
 
     return both if backward else forward
+
+
+def train_step(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Forward and backward. As optimizers do, each step makes its gradients anew."""
+    model.zero_grad(set_to_none=True)
+    model(**inputs).loss.backward()

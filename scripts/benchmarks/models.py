@@ -13,7 +13,17 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
+from benchmarks.measuring import (
+    BOTH,
+    FORWARD,
+    peak_memory,
+    spread,
+    step,
+    stop_if_wrong,
+    time_in_turn,
+    train_step,
+    worst_error,
+)
 from benchmarks.operator import bare_products, weighted_sum
 from translution import TranslutionConfig, TranslutionForImageClassification
 from translution.modeling.models.modeling_translution import build_mixer
@@ -135,24 +145,19 @@ def layer_suite(options: argparse.Namespace) -> Iterator[dict]:
 def training_suite(options: argparse.Namespace) -> Iterator[dict]:
     """Forward and backward of whole models of the size "tiny", 224 × 224 in patches of 16; memory beside weights and gradients."""
     batch = 8
-    pixel_values, labels = torch.randn(batch, 3, 224, 224), torch.randint(0, 1000, (batch,))
+    inputs = {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.randint(0, 1000, (batch,))}
     chosen = {
         name: VARIANTS[name] for name in ("attention", "ACmix", "LoR 8, kv", "basis 8, v", "basis 8, kv", "full, kv")
     }
     models, steps, memory, errors = {}, {}, {}, {}
-
-    def train(model: TranslutionForImageClassification) -> None:
-        # As optimizers do: each step makes its gradients anew.
-        model.zero_grad(set_to_none=True)
-        model(pixel_values=pixel_values, labels=labels).loss.backward()
 
     for name, fields in chosen.items():
         errors[name] = verify_mixer(fields)
         stop_if_wrong(name, errors[name], 1e-9)
         torch.manual_seed(0)
         model = TranslutionForImageClassification(TranslutionConfig.from_size("tiny", num_labels=1000, **fields))
-        models[name], steps[name] = model, partial(train, model)
-        train(model)
+        models[name], steps[name] = model, partial(train_step, model, inputs)
+        train_step(model, inputs)
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters()) / 2**20
         model.zero_grad(set_to_none=True)
         peak = peak_memory(steps[name])
