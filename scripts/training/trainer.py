@@ -137,6 +137,12 @@ class ScriptTrainingArguments(TrainingArguments):
 
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at least at the end."})
+    logging_steps: float = field(
+        default=0.05,
+        metadata={
+            "help": "Steps between logged losses; below 1 a share of all steps, so that short runs have a curve."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts' own batches need all columns."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Whether a resumed run keeps its count of evaluations without improvement."}
