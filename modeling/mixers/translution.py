@@ -23,6 +23,8 @@ from .near_far import AllPairs, NearAndFarPairs, PairInputs
 
 # Paths that never build the bank of a basis.
 KEEPS_BASIS = ("basis", "basis_kernel", "decode")
+# Projections of low-rank Translution between tokens and banks.
+LOW_RANK_PARTS = ("q_down", "k_down", "v_down", "v_up")
 
 
 class TranslutionMixer(Mixer):
@@ -91,6 +93,12 @@ class TranslutionMixer(Mixer):
         if self.offset_basis is None:
             return {"bank": (num_offsets, *matrix)}
         return {"coefficients": (num_offsets, self.offset_basis), "factors": (self.offset_basis, *matrix)}
+
+    def relative_parameters(self) -> list[nn.Parameter]:
+        """See `Mixer.relative_parameters`: all that is no plain or dense projection."""
+        parts = [getattr(self, name, None) for name in LOW_RANK_PARTS]
+        own = [parameter for _, parameter in self.named_parameters(recurse=False)]
+        return [*own, *(parameter for part in parts if part is not None for parameter in part.parameters())]
 
     @property
     def kind(self) -> str:

@@ -22,6 +22,9 @@ from .trunks import check_source, convert_config, replace_attention
 # The classes that models are converted from, by the class of their config.
 HEADS_OF_SOURCES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 
+# What may be frozen: everything that attention has as well.
+FREEZE = ("all_but_offsets",)
+
 # Arguments of `from_pretrained` that say where a config is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -37,6 +40,7 @@ class FromAttention:
         max_relative_distance: int | None = None,
         layers: Iterable[int] | None = None,
         far_offsets: str = "clamped",
+        freeze: str | None = None,
         **from_pretrained_arguments: Any,
     ) -> Any:
         """A Translution model that computes what a trained attention model computes, see `docs/from_attention.md`.
@@ -50,6 +54,8 @@ class FromAttention:
             relative_projections, max_relative_distance, far_offsets: of `TranslutionConfig`. A model with rotary positions
                 needs a `max_relative_distance`, or `relative_projections` `"v"`.
             layers: indices of the layers that become Translution; the others stay attention. `None` for all.
+            freeze: `"all_but_offsets"` to train only what is new, see `freeze_all_but_offsets`; `None` to train all. It is
+                not saved.
             from_pretrained_arguments: of `from_pretrained` of the source's class, such as `dtype` and `revision`; an
                 `attn_implementation` is that of the new model.
 
@@ -57,6 +63,8 @@ class FromAttention:
             ValueError: for a model that is not supported; the message names the field that says so.
             huggingface_hub.errors.StrictDataclassError: for fields that contradict each other.
         """
+        if freeze not in (None, *FREEZE):
+            raise ValueError(f"`freeze` must be None or one of {', '.join(map(repr, FREEZE))}, got {freeze!r}.")
         implementation = from_pretrained_arguments.pop("attn_implementation", None)
         fields = {
             "relative_projections": relative_projections,
@@ -100,7 +108,9 @@ class FromAttention:
         converted.config._name_or_path = source.config._name_or_path
         if implementation is not None:
             converted.set_attn_implementation(implementation)
+        if freeze is not None:
+            converted.freeze_all_but_offsets()
         return converted.train(source.training)
 
 
-__all__ = ["FromAttention"]
+__all__ = ["FREEZE", "FromAttention"]
