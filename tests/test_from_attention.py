@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from test_remote_code import LOAD_AND_SAVE
 from tokenizers import Tokenizer, models
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -106,6 +108,24 @@ IMAGES = {
     "vit-no-biases": ("vit", {**IMAGE, "image_size": 9, "qkv_bias": False}, {"relative_projections": "qkv"}),
     "dinov2": ("dinov2", {**IMAGE, "image_size": 9}, SHARED),
 }
+# Those whose matrices are not each the trained one: low-rank, and from factors.
+FACTORED = {
+    "llama-low-rank": ("llama", ROTARY, {"relative_rank": 2}),
+    "llama-low-rank-query": (
+        "llama",
+        {**ROTARY, "attention_bias": True},
+        {"relative_rank": 3, "relative_projections": "qkv", **DISTANCE},
+    ),
+    "qwen3-low-rank": ("qwen3", {**ROTARY, "attention_bias": True}, {"relative_rank": 2, "relative_projections": "q"}),
+    "gpt2-low-rank-basis": ("gpt2", GPT2, {"relative_rank": 2, "offset_basis": 3}),
+    "llama-value-basis": ("llama", ROTARY, {"offset_basis": 3, "relative_projections": "v"}),
+    "qwen2-basis": ("qwen2", {**ROTARY, "hidden_size": 15}, {"offset_basis": 2, **DISTANCE}),
+    "gpt2-basis": ("gpt2", GPT2, {"offset_basis": 3, "relative_projections": "qkv"}),
+    "vit-low-rank": ("vit", {**IMAGE, "image_size": [9, 12]}, {"relative_rank": 2}),
+    "vit-basis": ("vit", {**IMAGE, "image_size": 9}, {"offset_basis": 2}),
+}
+TEXTS |= {name: case for name, case in FACTORED.items() if not name.startswith("vit")}
+IMAGES |= {name: case for name, case in FACTORED.items() if name.startswith("vit")}
 CASES = {**TEXTS, **IMAGES}
 AUTO = {"text": AutoModelForCausalLM, "image": AutoModelForImageClassification}
 HEADS = {"text": TranslutionForCausalLM, "image": TranslutionForImageClassification}
@@ -151,7 +171,7 @@ def part_from_source(model):
     """Gives every offset a matrix of its own."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("_bank"):
+            if name.endswith(("_bank", "_coefficients")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 
@@ -162,8 +182,8 @@ def test_logits_are_the_sources(case):
     inputs = make_inputs(source, case)
     converted = convert(source, case)
     replaced = CASES[case][2].get("layers", [0, 1])
-    served = [line for line in explain_dispatch(converted, **inputs).splitlines() if " full " in line]
-    assert [int(line.split()[1]) for line in served] == replaced
+    served = [line.split() for line in explain_dispatch(converted, **inputs).splitlines()]
+    assert [int(words[1]) for words in served if words[2] in ("full", "low_rank", "basis")] == replaced
     for implementation in ("auto", "eager"):
         converted.set_attn_implementation(implementation)
         assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
@@ -180,7 +200,7 @@ def source_gradient(gradients, name, bank):
     return gradient.t() if what == "weight" else gradient
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in FACTORED])
 def test_gradients_sum_to_the_sources(case):
     source = make_source(case)
     inputs = make_inputs(source, case)
@@ -211,6 +231,54 @@ def test_gradients_sum_to_the_sources(case):
         # A key bias without a rotation has no gradient but rounding.
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11 * float(largest))
     assert banks >= len(CASES[case][2].get("relative_projections", "kv"))
+
+
+@pytest.mark.parametrize("case", FACTORED)
+def test_all_that_is_new_is_trained(case):
+    """What offsets have of their own from the first step on, the rest as soon as that is no longer zero."""
+    source = make_source(case)
+    inputs = make_inputs(source, case)
+    converted = convert(source, case, freeze="all_but_offsets")
+    new = {name: parameter for name, parameter in converted.named_parameters() if parameter.requires_grad}
+    of_offsets = {name for name in new if name.endswith(("_bank", "_coefficients"))}
+    assert of_offsets
+    for step in range(2):
+        loss_of(converted, inputs).backward()
+        trained = {name for name, parameter in new.items() if parameter.grad.abs().max() > 0}
+        if step == 0:
+            # Each mixer: values, and one side of the scores.
+            assert len(trained & of_offsets) >= 2 * min(len(converted.config.relative_projections), 2)
+            with torch.no_grad():
+                for parameter in new.values():
+                    parameter -= 0.01 * parameter.grad / parameter.grad.abs().max().clamp(min=1e-9)
+    assert trained == new.keys()
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt2-distance", "llama-biases", "llama-value", "llama-value-basis"])
+def test_a_generated_token_copies_no_bank(case):
+    source = make_source(case)
+    converted = convert(source, case)
+    tokens = make_inputs(source, case)["input_ids"][:1]
+    cache = StaticCache(config=converted.config, max_cache_len=9)
+    converted(tokens[:, :8], past_key_values=cache)
+    tables = (p for name, p in converted.named_parameters() if name.endswith(("v_bank", "v_factors")))
+    # What is read of a bank: one matrix for each token at most.
+    matrices = next(tables)[:9]
+    sizes = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given, found = (
+                [part for part in tree_leaves(parts) if isinstance(part, torch.Tensor)] for parts in (args, result)
+            )
+            places = {part.untyped_storage().data_ptr() for part in given}
+            sizes.extend(part.numel() for part in found if part.untyped_storage().data_ptr() not in places)
+            return result
+
+    with torch.no_grad(), Record():
+        converted(tokens[:, 8:], past_key_values=cache)
+    assert 0 < max(sizes) < matrices.numel()
 
 
 @pytest.mark.parametrize("case", TEXTS)
@@ -350,7 +418,9 @@ def test_images_of_other_sizes(case):
         converted(images)
 
 
-@pytest.mark.parametrize(("case", "size"), [("vit-square", [18, 9]), ("vit-clamped", [18, 9]), ("dinov2", 18)])
+@pytest.mark.parametrize(
+    ("case", "size"), [("vit-square", [18, 9]), ("vit-clamped", [18, 9]), ("vit-basis", [18, 9]), ("dinov2", 18)]
+)
 def test_resized_for_good(case, size, tmp_path):
     converted = part_from_source(convert(make_source(case), case))
     images = torch.randn(2, 2, *(size if isinstance(size, list) else [size] * 2), dtype=torch.float64)
@@ -464,7 +534,9 @@ def test_packed_texts():
     assert_close_in_rounding(ours, torch.cat(apart, dim=1), roundings=1000)
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gpt2", "vit-shared"])
+@pytest.mark.parametrize(
+    "case", ["llama-tied", "qwen3", "gpt2", "vit-shared", "llama-low-rank-query", "qwen2-basis", "vit-basis"]
+)
 def test_saved_and_loaded(case, tmp_path):
     source = make_source(case)
     converted = part_from_source(convert(source, case))
@@ -518,12 +590,14 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     (tmp_path / "source" / "README.md").write_text(card, encoding="utf-8")
     output = tmp_path / "converted"
     arguments = ["--model", str(tmp_path / "source"), "--output", str(output), "--layers", "1"]
-    arguments += ["--max_relative_distance", "1", "--far_offsets", "shared", "--max_shard_size", "20KB"]
+    arguments += ["--max_relative_distance", "1", "--far_offsets", "shared", "--max_shard_size", "10KB"]
+    arguments += ["--relative_rank", "2", "--offset_basis", "3"]
     convert_attention_to_translution.main(arguments)
     assert "TranslutionForImageClassification" in capsys.readouterr().out
     assert len(list(output.glob("*.safetensors"))) > 1
     converted = AutoModelForImageClassification.from_pretrained(output)
     assert converted.config.mixer_types == ["attention", "translution"]
+    assert (converted.config.relative_rank, converted.config.offset_basis) == (2, 3)
     inputs = make_inputs(source, "vit-shared")
     assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
     assert AutoImageProcessor.from_pretrained(output).size["width"] == 15
@@ -649,7 +723,6 @@ def test_refuses_fields_that_do_not_fit():
     with pytest.raises(StrictDataclassError, match="`relative_projections`"):
         TranslutionForCausalLM.from_attention(source, "kk", max_relative_distance=1)
     for fields, message in (
-        ({"relative_rank": 2}, "`relative_rank` must be None with a `trunk_config`, got 2"),
         ({"mixer_types": "convolution"}, "`mixer_types` must be one of .* got 'convolution'"),
         ({"trunk_config": {"hidden_size": 8}}, "`trunk_config` must have the `model_type`"),
     ):

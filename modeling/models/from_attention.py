@@ -41,18 +41,22 @@ class FromAttention:
         layers: Iterable[int] | None = None,
         far_offsets: str = "clamped",
         freeze: str | None = None,
+        relative_rank: int | None = None,
+        offset_basis: int | None = None,
         **from_pretrained_arguments: Any,
     ) -> Any:
         """A Translution model that computes what a trained attention model computes, see `docs/from_attention.md`.
 
         The model's trunk and head stay, and only attention modules are replaced. The matrices of all offsets are the trained
-        one to begin with, so that outputs are the same, and part ways as the model is trained on.
+        one to begin with, so that outputs are the same, and part ways as the model is trained on. With a `relative_rank` they
+        are zero instead, beside attention, see `ConvertedMixer`.
 
         Args:
             model: a folder or a name on the Hub, or a model, whose modules become parts of the new one: it must not be used
                 afterwards. Nothing but the new banks takes memory besides.
-            relative_projections, max_relative_distance, far_offsets: of `TranslutionConfig`. A model with rotary positions
-                needs a `max_relative_distance`, or `relative_projections` `"v"`.
+            relative_projections, max_relative_distance, far_offsets, relative_rank, offset_basis: of `TranslutionConfig`. A
+                model with rotary positions needs a `max_relative_distance`, a `relative_rank`, or `relative_projections`
+                `"v"`. What is new and random with a `relative_rank` or an `offset_basis` is drawn by PyTorch's generator.
             layers: indices of the layers that become Translution; the others stay attention. `None` for all.
             freeze: `"all_but_offsets"` to train only what is new, see `freeze_all_but_offsets`; `None` to train all. It is
                 not saved.
@@ -70,6 +74,8 @@ class FromAttention:
             "relative_projections": relative_projections,
             "max_relative_distance": max_relative_distance,
             "far_offsets": far_offsets,
+            "relative_rank": relative_rank,
+            "offset_basis": offset_basis,
         }
         layers = None if layers is None else list(layers)
         modality = "image" if cls.main_input_name == "pixel_values" else "text"
