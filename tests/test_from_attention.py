@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import convert_attention_to_translution
 import pytest
@@ -27,6 +29,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     DynamicCache,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -416,6 +420,9 @@ def test_images_of_other_sizes(case):
     assert_close_in_rounding(converted(images, interpolate_pos_encoding=True).logits, expected, roundings=1000)
     with pytest.raises(ValueError, match="interpolate_pos_encoding"):
         converted(images)
+    if case != "dinov2":
+        converted.model.resize_image([18, 9])
+        assert_close_in_rounding(converted(images).logits, expected, roundings=1000)
 
 
 @pytest.mark.parametrize(
@@ -629,6 +636,60 @@ def test_converts_a_text_model_with_its_tokenizer(tmp_path):
     assert len(banks) == 4
 
 
+# Prints the most memory that converting, saving and loading take besides what was there, as multiples of the new model.
+MEASURE_MEMORY = """
+import gc, json, re, resource, sys
+from pathlib import Path
+import convert_attention_to_translution
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+def most():
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What Linux says of resources begins with what the calling process had.
+        return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before, taken = most(), []
+model = convert_attention_to_translution.convert(
+    "source", Path("converted"), max_shard_size="20MB", max_relative_distance=1
+)
+size = sum(parameter.nbytes for parameter in model.parameters())
+taken.append(most() - before)
+del model
+gc.collect()
+model = AutoModelForCausalLM.from_pretrained("converted")
+# Files are mapped: all of it is read.
+assert all(parameter.sum() != 0 for parameter in model.parameters())
+taken.append(most() - before)
+print(json.dumps([each / size for each in taken]))
+"""
+
+
+def test_a_model_is_in_memory_once(tmp_path):
+    config = AutoConfig.for_model("llama", hidden_size=768, intermediate_size=768, num_hidden_layers=6, vocab_size=8)
+    with torch.device("meta"):
+        source = AutoModelForCausalLM.from_config(config)
+    source.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*source.parameters(), *source.buffers()):
+            tensor.fill_(0.5)
+    source.save_pretrained(tmp_path / "source", max_shard_size="20MB")
+    scripts = Path(convert_attention_to_translution.__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(scripts), str(scripts.parent)])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "converted").glob("*.safetensors"))) > 5
+    # The new model, 128 MB, and what is mapped of the source that became no part of it. The source is 0.8 of the new model, so
+    # that a second copy of either is more.
+    assert max(json.loads(result.stdout.splitlines()[-1])) < 1.6
+
+
 @pytest.mark.parametrize("case", ["llama-biases", "qwen3", "gpt2", "vit-shared"])
 def test_as_near_in_bfloat16_as_the_source(case):
     errors = []
@@ -712,6 +773,44 @@ def test_refused_before_weights_are_read(case, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         TranslutionForCausalLM.from_attention(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("head", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
+def test_refuses_a_distillation_token(head, tmp_path):
+    source = head(AutoConfig.for_model("deit", **IMAGE, image_size=9))
+    source.save_pretrained(tmp_path)
+    for model in (source, tmp_path):
+        with pytest.raises(ValueError, match=r"got 'deit': its distillation token .*without distillation.* 'vit'"):
+            TranslutionForImageClassification.from_attention(model, **SHARED)
+
+
+def test_texts_longer_than_those_of_the_source():
+    """Rotary positions go on, and so does a bank with a distance; the generated tokens are the source's."""
+    source = make_source("llama-biases")
+    converted = convert(source, "llama-biases")
+    tokens = make_inputs(source, "llama-biases", length=70)["input_ids"]
+    assert tokens.shape[1] > converted.config.max_position_embeddings
+    assert_close_in_rounding(converted(tokens).logits, source(tokens).logits, roundings=1000)
+    prompt = tokens[:, :60]
+    found, expected = (model.generate(prompt, max_new_tokens=8, do_sample=False) for model in (converted, source))
+    assert found.shape[1] == 68
+    assert torch.equal(found, expected)
+    parted = part_from_source(converted)
+    logits = parted(tokens).logits
+    assert (logits - source(tokens).logits).abs().max() > 1e-3
+    parted.set_attn_implementation("eager")
+    assert_close_in_rounding(parted(tokens).logits, logits, roundings=1000)
+
+
+@pytest.mark.parametrize("case", ["llama-value", "gpt2-distance"])
+def test_refuses_texts_that_are_too_long(case):
+    """For a bank without a distance, or for the source's table of positions."""
+    converted = convert(make_source(case), case)
+    length = converted.config.max_position_embeddings
+    tokens = make_inputs(converted, case, length=length + 1)["input_ids"]
+    assert converted(tokens[:, :length]).logits.shape[1] == length
+    with pytest.raises(ValueError, match=f"at most `max_position_embeddings` {length} tokens, got {length + 1}"):
+        converted(tokens)
 
 
 def test_refuses_fields_that_do_not_fit():
