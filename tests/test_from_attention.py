@@ -690,7 +690,7 @@ def test_a_model_is_in_memory_once(tmp_path):
     assert max(json.loads(result.stdout.splitlines()[-1])) < 1.6
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "qwen3", "gpt2", "vit-shared"])
+@pytest.mark.parametrize("case", ["llama-biases", "qwen3", "gpt2", "vit-shared", "llama-low-rank-query", "gpt2-basis"])
 def test_as_near_in_bfloat16_as_the_source(case):
     errors = []
     for _ in range(8):

@@ -191,5 +191,13 @@ def test_refuses_what_cannot_decay(tmp_path):
             model.decay_offsets(optimizer, rate)
     with pytest.raises(ValueError, match="`optimizer` must train parameters with one row per offset"):
         model.decay_offsets(torch.optim.SGD(model.lm_head.parameters(), lr=0.1), 1.0)
+    # As the first version of FSDP leaves them.
+    mixer = model.model.layers[0].mixer
+    mixer.k_bank = torch.nn.Parameter(mixer.k_bank.detach().flatten())
+    mixer.k_bank.grad = torch.zeros_like(mixer.k_bank)
+    optimizer = torch.optim.SGD([mixer.k_bank], lr=0.1)
+    model.decay_offsets(optimizer, 1.0)
+    with pytest.raises(ValueError, match=r"whole tables of 17 rows, got one of shape \[4352\]"):
+        optimizer.step()
     with pytest.raises(ValueError, match="`offset_decay` must be a number of at least 0, got -1"):
         ScriptTrainingArguments(output_dir=str(tmp_path), offset_decay=-1.0)

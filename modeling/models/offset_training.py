@@ -65,8 +65,14 @@ class OffsetTraining:
             tables = _offset_tables(self)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    if id(parameter) in tables and parameter.grad is not None:
-                        parameter.lerp_(parameter.mean(dim=0, keepdim=True), group["lr"] * rate)
+                    if id(parameter) not in tables or parameter.grad is None:
+                        continue
+                    if parameter.ndim < 2 or len(parameter) != tables[id(parameter)]:
+                        raise ValueError(
+                            f"The decay needs whole tables of {tables[id(parameter)]} rows, got one of shape "
+                            f"{list(parameter.shape)}: FSDP's first version flattens them, its second does not."
+                        )
+                    parameter.lerp_(parameter.mean(dim=0, keepdim=True), group["lr"] * rate)
 
         return optimizer.register_step_pre_hook(pull_to_mean)
 
@@ -75,9 +81,13 @@ def _mixers(model: nn.Module) -> list[Mixer]:
     return [module for module in model.modules() if isinstance(module, Mixer)]
 
 
-def _offset_tables(model: nn.Module) -> set[int]:
-    """Ids of the parameters with one row per offset."""
-    return {id(getattr(mixer, name)) for mixer in _mixers(model) for name in mixer.offset_parameters()}
+def _offset_tables(model: nn.Module) -> dict[int, int]:
+    """The number of rows of each parameter with one row per offset, by its id."""
+    return {
+        id(getattr(mixer, name)): mixer.bank_layout.num_offsets
+        for mixer in _mixers(model)
+        for name in mixer.offset_parameters()
+    }
 
 
 __all__ = ["OffsetTraining"]
