@@ -382,9 +382,6 @@ class TranslutionConfig(PreTrainedConfig):
             )
         for name in self.mixer_types:
             _check_choice("mixer_types", name, TRUNK_MIXER_TYPES)
-        for field in ("relative_rank", "offset_basis"):
-            if getattr(self, field) is not None:
-                raise ValueError(f"`{field}` must be None with a `trunk_config`, got {getattr(self, field)}.")
 
     def _validate_image(self):
         for field in ("image_size", "patch_size"):

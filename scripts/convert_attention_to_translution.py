@@ -123,6 +123,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--far_offsets", choices=FAR_OFFSETS, default="clamped", help="images: what offsets beyond share (clamped)"
     )
+    parser.add_argument(
+        "--relative_rank", type=int, metavar="R", help="low-rank Translution, features per head (full)"
+    )
+    parser.add_argument("--offset_basis", type=int, metavar="N", help="matrices that all offsets share (each its own)")
     parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers that become Translution (all)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (that of the checkpoint)")
     parser.add_argument("--max_shard_size", default="5GB", help="largest file of weights (5GB)")
@@ -131,7 +135,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str]):
     arguments = build_parser().parse_args(argv)
-    require_least(arguments, max_relative_distance=0)
+    require_least(arguments, max_relative_distance=0, relative_rank=1, offset_basis=1)
     command = shlex.join(["python", "scripts/convert_attention_to_translution.py", *argv])
     model = convert(**vars(arguments), command=command)
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters saved to {arguments.output.resolve()}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import convert_attention_to_translution
 import pytest
@@ -18,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from test_remote_code import LOAD_AND_SAVE
 from tokenizers import Tokenizer, models
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,6 +29,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoTokenizer,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     DynamicCache,
     MixtralConfig,
     PreTrainedTokenizerFast,
@@ -106,6 +112,24 @@ IMAGES = {
     "vit-no-biases": ("vit", {**IMAGE, "image_size": 9, "qkv_bias": False}, {"relative_projections": "qkv"}),
     "dinov2": ("dinov2", {**IMAGE, "image_size": 9}, SHARED),
 }
+# Those whose matrices are not each the trained one: low-rank, and from factors.
+FACTORED = {
+    "llama-low-rank": ("llama", ROTARY, {"relative_rank": 2}),
+    "llama-low-rank-query": (
+        "llama",
+        {**ROTARY, "attention_bias": True},
+        {"relative_rank": 3, "relative_projections": "qkv", **DISTANCE},
+    ),
+    "qwen3-low-rank": ("qwen3", {**ROTARY, "attention_bias": True}, {"relative_rank": 2, "relative_projections": "q"}),
+    "gpt2-low-rank-basis": ("gpt2", GPT2, {"relative_rank": 2, "offset_basis": 3}),
+    "llama-value-basis": ("llama", ROTARY, {"offset_basis": 3, "relative_projections": "v"}),
+    "qwen2-basis": ("qwen2", {**ROTARY, "hidden_size": 15}, {"offset_basis": 2, **DISTANCE}),
+    "gpt2-basis": ("gpt2", GPT2, {"offset_basis": 3, "relative_projections": "qkv"}),
+    "vit-low-rank": ("vit", {**IMAGE, "image_size": [9, 12]}, {"relative_rank": 2}),
+    "vit-basis": ("vit", {**IMAGE, "image_size": 9}, {"offset_basis": 2}),
+}
+TEXTS |= {name: case for name, case in FACTORED.items() if not name.startswith("vit")}
+IMAGES |= {name: case for name, case in FACTORED.items() if name.startswith("vit")}
 CASES = {**TEXTS, **IMAGES}
 AUTO = {"text": AutoModelForCausalLM, "image": AutoModelForImageClassification}
 HEADS = {"text": TranslutionForCausalLM, "image": TranslutionForImageClassification}
@@ -151,7 +175,7 @@ def part_from_source(model):
     """Gives every offset a matrix of its own."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("_bank"):
+            if name.endswith(("_bank", "_coefficients")):
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 
@@ -162,8 +186,8 @@ def test_logits_are_the_sources(case):
     inputs = make_inputs(source, case)
     converted = convert(source, case)
     replaced = CASES[case][2].get("layers", [0, 1])
-    served = [line for line in explain_dispatch(converted, **inputs).splitlines() if " full " in line]
-    assert [int(line.split()[1]) for line in served] == replaced
+    served = [line.split() for line in explain_dispatch(converted, **inputs).splitlines()]
+    assert [int(words[1]) for words in served if words[2] in ("full", "low_rank", "basis")] == replaced
     for implementation in ("auto", "eager"):
         converted.set_attn_implementation(implementation)
         assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
@@ -180,7 +204,7 @@ def source_gradient(gradients, name, bank):
     return gradient.t() if what == "weight" else gradient
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in FACTORED])
 def test_gradients_sum_to_the_sources(case):
     source = make_source(case)
     inputs = make_inputs(source, case)
@@ -211,6 +235,54 @@ def test_gradients_sum_to_the_sources(case):
         # A key bias without a rotation has no gradient but rounding.
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11 * float(largest))
     assert banks >= len(CASES[case][2].get("relative_projections", "kv"))
+
+
+@pytest.mark.parametrize("case", FACTORED)
+def test_all_that_is_new_is_trained(case):
+    """What offsets have of their own from the first step on, the rest as soon as that is no longer zero."""
+    source = make_source(case)
+    inputs = make_inputs(source, case)
+    converted = convert(source, case, freeze="all_but_offsets")
+    new = {name: parameter for name, parameter in converted.named_parameters() if parameter.requires_grad}
+    of_offsets = {name for name in new if name.endswith(("_bank", "_coefficients"))}
+    assert of_offsets
+    for step in range(2):
+        loss_of(converted, inputs).backward()
+        trained = {name for name, parameter in new.items() if parameter.grad.abs().max() > 0}
+        if step == 0:
+            # Each mixer: values, and one side of the scores.
+            assert len(trained & of_offsets) >= 2 * min(len(converted.config.relative_projections), 2)
+            with torch.no_grad():
+                for parameter in new.values():
+                    parameter -= 0.01 * parameter.grad / parameter.grad.abs().max().clamp(min=1e-9)
+    assert trained == new.keys()
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt2-distance", "llama-biases", "llama-value", "llama-value-basis"])
+def test_a_generated_token_copies_no_bank(case):
+    source = make_source(case)
+    converted = convert(source, case)
+    tokens = make_inputs(source, case)["input_ids"][:1]
+    cache = StaticCache(config=converted.config, max_cache_len=9)
+    converted(tokens[:, :8], past_key_values=cache)
+    tables = (p for name, p in converted.named_parameters() if name.endswith(("v_bank", "v_factors")))
+    # What is read of a bank: one matrix for each token at most.
+    matrices = next(tables)[:9]
+    sizes = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given, found = (
+                [part for part in tree_leaves(parts) if isinstance(part, torch.Tensor)] for parts in (args, result)
+            )
+            places = {part.untyped_storage().data_ptr() for part in given}
+            sizes.extend(part.numel() for part in found if part.untyped_storage().data_ptr() not in places)
+            return result
+
+    with torch.no_grad(), Record():
+        converted(tokens[:, 8:], past_key_values=cache)
+    assert 0 < max(sizes) < matrices.numel()
 
 
 @pytest.mark.parametrize("case", TEXTS)
@@ -348,9 +420,14 @@ def test_images_of_other_sizes(case):
     assert_close_in_rounding(converted(images, interpolate_pos_encoding=True).logits, expected, roundings=1000)
     with pytest.raises(ValueError, match="interpolate_pos_encoding"):
         converted(images)
+    if case != "dinov2":
+        converted.model.resize_image([18, 9])
+        assert_close_in_rounding(converted(images).logits, expected, roundings=1000)
 
 
-@pytest.mark.parametrize(("case", "size"), [("vit-square", [18, 9]), ("vit-clamped", [18, 9]), ("dinov2", 18)])
+@pytest.mark.parametrize(
+    ("case", "size"), [("vit-square", [18, 9]), ("vit-clamped", [18, 9]), ("vit-basis", [18, 9]), ("dinov2", 18)]
+)
 def test_resized_for_good(case, size, tmp_path):
     converted = part_from_source(convert(make_source(case), case))
     images = torch.randn(2, 2, *(size if isinstance(size, list) else [size] * 2), dtype=torch.float64)
@@ -464,7 +541,9 @@ def test_packed_texts():
     assert_close_in_rounding(ours, torch.cat(apart, dim=1), roundings=1000)
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "qwen3", "gpt2", "vit-shared"])
+@pytest.mark.parametrize(
+    "case", ["llama-tied", "qwen3", "gpt2", "vit-shared", "llama-low-rank-query", "qwen2-basis", "vit-basis"]
+)
 def test_saved_and_loaded(case, tmp_path):
     source = make_source(case)
     converted = part_from_source(convert(source, case))
@@ -518,12 +597,14 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     (tmp_path / "source" / "README.md").write_text(card, encoding="utf-8")
     output = tmp_path / "converted"
     arguments = ["--model", str(tmp_path / "source"), "--output", str(output), "--layers", "1"]
-    arguments += ["--max_relative_distance", "1", "--far_offsets", "shared", "--max_shard_size", "20KB"]
+    arguments += ["--max_relative_distance", "1", "--far_offsets", "shared", "--max_shard_size", "10KB"]
+    arguments += ["--relative_rank", "2", "--offset_basis", "3"]
     convert_attention_to_translution.main(arguments)
     assert "TranslutionForImageClassification" in capsys.readouterr().out
     assert len(list(output.glob("*.safetensors"))) > 1
     converted = AutoModelForImageClassification.from_pretrained(output)
     assert converted.config.mixer_types == ["attention", "translution"]
+    assert (converted.config.relative_rank, converted.config.offset_basis) == (2, 3)
     inputs = make_inputs(source, "vit-shared")
     assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
     assert AutoImageProcessor.from_pretrained(output).size["width"] == 15
@@ -555,7 +636,61 @@ def test_converts_a_text_model_with_its_tokenizer(tmp_path):
     assert len(banks) == 4
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "qwen3", "gpt2", "vit-shared"])
+# Prints the most memory that converting, saving and loading take besides what was there, as multiples of the new model.
+MEASURE_MEMORY = """
+import gc, json, re, resource, sys
+from pathlib import Path
+import convert_attention_to_translution
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+def most():
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What Linux says of resources begins with what the calling process had.
+        return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+before, taken = most(), []
+model = convert_attention_to_translution.convert(
+    "source", Path("converted"), max_shard_size="20MB", max_relative_distance=1
+)
+size = sum(parameter.nbytes for parameter in model.parameters())
+taken.append(most() - before)
+del model
+gc.collect()
+model = AutoModelForCausalLM.from_pretrained("converted")
+# Files are mapped: all of it is read.
+assert all(parameter.sum() != 0 for parameter in model.parameters())
+taken.append(most() - before)
+print(json.dumps([each / size for each in taken]))
+"""
+
+
+def test_a_model_is_in_memory_once(tmp_path):
+    config = AutoConfig.for_model("llama", hidden_size=768, intermediate_size=768, num_hidden_layers=6, vocab_size=8)
+    with torch.device("meta"):
+        source = AutoModelForCausalLM.from_config(config)
+    source.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*source.parameters(), *source.buffers()):
+            tensor.fill_(0.5)
+    source.save_pretrained(tmp_path / "source", max_shard_size="20MB")
+    scripts = Path(convert_attention_to_translution.__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE_MEMORY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(scripts), str(scripts.parent)])},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "converted").glob("*.safetensors"))) > 5
+    # The new model, 128 MB, and what is mapped of the source that became no part of it. The source is 0.8 of the new model, so
+    # that a second copy of either is more.
+    assert max(json.loads(result.stdout.splitlines()[-1])) < 1.6
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "qwen3", "gpt2", "vit-shared", "llama-low-rank-query", "gpt2-basis"])
 def test_as_near_in_bfloat16_as_the_source(case):
     errors = []
     for _ in range(8):
@@ -640,6 +775,44 @@ def test_refused_before_weights_are_read(case, tmp_path):
         TranslutionForCausalLM.from_attention(tmp_path, **fields)
 
 
+@pytest.mark.parametrize("head", [DeiTForImageClassification, DeiTForImageClassificationWithTeacher])
+def test_refuses_a_distillation_token(head, tmp_path):
+    source = head(AutoConfig.for_model("deit", **IMAGE, image_size=9))
+    source.save_pretrained(tmp_path)
+    for model in (source, tmp_path):
+        with pytest.raises(ValueError, match=r"got 'deit': its distillation token .*without distillation.* 'vit'"):
+            TranslutionForImageClassification.from_attention(model, **SHARED)
+
+
+def test_texts_longer_than_those_of_the_source():
+    """Rotary positions go on, and so does a bank with a distance; the generated tokens are the source's."""
+    source = make_source("llama-biases")
+    converted = convert(source, "llama-biases")
+    tokens = make_inputs(source, "llama-biases", length=70)["input_ids"]
+    assert tokens.shape[1] > converted.config.max_position_embeddings
+    assert_close_in_rounding(converted(tokens).logits, source(tokens).logits, roundings=1000)
+    prompt = tokens[:, :60]
+    found, expected = (model.generate(prompt, max_new_tokens=8, do_sample=False) for model in (converted, source))
+    assert found.shape[1] == 68
+    assert torch.equal(found, expected)
+    parted = part_from_source(converted)
+    logits = parted(tokens).logits
+    assert (logits - source(tokens).logits).abs().max() > 1e-3
+    parted.set_attn_implementation("eager")
+    assert_close_in_rounding(parted(tokens).logits, logits, roundings=1000)
+
+
+@pytest.mark.parametrize("case", ["llama-value", "gpt2-distance"])
+def test_refuses_texts_that_are_too_long(case):
+    """For a bank without a distance, or for the source's table of positions."""
+    converted = convert(make_source(case), case)
+    length = converted.config.max_position_embeddings
+    tokens = make_inputs(converted, case, length=length + 1)["input_ids"]
+    assert converted(tokens[:, :length]).logits.shape[1] == length
+    with pytest.raises(ValueError, match=f"at most `max_position_embeddings` {length} tokens, got {length + 1}"):
+        converted(tokens)
+
+
 def test_refuses_fields_that_do_not_fit():
     source = make_source("llama")
     with pytest.raises(StrictDataclassError, match="`max_relative_distance`"):
@@ -649,7 +822,6 @@ def test_refuses_fields_that_do_not_fit():
     with pytest.raises(StrictDataclassError, match="`relative_projections`"):
         TranslutionForCausalLM.from_attention(source, "kk", max_relative_distance=1)
     for fields, message in (
-        ({"relative_rank": 2}, "`relative_rank` must be None with a `trunk_config`, got 2"),
         ({"mixer_types": "convolution"}, "`mixer_types` must be one of .* got 'convolution'"),
         ({"trunk_config": {"hidden_size": 8}}, "`trunk_config` must have the `model_type`"),
     ):

@@ -7,6 +7,7 @@ the same threads, in memory that PyTorch aligns alike.
 import contextlib
 import importlib
 import json
+import re
 import shlex
 import shutil
 import traceback
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
-import translution  # noqa: F401 (registers the Auto classes)
+import translution
 
 
 datasets = pytest.importorskip("datasets")
@@ -155,6 +156,44 @@ def test_a_folder_of_pictures_becomes_a_classifier(images, pictures):
     assert run["seconds"] > 0
     assert_card(folder, run)
     assert not list(folder.rglob("*.bin"))
+
+
+def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys):
+    arguments = ["--train_dir", str(pictures), "--save_strategy", "steps", "--save_steps", "1"]
+    folder = images(*arguments, "--eval_strategy", "steps", "--eval_steps", "1", "--metric_for_best_model", "accuracy")
+    said = capsys.readouterr().out
+    model = translution.TranslutionForImageClassification.from_pretrained(folder)
+    # 3 classes of 10 pictures, a tenth of them held out.
+    assert "Training on 27 pictures of 3 classes, evaluating on 3." in said
+    assert f"TranslutionForImageClassification: {model.num_parameters():,} parameters, " in said
+    assert "Resuming" not in said
+    state, accuracy = read(folder, "trainer_state.json"), read(folder)["metrics"]["accuracy"]
+    assert re.search(
+        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second: accuracy {accuracy:.4g}, loss ", said, re.M
+    )
+    assert f"Best accuracy: {state['best_metric']:.4g} at step {state['best_global_step']}." in said
+    # A run of two steps has a curve, too.
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
+
+    # The command that is shown works.
+    command = shlex.split(said.split("To use it:\n")[1].splitlines()[0])
+    assert command[:2] == ["python", "scripts/predict.py"]
+    scripts("predict").main([command[2], str(pictures / "cat" / "3.png")])
+    assert "cat" in capsys.readouterr().out
+
+    shutil.rmtree(folder / "checkpoint-2")
+    images(*arguments, "--eval_strategy", "steps", "--eval_steps", "1", "--metric_for_best_model", "accuracy")
+    said = capsys.readouterr().out
+    assert f"Resuming from {folder / 'checkpoint-1'}, step 1." in said
+    # Its time is not known.
+    assert re.search(r"^Trained for 2 steps: accuracy ", said, re.M)
+
+    text("--train_dir", str(texts), name="text")
+    said = capsys.readouterr().out
+    assert re.search(r"^Training on \d+ blocks of 16 tokens, evaluating on \d+\.$", said, re.M)
+    assert re.search(
+        r"^Trained for 2 steps in 0:00:\d\d, [\d,]+ tokens a second: accuracy .*, perplexity ", said, re.M
+    )
 
 
 def test_held_out_pictures_are_always_the_same(scripts, pictures):

@@ -94,7 +94,7 @@ def test_kernels_equal_reference(layout, subset, rank):
     assert_same(run(mixer, TRITON, hidden_states, layout, mask, weight), expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(3, 4)], ids=layout_id)
+@pytest.mark.parametrize("layout", [PairLayout.for_image(1, 2, 1, 2), PairLayout.for_text(3, 4)], ids=layout_id)
 def test_every_edge_of_a_tile(layout, small_tiles):
     """Inner sizes, heads, batches and pairs that fill several tiles, and the last of each in part."""
     batch, heads, size, features = 17, 3, 5, 17
@@ -262,13 +262,13 @@ def small_config(**fields):
     "fields", [{}, {"relative_rank": 3}, {"max_relative_distance": 1}, {"offset_basis": 2}], ids=str
 )
 def test_models_train_and_generate_with_the_kernels(fields):
-    model = image_model(**fields)
-    pixels = torch.randn(3, 1, 8, 8, device=DEVICE)
+    model = image_model(num_hidden_layers=1, **fields)
+    pixels = torch.randn(2, 1, 8, 8, device=DEVICE)
     expected = model(pixel_values=pixels).logits
     model.set_attn_implementation(TRITON)
-    loss = model(pixel_values=pixels, labels=torch.tensor([0, 1, 2], device=DEVICE)).loss
-    loss.backward()
-    torch.testing.assert_close(model(pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    outputs = model(pixel_values=pixels, labels=torch.tensor([0, 1], device=DEVICE))
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=1e-5)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
     config = small_config(
@@ -282,9 +282,9 @@ def test_models_train_and_generate_with_the_kernels(fields):
     )
     model = TranslutionForCausalLM(config).to(DEVICE, EXACT).eval()
     ids = torch.randint(1, 11, (2, 5), device=DEVICE)
-    wanted = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    wanted = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
     model.set_attn_implementation(TRITON)
-    assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).equal(wanted)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).equal(wanted)
 
 
 def test_autocast_and_checkpointing_with_the_kernels():

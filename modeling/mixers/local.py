@@ -30,7 +30,7 @@ from ..operators.project_each import project_each
 from ..operators.rotary import patch_rotation, rotate, rotate_bank
 from .cache import remember, remember_recent
 from .masks import AttentionMask
-from .near_far import AllPairs, NearAndFarPairs, PairInputs, pack_rotation
+from .near_far import AllPairs, NearAndFarPairs, PairInputs, join_biases, pack_rotation
 
 
 DenseHeads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -57,6 +57,9 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
         if side is not None:
             tokens, matrices = side.tokens[:, side.tokens.shape[1] - count :], _matrices(side)
             relative = [tokens] if matrices is None else project_each(tokens, [matrices[row] for row in rows])
+            if side.bias is not None:
+                biases = side.bias.unbind(0)
+                relative = [part + biases[row] for part, row in zip(relative, rows, strict=True)]
             groups = 1 if name == "q" else pairs.groups
             norm = None if matrices is None else pairs.norms.get(name)
             if norm is not None:
@@ -80,9 +83,9 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
 
 
 def attend_step(
-    tokens: Tensor,
-    query: Tensor | None,
-    banks: tuple[Tensor | None, Tensor, Tensor],
+    query: PairInputs,
+    key: PairInputs,
+    value: PairInputs,
     num_heads: int,
     scale: float,
     layout: StepLayout,
@@ -96,14 +99,14 @@ def attend_step(
     """`[B, 1, A·e]` of one new token with a cache, as `NearAndFarPairs` keeps it: far keys, and the last few keys, side by side.
 
     Args:
-        tokens: `[B, 1, in]`, what the banks project.
-        query: its plain projection, `[B, 1, A·e]`, where queries have no bank.
-        banks: of queries, if they have one, keys and values, `[D + 1, in, A·e]`.
+        query: `[B, 1, in]` and the queries' bank, `[D + 1, in, A·e]`, or their plain projection, `[B, 1, A·e]`.
+        key, value: the same token `[B, 1, in]`, and the banks of both.
         num_heads, scale, layout, mask: see `attend_text`.
         rotation: cosines and sines of the token, `[B or 1, 1, 1, e]`, where queries and keys are rotated.
         cache, layer_idx: what to remember it in.
         groups, norms: see `AllPairs`.
     """
+    tokens = key.tokens
     distance, batch = layout.max_row_distance, len(tokens)
     turns = None if rotation is None else layout.once("own_turn", lambda: pack_rotation(rotation, batch))
     states, _, turns = remember_recent(cache, layer_idx, [tokens, None, turns], distance - 1)
@@ -113,12 +116,14 @@ def attend_step(
     )
     states = states.index_select(1, order).transpose(0, 1)
     norms = norms or {"q": None, "k": None}
-    keys, values = (torch.bmm(states, bank).unflatten(-1, (num_heads // groups, -1)) for bank in banks[1:])
+    keys, values = (_by_distance(states, side).unflatten(-1, (num_heads // groups, -1)) for side in (key, value))
     if norms["k"] is not None:
         keys = norms["k"](keys)
-    queries = query.transpose(0, 1) if banks[0] is None else tokens.transpose(0, 1) @ banks[0]
+    queries = query.tokens.transpose(0, 1)
+    if query.bank is not None:
+        queries = _by_distance(queries.expand(distance + 1, -1, -1), query)
     queries = queries.unflatten(-1, (num_heads, -1))
-    if norms["q"] is not None and banks[0] is not None:
+    if norms["q"] is not None and query.bank is not None:
         queries = norms["q"](queries)
     if turns is not None:
         # The same for all layers.
@@ -142,7 +147,7 @@ def attend_step(
         keys, values = (part.repeat_interleave(groups, dim=2) for part in (keys, values))
     near_value = values[:-1].permute(1, 2, 0, 3).flatten(0, 1)
     far = torch.bmm(queries[-1].flatten(0, 1).unsqueeze(1), far_key.transpose(1, 2))
-    if banks[0] is None:
+    if query.bank is None:
         near = torch.bmm(queries[0].flatten(0, 1).unsqueeze(1), keys[:-1].permute(1, 2, 3, 0).flatten(0, 1))
     else:
         near = (queries[:-1] * keys[:-1]).sum(-1).flatten(1).t().unsqueeze(1)
@@ -152,6 +157,13 @@ def attend_step(
     far, near = weights[..., :-distance], weights[..., -distance:]
     output = torch.baddbmm(torch.bmm(near, near_value), far, far_value)
     return output.view(batch, 1, num_heads * output.shape[-1])
+
+
+def _by_distance(states: Tensor, side: PairInputs) -> Tensor:
+    """`[D + 1, B, in]`, each by the matrix of its distance, `[D + 1, B, A·e]`."""
+    if side.bias is None:
+        return torch.bmm(states, side.bank)
+    return torch.baddbmm(side.bias.unsqueeze(1), states, side.bank)
 
 
 def _step_rotation(turns: Tensor, order: Tensor, num_queries: int) -> Tensor:
@@ -185,6 +197,7 @@ def attend_image(
         rope_theta: base of the rotary frequencies.
     """
     layout, num_heads = pairs.layout, pairs.num_heads
+    pairs.query, pairs.key, pairs.value = join_biases(pairs.query, pairs.key, pairs.value)
     grid = replace(layout, class_token=False)
     image = _Image(pairs, grid, rotation, rope_theta)
     of_offsets = image.near_and_shared if layout.share_far else image.clamped

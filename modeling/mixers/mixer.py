@@ -72,6 +72,10 @@ class Mixer(nn.Module):
         names = [name for name, _ in self.named_parameters(recurse=False)]
         return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
 
+    def relative_parameters(self) -> list[nn.Parameter]:
+        """Parameters of what depends on the offset; a mixer may have more of them than those with one row per offset."""
+        return [getattr(self, name) for name in self.offset_parameters()]
+
     def resample(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
         """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""
         return resample_offsets(table, self.bank_layout, layout)

@@ -27,10 +27,40 @@ ROTATING = ("reference", "gathered", "decode")
 
 
 class PairInputs(NamedTuple):
-    """Tokens `[B, L, in]` and their bank, or plain projections `[B, L, A·e]` and `None`."""
+    """Tokens `[B, L, in]` and their bank, or plain projections `[B, L, A·e]` and `None`.
+
+    `bias`, `[num_offsets, A·e]`, is added to what the bank projects; of a basis it is among the factors.
+    """
 
     tokens: Tensor
     bank: Tensor | OffsetBasis | None
+    bias: Tensor | None = None
+
+    def by_row(self, row: int) -> Tensor:
+        """The tokens' projections by one matrix of the bank, `[B, L, A·e]`."""
+        if isinstance(self.bank, OffsetBasis):
+            matrix = torch.einsum("m,mcd->cd", self.bank.coefficients[row], self.bank.factors)
+        else:
+            matrix = self.bank[row]
+        projected = self.tokens @ matrix
+        return projected if self.bias is None else projected + self.bias[row]
+
+
+def join_biases(*sides: PairInputs | None) -> list[PairInputs | None]:
+    """The same without biases: they become one row more of each matrix, for a feature that is always 1.
+
+    For operators that know matrices alone; it copies the bank. Tokens that several have stay shared.
+    """
+    padded: dict[int, Tensor] = {}
+    found = []
+    for side in sides:
+        if side is not None and side.bias is not None:
+            if id(side.tokens) not in padded:
+                padded[id(side.tokens)] = nn.functional.pad(side.tokens, (0, 1), value=1)
+            bank = torch.cat((side.bank, side.bias.unsqueeze(1)), dim=1)
+            side = PairInputs(padded[id(side.tokens)], bank)
+        found.append(side)
+    return found
 
 
 class AllPairs:
@@ -104,16 +134,27 @@ class AllPairs:
         """`<q_ij, k_ij>`, `[B, A, queries, L]`."""
         if self._norm("q") is not None or self._norm("k") is not None:
             return self._normed_scores()
-        (query, query_bank), (key, key_bank) = self.query, self.repeated()[0]
-        if self.rotation is None:
-            operator = pair_operators(self.path).pair_scores
-            return operator(query, key, query_bank, key_bank, self.num_heads, self.layout)
-        operator = pair_operators(self.path if self.path in ROTATING else "reference").pair_scores
-        return operator(query, key, query_bank, key_bank, self.num_heads, self.layout, self.rotation)
+        path = self.path if self.rotation is None or self.path in ROTATING else "reference"
+        operator = pair_operators(path).pair_scores
+        if path == "decode":
+            # Of one new token the bank is most of the work: nothing of it is copied.
+            query, key = self.query, self.key
+            inputs = (query.tokens, key.tokens, query.bank, key.bank, self.num_heads, self.layout, self.rotation)
+            return operator(*inputs, (query.bias, key.bias), self.groups)
+        query, key = join_biases(self.query, self.repeated()[0])
+        rotation = () if self.rotation is None else (self.rotation,)
+        return operator(query.tokens, key.tokens, query.bank, key.bank, self.num_heads, self.layout, *rotation)
 
     def values(self, weights: Tensor) -> Tensor:
         """`Σ_j p_ij v_ij`, `[B, queries, A·e]`, from `[B, A, queries, L]` probabilities."""
-        return pair_operators(self.path).pair_values(weights, *self.repeated()[1], self.layout)
+        return self._values(weights, self.layout)
+
+    def _values(self, weights: Tensor, layout: PairLayout | StepLayout) -> Tensor:
+        operator = pair_operators(self.path).pair_values
+        if self.path == "decode":
+            return operator(weights, self.value.tokens, self.value.bank, layout, self.value.bias, self.groups)
+        (value,) = join_biases(self.repeated()[1])
+        return operator(weights, value.tokens, value.bank, layout)
 
     def repeated(self) -> tuple[PairInputs | None, PairInputs | None]:
         """Keys and values with as many heads as queries have, for operators that know no groups."""
@@ -124,7 +165,11 @@ class AllPairs:
             return side
         if side.bank is None:
             return side._replace(tokens=repeat_features(side.tokens, self.num_heads, self.groups))
-        return side._replace(bank=repeat_features(side.bank, self.num_heads, self.groups))
+        if isinstance(side.bank, OffsetBasis):
+            factors = repeat_features(side.bank.factors, self.num_heads, self.groups)
+            return side._replace(bank=side.bank._replace(factors=factors))
+        bias = None if side.bias is None else repeat_features(side.bias, self.num_heads, self.groups)
+        return side._replace(bank=repeat_features(side.bank, self.num_heads, self.groups), bias=bias)
 
     def _norm(self, name: str) -> nn.Module | None:
         """The norm of what a bank projects; plain projections had theirs before."""
@@ -144,8 +189,8 @@ class AllPairs:
 
     def _heads(self, name: str, row: int) -> Tensor:
         """Queries or keys by one matrix, normed and rotated, `[B, A, queries or L, e]`."""
-        tokens, bank = self.query if name == "q" else self.key
-        heads = tokens if bank is None else tokens @ bank[row]
+        side = self.query if name == "q" else self.key
+        heads = side.tokens if side.bank is None else side.by_row(row)
         heads = split_heads(heads, self.num_heads if name == "q" else self.num_heads // self.groups)
         heads = heads if self._norm(name) is None else self._norm(name)(heads)
         if self.rotation is not None:
@@ -251,7 +296,7 @@ class NearAndFarPairs(AllPairs):
             slot = positions - (behind - torch.arange(num_near, device=weights.device))
             inside = slot.clamp(0, weights.shape[3] - 1).expand(*weights.shape[:2], -1, -1)
             near = weights.gather(-1, inside).masked_fill((slot < 0) | (slot > positions), 0)
-        return output + pair_operators(self.path).pair_values(near, *self.repeated()[1], self.layout.near(self.window))
+        return output + self._values(near, self.layout.near(self.window))
 
 
 def pack_rotation(rotation: tuple[Tensor, Tensor], batch: int) -> Tensor:
@@ -268,15 +313,10 @@ def _far_heads(
     """The projection that a token has in all far pairs, by the last matrix of its bank, `[B, A, L, e]`."""
     if inputs is None:
         return None
-    tokens, bank = inputs
-    if isinstance(bank, OffsetBasis):
-        tokens = tokens @ torch.einsum("m,mcd->cd", bank.coefficients[-1], bank.factors)
-    elif bank is not None:
-        tokens = tokens @ bank[-1]
-    heads = split_heads(tokens, num_heads)
-    if norm is not None and bank is not None:
+    heads = split_heads(inputs.tokens if inputs.bank is None else inputs.by_row(-1), num_heads)
+    if norm is not None and inputs.bank is not None:
         heads = norm(heads)
     return heads if rotation is None else rotate(heads, rotation).to(heads.dtype)
 
 
-__all__ = ["AllPairs", "NearAndFarPairs", "PairInputs", "pack_rotation"]
+__all__ = ["AllPairs", "NearAndFarPairs", "PairInputs", "join_biases", "pack_rotation"]

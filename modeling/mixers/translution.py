@@ -18,11 +18,13 @@ from ..operators.streamed import streamed_attention
 from .local import attend_image, attend_step, attend_text
 from .masks import ALL_VISIBLE, AttentionMask
 from .mixer import Mixer
-from .near_far import AllPairs, NearAndFarPairs, PairInputs
+from .near_far import AllPairs, NearAndFarPairs, PairInputs, join_biases
 
 
 # Paths that never build the bank of a basis.
 KEEPS_BASIS = ("basis", "basis_kernel", "decode")
+# Projections of low-rank Translution between tokens and banks.
+LOW_RANK_PARTS = ("q_down", "k_down", "v_down", "v_up")
 
 
 class TranslutionMixer(Mixer):
@@ -65,6 +67,8 @@ class TranslutionMixer(Mixer):
         self.groups = 1
         # Of each head of queries and of keys, after their projection and before their rotation.
         self.q_norm = self.k_norm = None
+        # Whether a factor of a basis has one row more: what it adds, for a feature of each token that is always 1.
+        self.factors_have_biases = False
         for name in "qkv":
             # Added to what a bank projects, one vector for each offset.
             self.register_parameter(f"{name}_bias_bank", None)
@@ -91,6 +95,12 @@ class TranslutionMixer(Mixer):
         if self.offset_basis is None:
             return {"bank": (num_offsets, *matrix)}
         return {"coefficients": (num_offsets, self.offset_basis), "factors": (self.offset_basis, *matrix)}
+
+    def relative_parameters(self) -> list[nn.Parameter]:
+        """See `Mixer.relative_parameters`: all that is no plain or dense projection."""
+        parts = [getattr(self, name, None) for name in LOW_RANK_PARTS]
+        own = [parameter for _, parameter in self.named_parameters(recurse=False)]
+        return [*own, *(parameter for part in parts if part is not None for parameter in part.parameters())]
 
     @property
     def kind(self) -> str:
@@ -187,7 +197,8 @@ class TranslutionMixer(Mixer):
         """The relative part, as the path and the layout want it; `counts_on` if positions are known to grow by one each."""
         inputs = self._inputs_of_pairs(path, hidden_states, layout)
         rotation = rotation if self.rotates_pairs else None
-        norms = {"q": self.q_norm, "k": self.k_norm}
+        # Those of low-rank Translution are of its dense part.
+        norms = None if self.low_rank else {"q": self.q_norm, "k": self.k_norm}
         # The reference holds all pairs, and the fused kernel clamps distances itself, where there is no cache to keep small.
         whole = path == "basis_kernel" or (path == "reference" and past_key_values is None)
         if not (layout.causal and layout.clamp) or whole:
@@ -214,9 +225,9 @@ class TranslutionMixer(Mixer):
             PairInputs(merge_heads(heads), None)
             if side is None
             else side._replace(tokens=side.tokens[:, -pairs.layout.num_queries :])
-            for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True)
+            for side, heads in zip(join_biases(pairs.query, *pairs.repeated()), dense, strict=True)
         ]
-        tokens, banks = zip(*inputs, strict=True)
+        tokens, banks = [side.tokens for side in inputs], [side.bank for side in inputs]
         far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
         return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
 
@@ -230,9 +241,9 @@ class TranslutionMixer(Mixer):
     ) -> Tensor:
         query, key, value = self._inputs_of_pairs("local_step", hidden_states, layout)
         return attend_step(
-            key.tokens,
-            query.tokens if query.bank is None else None,
-            (query.bank, key.bank, value.bank),
+            query,
+            key,
+            value,
             self.num_heads,
             self.scaling,
             layout,
@@ -276,8 +287,9 @@ class TranslutionMixer(Mixer):
         """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
         scale = self.scaling
         if self.scores_are_relative:
-            query, query_coefficients = project_factors(*pairs.query, self.num_heads)
-            key, key_coefficients = project_factors(*pairs.key, self.num_heads)
+            query, query_coefficients = project_factors(pairs.query.tokens, pairs.query.bank, self.num_heads)
+            side = pairs.repeated()[0]
+            key, key_coefficients = project_factors(side.tokens, side.bank, self.num_heads)
             scale /= 1 if dense_query is None else 2
         else:
             # Ordinary scores are those of one factor without coefficients.
@@ -289,7 +301,8 @@ class TranslutionMixer(Mixer):
             )
             dense_query = dense_key = None
         if "v" in self.relative:
-            value, value_coefficients = project_factors(*pairs.value, self.num_heads)
+            side = pairs.repeated()[1]
+            value, value_coefficients = project_factors(side.tokens, side.bank, self.num_heads)
         else:
             value, value_coefficients, dense_value = dense_value[:, :, None], None, None
         output, dense_output = kernels().basis_attention(
@@ -336,8 +349,7 @@ class TranslutionMixer(Mixer):
     ) -> list[PairInputs | None]:
         """What q, k and v bring to the pairs."""
         projected = hidden_states
-        if any(getattr(self, f"{name}_bias_bank") is not None for name in self.relative):
-            # A bias is one row more of each matrix, for a feature that is always 1.
+        if self.factors_have_biases:
             projected = nn.functional.pad(hidden_states, (0, 1), value=1)
         return [self._pair_inputs(name, path, hidden_states, projected, layout) for name in "qkv"]
 
@@ -346,15 +358,13 @@ class TranslutionMixer(Mixer):
     ) -> PairInputs | None:
         """What one of q, k, v brings to the pairs, in the type to compute in; `None` if it takes no part in them.
 
-        A bank projects `projected`, `[B, L, C]`, or `[B, L, C + 1]` where banks have biases.
+        A bank projects `projected`, `[B, L, C]`, or `[B, L, C + 1]` where factors have biases.
         """
         if not (self.scores_are_relative if name in "qk" else "v" in self.relative):
             return None
-        tokens, bank = hidden_states, None
+        tokens, bank, bias = hidden_states, None, getattr(self, f"{name}_bias_bank")
         if name in self.relative:
             tokens, bank = projected, self._bank(name, layout)
-            if projected is not hidden_states:
-                bank = self._append_bias(name, bank, layout)
             if isinstance(bank, OffsetBasis) and (self.rotates_pairs or path not in KEEPS_BASIS):
                 bank = bank.bank()
         if self.low_rank:
@@ -363,13 +373,7 @@ class TranslutionMixer(Mixer):
             tokens = merge_heads(self._plain(name, tokens))
         if bank is not None and torch.is_autocast_enabled(hidden_states.device.type):
             bank = bank.to(tokens.dtype)
-        return PairInputs(tokens, bank)
-
-    def _append_bias(self, name: str, bank: Tensor, layout: PairLayout | StepLayout) -> Tensor:
-        """`[num_offsets, C + 1, C']`."""
-        bias = getattr(self, f"{name}_bias_bank")
-        bias = bank.new_zeros(len(bank), bank.shape[-1]) if bias is None else self.resample(bias, layout)
-        return torch.cat((bank, bias.unsqueeze(1)), dim=1)
+        return PairInputs(tokens, bank, None if bias is None else self.resample(bias, layout).to(tokens.dtype))
 
     def _bank(self, name: str, layout: PairLayout | StepLayout) -> Tensor | OffsetBasis:
         if self.offset_basis is None:

@@ -22,6 +22,9 @@ from .trunks import check_source, convert_config, replace_attention
 # The classes that models are converted from, by the class of their config.
 HEADS_OF_SOURCES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 
+# What may be frozen: everything that attention has as well.
+FREEZE = ("all_but_offsets",)
+
 # Arguments of `from_pretrained` that say where a config is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -37,19 +40,26 @@ class FromAttention:
         max_relative_distance: int | None = None,
         layers: Iterable[int] | None = None,
         far_offsets: str = "clamped",
+        freeze: str | None = None,
+        relative_rank: int | None = None,
+        offset_basis: int | None = None,
         **from_pretrained_arguments: Any,
     ) -> Any:
         """A Translution model that computes what a trained attention model computes, see `docs/from_attention.md`.
 
         The model's trunk and head stay, and only attention modules are replaced. The matrices of all offsets are the trained
-        one to begin with, so that outputs are the same, and part ways as the model is trained on.
+        one to begin with, so that outputs are the same, and part ways as the model is trained on. With a `relative_rank` they
+        are zero instead, beside attention, see `ConvertedMixer`.
 
         Args:
             model: a folder or a name on the Hub, or a model, whose modules become parts of the new one: it must not be used
                 afterwards. Nothing but the new banks takes memory besides.
-            relative_projections, max_relative_distance, far_offsets: of `TranslutionConfig`. A model with rotary positions
-                needs a `max_relative_distance`, or `relative_projections` `"v"`.
+            relative_projections, max_relative_distance, far_offsets, relative_rank, offset_basis: of `TranslutionConfig`. A
+                model with rotary positions needs a `max_relative_distance`, a `relative_rank`, or `relative_projections`
+                `"v"`. What is new and random with a `relative_rank` or an `offset_basis` is drawn by PyTorch's generator.
             layers: indices of the layers that become Translution; the others stay attention. `None` for all.
+            freeze: `"all_but_offsets"` to train only what is new, see `freeze_all_but_offsets`; `None` to train all. It is
+                not saved.
             from_pretrained_arguments: of `from_pretrained` of the source's class, such as `dtype` and `revision`; an
                 `attn_implementation` is that of the new model.
 
@@ -57,11 +67,15 @@ class FromAttention:
             ValueError: for a model that is not supported; the message names the field that says so.
             huggingface_hub.errors.StrictDataclassError: for fields that contradict each other.
         """
+        if freeze not in (None, *FREEZE):
+            raise ValueError(f"`freeze` must be None or one of {', '.join(map(repr, FREEZE))}, got {freeze!r}.")
         implementation = from_pretrained_arguments.pop("attn_implementation", None)
         fields = {
             "relative_projections": relative_projections,
             "max_relative_distance": max_relative_distance,
             "far_offsets": far_offsets,
+            "relative_rank": relative_rank,
+            "offset_basis": offset_basis,
         }
         layers = None if layers is None else list(layers)
         modality = "image" if cls.main_input_name == "pixel_values" else "text"
@@ -100,7 +114,9 @@ class FromAttention:
         converted.config._name_or_path = source.config._name_or_path
         if implementation is not None:
             converted.set_attn_implementation(implementation)
+        if freeze is not None:
+            converted.freeze_all_but_offsets()
         return converted.train(source.training)
 
 
-__all__ = ["FromAttention"]
+__all__ = ["FREEZE", "FromAttention"]

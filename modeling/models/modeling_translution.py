@@ -46,6 +46,7 @@ from .input_checks import (
     holds_tokens,
     refuse,
 )
+from .offset_training import OffsetTraining
 from .trunks import (
     build_trunk,
     image_options,
@@ -107,7 +108,7 @@ for _name in (AUTO, TRITON):
     AttentionMaskInterface.register(_name, eager_mask)
 
 
-class TranslutionPreTrainedModel(PreTrainedModel):
+class TranslutionPreTrainedModel(OffsetTraining, PreTrainedModel):
     """Initialisation, and what Transformers needs to know of the architecture."""
 
     config: TranslutionConfig

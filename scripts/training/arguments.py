@@ -17,6 +17,7 @@ from common.saved_files import check_model_name
 from transformers import HfArgumentParser, TrainingArguments
 
 from translution import TranslutionConfig
+from translution.modeling.models.from_attention import FREEZE
 
 
 RECIPE_ENDINGS = (".yaml", ".yml", ".json")
@@ -63,7 +64,18 @@ class ModelArguments:
         default=False, metadata={"help": "Whether to initialize tensors whose shape differs, such as a new head."}
     )
 
+    freeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "'all_but_offsets' trains only what depends on the offset, and what starts anew; needs "
+            "`model_name_or_path`."
+        },
+    )
+
     def __post_init__(self):
+        require(self, "freeze", lambda value: value in FREEZE, f"None or one of {', '.join(map(repr, FREEZE))}")
+        if self.freeze is not None and self.model_name_or_path is None:
+            raise ValueError(f"`freeze` needs a trained model, `model_name_or_path`; got {self.freeze!r} without.")
         if self.model_name_or_path is not None:
             try:
                 check_model_name(self.model_name_or_path)

@@ -27,6 +27,7 @@ from training.arguments import (
 )
 from training.checkpoints import TRAINER_STATE, newest_checkpoint
 from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
+from training.messages import describe_end, describe_start
 from training.model_card import write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
 from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
@@ -155,14 +156,16 @@ class Run:
         if self.run.early_stopping_patience is not None:
             trainer.add_callback(EarlyStoppingCallback(self.run.early_stopping_patience))
             trainer.add_callback(PatienceCallback(trainer, self.run.early_stopping_patience))
-        start, seconds = time.perf_counter(), None
+        say(trainer, describe_start(trainer, self.task, checkpoint))
+        start, seconds, speed = time.perf_counter(), None, None
         if checkpoint is not None and self.is_finished(trainer, Path(checkpoint)):
             # `Trainer.train` would take another step.
             self.restore(trainer, Path(checkpoint))
         else:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-            # Unknown for a resumed run.
-            seconds = time.perf_counter() - start if checkpoint is None else None
+            if checkpoint is None:
+                # Unknown for a resumed run.
+                seconds, speed = time.perf_counter() - start, metrics.get("train_samples_per_second")
             save(trainer, "train", metrics)
         trainer.save_state()
         metrics = {}
@@ -175,6 +178,7 @@ class Run:
         PartialState().wait_for_everyone()
         if training.push_to_hub:
             trainer.push_to_hub()
+        say(trainer, describe_end(trainer, self.task, self.folder, metrics, seconds, speed))
 
     def is_finished(self, trainer: Trainer, checkpoint: Path) -> bool:
         """Whether training was complete at a checkpoint, or was stopped early there."""
@@ -232,6 +236,12 @@ class Run:
         }
         write_json(self.folder / RUN, report)
         write_model_card(self.folder)
+
+
+def say(trainer: Trainer, text: str) -> None:
+    """Prints once, whatever the number of processes."""
+    if trainer.is_world_process_zero():
+        print(text, flush=True)
 
 
 def save(trainer: Trainer, split: str, metrics: dict[str, float], combined: bool = True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from common.atomic_folder import written_whole
+from common.command import require
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +44,15 @@ class WholeCheckpointTrainer(Trainer):
         except RuntimeError as error:
             # `report_to` names a package that is not installed.
             raise ValueError(str(error)) from error
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # Plain `TrainingArguments` have none.
+        rate = getattr(self.args, "offset_decay", 0)
+        if is_new and rate:
+            self.accelerator.unwrap_model(self.model).decay_offsets(optimizer, rate)
+        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any):
         folder, pushes = Path(self.args.output_dir), self.args.push_to_hub
@@ -137,9 +148,21 @@ class ScriptTrainingArguments(TrainingArguments):
 
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
     do_eval: bool = field(default=True, metadata={"help": "Whether to evaluate, at least at the end."})
+    logging_steps: float = field(
+        default=0.05,
+        metadata={
+            "help": "Steps between logged losses; below 1 a share of all steps, so that short runs have a curve."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts' own batches need all columns."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "Whether a resumed run keeps its count of evaluations without improvement."}
+    )
+    offset_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "As `weight_decay`, towards the mean over all offsets: of what has one row for each offset."
+        },
     )
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Whether to pin the memory of batches."}
@@ -148,6 +171,7 @@ class ScriptTrainingArguments(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self.remove_unused_columns = False
+        require(self, "offset_decay", lambda rate: 0 <= rate < math.inf, "a number of at least 0")
 
 
 class EpochCallback(TrainerCallback):

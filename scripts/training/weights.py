@@ -56,4 +56,9 @@ def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> Pre
         raise ValueError(
             f"The weights of {name} do not fit: {'; '.join(problems)}. `--ignore_mismatched_sizes` starts these anew."
         )
+    if args.freeze is not None:
+        model.freeze_all_but_offsets()
+        # What has no trained weights, such as a new head, would stay random.
+        for name in (*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])):
+            model.get_parameter(name).requires_grad_(True)
     return model

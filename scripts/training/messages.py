@@ -1,0 +1,76 @@
+"""What a training script says of a run: what is trained on what and from where, and at the end what came of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from common.saved_files import read_json
+from transformers import Trainer
+
+from training.checkpoints import TRAINER_STATE
+
+
+# What a sample is, and how a model is used, by the task's pipeline.
+SAMPLES = {"image-classification": "pictures", "text-generation": "blocks"}
+INPUTS = {"image-classification": "picture.png", "text-generation": "'Once upon a time'"}
+# The figures that are named at the end, where a task has them.
+FIGURES = ("accuracy", "perplexity", "loss")
+
+
+def describe_start(trainer: Trainer, task: str, checkpoint: str | None) -> str:
+    """The data, the model, the number of steps, and the checkpoint that a run resumes from."""
+    model, args = trainer.model, trainer.args
+    unit = SAMPLES[task]
+    if task == "text-generation":
+        unit += f" of {trainer.data_collator.length} tokens"
+    else:
+        unit += f" of {model.config.num_labels} classes"
+    data = f"Training on {count_samples(trainer.train_dataset)} {unit}"
+    if args.do_eval and trainer.eval_dataset is not None:
+        data += f", evaluating on {count_samples(trainer.eval_dataset)}"
+    lines = [
+        f"{data}.",
+        f"{type(model).__name__}: {model.num_parameters():,} parameters, "
+        f"{model.num_parameters(only_trainable=True):,} of them trained.",
+    ]
+    if checkpoint is not None:
+        step = read_json(Path(checkpoint) / TRAINER_STATE)["global_step"]
+        lines.append(f"Resuming from {checkpoint}, step {step:,}.")
+    return "\n".join(lines)
+
+
+def count_samples(data: Any) -> str:
+    """The number of samples, or that it is a stream, which has none."""
+    return f"{len(data):,}" if hasattr(data, "__len__") else "a stream of"
+
+
+def describe_end(
+    trainer: Trainer, task: str, folder: Path, metrics: Mapping[str, float], seconds: float | None, speed: float | None
+) -> str:
+    """The figures of a run, where its model lies, and the command that uses it.
+
+    Args:
+        metrics: of the evaluation, with the prefix `eval_`.
+        seconds: of the training; None for a resumed run.
+        speed: samples per second; None for a resumed run.
+    """
+    state = trainer.state
+    trained = f"Trained for {state.global_step:,} steps"
+    if seconds is not None:
+        trained += f" in {timedelta(seconds=round(seconds))}"
+    if speed is not None and task == "text-generation":
+        trained += f", {speed * trainer.data_collator.length:,.0f} tokens a second"
+    elif speed is not None:
+        trained += f", {speed:,.0f} pictures a second"
+    figures = [f"{name} {metrics[f'eval_{name}']:.4g}" for name in FIGURES if f"eval_{name}" in metrics]
+    lines = [f"{trained}{': ' if figures else ''}{', '.join(figures)}."]
+    if state.best_metric is not None:
+        name = trainer.args.metric_for_best_model.removeprefix("eval_")
+        lines.append(f"Best {name}: {state.best_metric:.4g} at step {state.best_global_step:,}.")
+    lines.append(f"The model is in {folder}. To use it:")
+    lines.append(f"    {shlex.join(['python', 'scripts/predict.py', str(folder)])} {INPUTS[task]}")
+    return "\n".join(lines)
