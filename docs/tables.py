@@ -20,11 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import pandas as pd  # noqa: E402
 from common.tables import markdown  # noqa: E402
+from studies.from_attention import ATTENTION, LONGER, TASKS, TRANSLUTION, frame_of  # noqa: E402
 from studies.report import paired_gain  # noqa: E402
 
 
 RESULTS = ROOT / "scripts" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("benchmarks.md", "local.md", "study.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "from_attention.md", "local.md", "study.md")),
+)
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PASSES = {"forward": "forward", "forward+backward": "forward + backward"}
 
@@ -171,6 +175,27 @@ def trained(rows: list[Row]) -> str:
     """Processor seconds of one training; a row of images has two."""
     seconds = statistics.median(float(row["cpu_seconds"]) for row in rows)
     return number(str(seconds / (2 if rows[0]["task"] == "images" else 1)))
+
+
+def from_attention_table() -> str:
+    """Trained attention models that went on as Translution, against the same going on as they are."""
+    frame = frame_of(RESULTS / "from_attention.csv")
+    lines = []
+    for task, rows in frame[frame["stage"] == "test"].groupby("task"):
+        groups = {name: group.set_index("seed") for name, group in rows.groupby("model")}
+        unit = "" if TASKS[task].higher_is_better else " %"
+        ours = groups[TRANSLUTION]
+        for budget, rival in {"equal steps": groups[ATTENTION], "equal seconds": groups[LONGER]}.items():
+            gain, low, high = paired_gain(ours["result"], rival["result"], TASKS[task].higher_is_better)
+            cells = [
+                f"{group['steps'].iloc[0]} steps, {group['cpu_seconds'].median():.0f} s: "
+                f"{group['result'].mean():.1f} ± {group['result'].std():.1f}"
+                for group in (ours, rival)
+            ]
+            source = f"{ours['source_result'].mean():.1f}"
+            lines.append([task, budget, source, *cells, f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"])
+    columns = ["task", "budget", "before", "as Translution", "as attention", "gain", "95 % interval"]
+    return markdown(columns, lines, texts=2)
 
 
 def second_rate_table(rate: str = "0.002") -> str:
@@ -331,6 +356,8 @@ TABLES = {
     "results": results_table,
     "second learning rate": second_rate_table,
     "budgets": budgets_table,
+    "from attention": from_attention_table,
+    "origin of from_attention.csv": lambda: origin("from_attention"),
     "gathering": gathering_table,
     "operator": operator_table,
     "layer": layer_table,

@@ -1,4 +1,4 @@
-"""The study's CSV: rows are appended one by one, and complete rows survive a killed process."""
+"""A study's CSV: rows are appended one by one, and complete rows survive a killed process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def repair(path: Path):
             file.truncate(text.rfind(b"\n") + 1)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path, fields: list[str] = FIELDS) -> list[dict[str, str]]:
     """All complete rows.
 
     Raises:
@@ -35,16 +35,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     text = path.read_text(encoding="utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    if rows.fieldnames is not None and list(rows.fieldnames) != FIELDS:
+    if rows.fieldnames is not None and list(rows.fieldnames) != fields:
         raise ValueError(f"{path} has other columns than this study: give another `--output`.")
     return list(rows)
 
 
-def append_row(path: Path, row: dict[str, Any]):
+def append_row(path: Path, row: dict[str, Any], fields: list[str] = FIELDS):
     """Appends a row, and returns once it is on the disk. Only one process may write to a file."""
     repair(path)
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
     if not path.exists() or path.stat().st_size == 0:
         writer.writeheader()
     writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})

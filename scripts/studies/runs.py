@@ -258,14 +258,22 @@ def prepare(threads: int, processes: int):
 
 def execute(run: Run) -> dict[str, Any]:
     """The row of a run."""
-    row = {**run.identity(), **TASKS[run.task](run), **circumstances}
-    return {**row, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return stamped({**run.identity(), **TASKS[run.task](run)})
+
+
+def stamped(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the circumstances of the process, and the date."""
+    return {**row, **circumstances, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def execute_all(
-    runs: list[Run], threads: int, processes: int, has_time: Callable[[], bool]
-) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Rows as they are completed. No run is started once there is no time left."""
+    runs: list[Any],
+    threads: int,
+    processes: int,
+    has_time: Callable[[], bool],
+    execute: Callable[[Any], Any] = execute,
+) -> Iterator[tuple[Any, Any]]:
+    """Each run with what `execute` makes of it, as they are completed. No run is started once there is no time left."""
     if processes == 1:
         prepare(threads, processes)
         for run in runs:
