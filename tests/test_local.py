@@ -665,7 +665,7 @@ def test_plain_products_equal_fused_attention(way, form, masked, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("fused attention was called")
 
-    monkeypatch.setattr(fused_attention, "has_flash", lambda device: False)
+    monkeypatch.setattr(fused_attention, "fused", lambda *given: None)
     monkeypatch.setattr(fused_attention, "FLASH", refuse)
     monkeypatch.setattr(fused_attention, "FLASH_BACKWARD", refuse)
     compare_local(mixer, size, mask)
@@ -682,8 +682,8 @@ def test_plain_attention_equals_fused_attention(dtype, features, causal, monkeyp
     bias = None if causal else torch.randn(2, 1, queries, keys, dtype=dtype)
     gradient, output = torch.randn(2, 2, 3, queries, features[1], dtype=dtype)
     found = []
-    for has_flash in (True, False):
-        monkeypatch.setattr(fused_attention, "has_flash", lambda device, has_flash=has_flash: has_flash)
+    for operator in (fused_attention._CPU, None):
+        monkeypatch.setattr(fused_attention, "fused", lambda *given, operator=operator: operator)
         attended, logsumexp = fused_attention.attention(query, key, value, 0.6, causal, bias)
         # As if there were other keys with a little weight.
         backward = fused_attention.attention_backward(

@@ -27,7 +27,8 @@ def _program(tokens, num_heads, TOKENS: tl.constexpr):
     program = tl.program_id(0)
     rest = program // num_heads
     blocks = tl.cdiv(tokens, TOKENS)
-    return (rest // blocks).to(tl.int64), program % num_heads, rest % blocks * TOKENS + tl.arange(0, TOKENS)
+    head = (program % num_heads).to(tl.int64)
+    return (rest // blocks).to(tl.int64), head, rest % blocks * TOKENS + tl.arange(0, TOKENS)
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def near_kernel(
             mask=is_far[:, None] & (feature < V)[None, :],
             other=0.0,
         ).to(WIDE)
-    own = ((b * queries + n) * num_heads + a).to(tl.int64)
+    own = (b * queries + n) * num_heads + a
     term_stride = tl.cast(batch_size, tl.int64) * queries * num_heads
     for t in tl.static_range(TERMS):
         if NEW_QUERY[t]:
@@ -203,7 +204,7 @@ def near_query_gradient_kernel(
     b, a, n = _program(queries, num_heads, TOKENS)
     exists = n < queries
     keys = height * width
-    own = ((b * queries + n) * num_heads + a).to(tl.int64)
+    own = (b * queries + n) * num_heads + a
     term_stride = tl.cast(batch_size, tl.int64) * queries * num_heads
     given = _load(gradient, b, n, exists, queries, a, num_heads, V, V_WIDTH, WIDE)
     # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.

@@ -43,7 +43,7 @@ from transformers.utils import logging
 
 from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
-from .fused_attention import has_flash
+from .fused_attention import has_fused
 from .local import local_attention
 from .pair_layout import PairLayout, StepLayout
 
@@ -226,8 +226,8 @@ def _streaming_obstacle(call: Call) -> str:
         return "what banks project is rotated"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
-    if layout.causal and layout.has_far_pairs and not has_flash(call.device):
-        return "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
+    if layout.causal and layout.has_far_pairs and not has_fused(call.device, call.dtype):
+        return "PyTorch has no attention for this device and type that returns the log-sum-exp, which far pairs need"
     return ""
 
 
@@ -344,12 +344,13 @@ def _insists(implementation: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _tuple_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """What keeps a kernel from taking tuples of tensors, where kernels can serve at all; empty where nothing does."""
+    """What keeps a kernel from taking tuples, where kernels can serve at all; empty where nothing does."""
     if not can_serve(device, dtype, head_size).ok:
         return ""
     import triton
 
-    return "" if hasattr(triton.language, "tuple") else f"it needs Triton 3.3, and {triton.__version__} is installed"
+    has_tuples = hasattr(triton.language.constexpr, "__getitem__")
+    return "" if has_tuples else f"it needs Triton 3.4, and {triton.__version__} is installed"
 
 
 def kernel_obstacle(call: Call, obstacle: str = "") -> str:
