@@ -106,6 +106,13 @@ def test_more_terms_than_a_launch_takes(size, each, most, monkeypatch):
     assert_close(results(triton_local.local_attention, arguments), results(local.local_attention, arguments))
 
 
+def test_an_empty_batch():
+    arguments = moved(operands(4, "kv", batch=0), EXACT)
+    output, *gradients = results(triton_local.local_attention, arguments)
+    assert output.shape == (0, 4, 8)
+    assert [gradient.shape[0] for gradient in gradients] == [0] * len(gradients)
+
+
 @pytest.mark.parametrize("past", [1, 3])
 def test_tokens_before_the_queries(past):
     """As with a cache: near keys of `past` tokens more, and far ones of all."""
