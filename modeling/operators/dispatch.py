@@ -154,13 +154,14 @@ def _choose_path(call: Call) -> Choice:
         return Choice("basis" if call.kind == "basis" else "gathered", reason)
     if wants_reference:
         return _reference(call)
-    obstacle = _tuple_obstacle(call.device, call.dtype, call.head_size)
-    # Who insists on the kernels gets others where this one cannot serve.
-    if _local_serves(call) and not (obstacle and _insists(call.wish)):
-        if _kernels_serve(call, obstacle):
-            return Choice("local_kernel", "near pairs by a CUDA kernel, far ones by one attention")
-        reason = f"near pairs by offset, far ones by one attention; no CUDA kernel: {kernel_obstacle(call, obstacle)}"
-        return Choice("local", reason)
+    if _local_serves(call):
+        obstacle = _tuple_obstacle(call.device, call.dtype, call.head_size)
+        # Who insists on the kernels gets others where this one cannot serve.
+        if not (obstacle and _insists(call.wish)):
+            if _kernels_serve(call, obstacle):
+                return Choice("local_kernel", "near pairs by a CUDA kernel, far ones by one attention")
+            reason = kernel_obstacle(call, obstacle)
+            return Choice("local", f"near pairs by offset, far ones by one attention; no CUDA kernel: {reason}")
     obstacle = ""
     if call.layout.share_far:
         obstacle = "far offsets share one matrix, which the kernels do not know"
