@@ -1,8 +1,9 @@
-"""Compiles every kernel for a GPU that need not be there, and prints the shared memory each takes.
+"""Compiles every kernel for a GPU that need not be there, and prints the bytes of shared memory each takes.
 
     python tests/compile_kernels.py DTYPE OPTION BACKEND ARCHITECTURE
 
-`OPTION` is the place of the tile sizes among those that a device may be given.
+`OPTION` is the place of the tile sizes among those that a device may be given. With `TRITON_DUMP_PTXAS_LOG=1` the assembler of CUDA also
+says how many registers a thread takes, and how many bytes of them it spills to memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from translution.modeling.operators import registration, triton_basis, triton_pairs
+from translution.modeling.operators import registration, triton_basis, triton_local, triton_pairs
 from translution.modeling.operators.pair_autograd import pack
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -32,7 +33,7 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
         chosen = options[max(option, -len(options)) if option < 0 else min(option, len(options) - 1)]
         noted.append((kernel, arguments | derived(chosen) | chosen))
 
-    triton_pairs.launch = triton_basis.launch = note
+    triton_pairs.launch = triton_basis.launch = triton_local.launch = note
     layout = PairLayout.for_image(2, 2, 2, 2)
     x = torch.zeros(2, layout.num_tokens, FEATURES, dtype=dtype)
     bank = torch.zeros(layout.num_offsets, FEATURES, FEATURES, dtype=dtype)
@@ -50,7 +51,24 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
     registration.operator("basis_attention_backward")(
         output, output.new_empty(0), output, output.new_empty(0), sums, *given
     )
+
+    # A text of the distance 3; the far part, plain PyTorch, is whatever memory holds.
+    layout = PairLayout.for_text(64, 64, 3).near(0)
+    each = [[torch.zeros(2, 64, HEADS * FEATURES, dtype=dtype) for _ in range(3)] for _ in range(2)]
+    far = [torch.zeros(2, HEADS, 64, FEATURES, dtype=dtype) for _ in range(3)]
+    given = (each[0][:1], *each, far)
+    output, logsumexp, scores = triton_local._forward(*given, None, None, HEADS, 1.0, layout)
+    triton_local._backward(output, output, logsumexp, scores, *given, None, HEADS, 1.0, layout)
     return noted
+
+
+def type_of(value: Any) -> Any:
+    """The type of an argument as Triton spells it."""
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    if isinstance(value, torch.Tensor):
+        return NAMES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def main(dtype: str, option: str, backend: str, architecture: str) -> None:
@@ -62,10 +80,8 @@ def main(dtype: str, option: str, backend: str, architecture: str) -> None:
             value = arguments[argument]
             if parameter.is_constexpr:
                 signature[argument], constants[(place,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[argument] = NAMES[value.dtype]
             else:
-                signature[argument] = "fp32" if isinstance(value, float) else "i32"
+                signature[argument] = type_of(value)
         options = {name: arguments[name] for name in ("num_warps", "num_stages")}
         compiled = compile_kernel(ASTSource(kernel, signature, constants), target=target, options=options)
         print(kernel.__name__, compiled.metadata.shared)

@@ -105,9 +105,16 @@ ON_A_GPU = {
     "basis-dropout": (call("basis", device=CUDA, drops=True), "basis", "dropout"),
     "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 0), CUDA, cached=True), "basis", "a cache"),
     "wide-heads": (call(device=CUDA)._replace(head_size=512), "streamed", "one pass"),
+    "far-text-on-cuda": (call("full", WIDE_TEXT, CUDA)._replace(head_size=512), "streamed", "one pass"),
     "far-text-without-flash": (call("full", WIDE_TEXT, CUDA)._replace(dtype=torch.float64), "grouped", "log-sum-exp"),
-    "local": (call(layout=FAR_TEXT, device=CUDA), "local", "near pairs"),
-    "local-not-insisted": (call(layout=FAR_TEXT, device=CUDA, wish=TRITON), "pair_kernels", "CUDA kernels"),
+    "local_kernel": (call(layout=FAR_TEXT, device=CUDA), "local_kernel", "a CUDA kernel"),
+    "local_kernel-insisted": (call(layout=FAR_TEXT, device=CUDA, wish=TRITON), "local_kernel", "a CUDA kernel"),
+    "local_kernel-image": (call(layout=FAR_IMAGE, device=CUDA, wish=TRITON), "local_kernel", "a CUDA kernel"),
+    "local_kernel-clamped": (call(layout=CLAMPED_IMAGE, device=CUDA, relative="kv"), "local_kernel", "a CUDA kernel"),
+    "local_kernel-low-rank": (call("low_rank", FAR_IMAGE, CUDA, masked=True), "local_kernel", "a CUDA kernel"),
+    "local_kernel-basis": (call("basis", FAR_TEXT, CUDA), "local_kernel", "a CUDA kernel"),
+    "local_kernel-rotated": (call(layout=WIDE_IMAGE, device=CUDA, rotated=True), "local_kernel", "a CUDA kernel"),
+    "local-double": (call(layout=FAR_TEXT, device=CUDA)._replace(dtype=torch.float64), "local", "not torch.float64"),
     "local-dropout": (call(layout=FAR_TEXT, device=CUDA, drops=True), "pair_kernels", "CUDA kernels"),
     "shared-dropout": (call(layout=FAR_IMAGE, device=CUDA, drops=True), "grouped", "dropout"),
     "shared-basis-dropout": (call("basis", FAR_IMAGE, CUDA, drops=True), "basis", "dropout"),
@@ -140,9 +147,9 @@ def test_an_exported_model_has_plain_operations(kind, path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"layout": FAR_IMAGE}, "far offsets share one matrix"),
-        ({"layout": FAR_TEXT, "rotated": True}, "what banks project is rotated"),
-        ({"kind": "basis", "layout": FAR_IMAGE}, "far offsets share one matrix"),
+        ({"layout": WIDE_IMAGE}, "far offsets share one matrix"),
+        ({"layout": FAR_TEXT, "rotated": True, "drops": True}, "what banks project is rotated"),
+        ({"kind": "basis", "layout": WIDE_IMAGE}, "far offsets share one matrix"),
     ],
     ids=["shared", "rotated", "shared-basis"],
 )
@@ -151,6 +158,17 @@ def test_kernels_that_do_not_know_a_layout_are_refused(fields, words, source, gp
         gpu.setenv(dispatch.VARIABLE, "1")
     with pytest.raises(ValueError, match=f"cannot be met: {words}"):
         choose_path(call(device=CUDA, wish=TRITON if source == "argument" else AUTO, **fields))
+
+
+def test_an_older_triton_has_no_kernel_for_near_pairs(gpu):
+    triton = pytest.importorskip("triton")
+    gpu.delattr(triton.language.constexpr, "__getitem__")
+    choice = choose_path(call(layout=FAR_TEXT, device=CUDA))
+    assert choice.path == "local"
+    assert "needs Triton 3.4" in choice.reason
+    assert choose_path(call(layout=FAR_TEXT, device=CUDA, wish=TRITON)).path == "pair_kernels"
+    with pytest.raises(ValueError, match="what banks project is rotated"):
+        choose_path(call(layout=FAR_TEXT, device=CUDA, wish=TRITON, rotated=True))
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)

@@ -173,7 +173,7 @@ def test_pairs_of_new_tokens(past, band):
 def kernels():
     """The operators of the CUDA kernels, of tensors without values: nothing is launched."""
     pytest.importorskip("triton")
-    for name in ("triton_basis", "triton_pairs"):
+    for name in ("triton_basis", "triton_local", "triton_pairs"):
         importlib.import_module(f"translution.modeling.operators.{name}")
     return registration.operator
 

@@ -21,7 +21,7 @@ def test_dry_run_writes_a_row_for_every_part(gpu_check, tmp_path):
     path = tmp_path / "gpu.csv"
     assert gpu_check.main(["--dry_run", "--output", str(path)]) == 0
     rows = list(csv.DictReader(path.open(encoding="utf-8")))
-    parts = {"check", "rate", "mixer", "gathering", "basis", "training", "digits"}
+    parts = {"check", "rate", "mixer", "gathering", "basis", "local", "training", "digits"}
     assert {row["part"] for row in rows} == parts
     assert all(row["commit"] and row["torch"] == torch.__version__ and row["gpu"] == "none" for row in rows)
     assert all(row["ok"] == "True" and float(row["error"]) < 0.01 for row in rows if row["part"] == "check")

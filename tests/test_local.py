@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from local_pairs import OPERANDS, Size, attention_by_hand, operands
 from small_layers import LargestTensor, relative_error
 from small_models import assert_same, greedy
 from small_models import make_model as make_small_model
@@ -24,7 +25,7 @@ from translution.modeling.mixers.masks import AttentionMask, find_packed_texts, 
 from translution.modeling.operators import dispatch, far_blocks, fused_attention, local, pair_autograd, registration
 from translution.modeling.operators import project_each as projections
 from translution.modeling.operators.local import local_attention
-from translution.modeling.operators.pair_layout import PairLayout, bank_layout
+from translution.modeling.operators.pair_layout import bank_layout
 from translution.modeling.operators.project_each import project_each
 from translution.modeling.operators.rotary import image_rotation, text_rotation
 
@@ -35,7 +36,6 @@ SUBSETS = ["qkv", "qk", "qv", "kv", "q", "k", "v"]
 BATCH, HIDDEN, HEADS, HEAD_DIM, THETA = 2, 5, 2, 8, 20.0
 # An image is `(height, width)`, a text its length.
 IMAGES, TEXTS = [(3, 2), (4, 3), (1, 5)], [1, 2, 7]
-Size = int | tuple[int, int]
 
 each_subset = pytest.mark.parametrize("subset", SUBSETS)
 each_turn = pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
@@ -553,85 +553,7 @@ def test_generation(name):
 # The operators
 
 
-def operands(size: Size, each: str, dtype=torch.float64, batch=2, features=3, wide=4):
-    """Arguments of `local_attention` for a text, or for the patches of an image with a class token as one more key.
-
-    Args:
-        each: which of q, k, v have a tensor for each near offset; of the others one serves all.
-        features, wide: per head, of scores and values.
-    """
-    is_text = isinstance(size, int)
-    if is_text:
-        layout, tokens = PairLayout.for_text(size, size, 2).near(0), size
-    else:
-        layout, tokens = PairLayout(*size, False, False, 2, 2, clamp=True, share_far=True), size[0] * size[1]
-    near = len(layout.near_offsets())
-
-    def make(*shape):
-        return torch.randn(shape, dtype=dtype, requires_grad=True)
-
-    def side(name, width):
-        parts = [make(batch, tokens, 2 * width) for _ in range(near if name in each else 1)]
-        if is_text or (name == "q" and name not in each):
-            return parts
-        # The query for the class token, or the class token.
-        return [*parts, make(batch, tokens if name == "q" else 1, 2 * width)]
-
-    queries, keys, values = side("q", features), side("k", features), side("v", wide)
-    far = [make(batch, 2, tokens, width) for width in (features, features, wide)]
-    near_bias = torch.randn(near + (not is_text), batch, tokens, 2, dtype=dtype)
-    far_bias = torch.randn(batch, 2, tokens, tokens, dtype=dtype)
-    if is_text:
-        lowest = torch.finfo(dtype).min
-        far_bias = far_bias.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), lowest)
-        for distance in range(near):
-            near_bias[distance, :, :distance] = lowest
-    return queries, keys, values, far, layout, near_bias, far_bias
-
-
-OPERANDS = [(6, "kv"), (5, "q"), ((3, 4), "qkv"), ((4, 3), "v"), ((1, 4), "qk"), (3, "k")]
 each_operand = pytest.mark.parametrize(("size", "each"), OPERANDS, ids=str)
-
-
-def attention_by_hand(queries, keys, values, far, num_heads, scale, layout, near_bias=None, far_bias=None):
-    """`local_attention`, one query at a time."""
-    height, width, causal = layout.height, layout.width, layout.causal
-    terms = max(len(queries), len(keys), len(values))
-    reach = layout.band - 1 if causal else layout.bank_height - 1
-    if causal:
-        near = [(distance, 0) for distance in range(min(layout.band, height))]
-    else:
-        near = [
-            (dx, dy)
-            for dy in range(-min(reach, width - 1), min(reach, width - 1) + 1)
-            for dx in range(-min(reach, height - 1), min(reach, height - 1) + 1)
-        ]
-
-    def part(parts, index):
-        # The first serves all near offsets where there are fewer parts than terms.
-        return parts[max(index - (terms - len(parts)), 0)].unflatten(-1, (num_heads, -1))
-
-    outputs = []
-    for i in range(height * width):
-        scores, given, (x, y) = [], [], divmod(i, width)
-        seen = [(index, x - dx, y - dy) for index, (dx, dy) in enumerate(near)]
-        seen = [(index, u * width + v) for index, u, v in seen if 0 <= u < height and 0 <= v < width]
-        seen += [(index, -1) for index in range(len(near), terms)]
-        for index, j in seen:
-            query, key, value = part(queries, index), part(keys, index), part(values, index)
-            score = (query[:, i if query.shape[1] > 1 else 0] * key[:, j]).sum(-1) * scale
-            scores.append(score if near_bias is None else score + near_bias[index, :, i])
-            given.append(value[:, j])
-        for j in range(height * width):
-            u, v = divmod(j, width)
-            is_far = i - j > reach if causal else max(abs(x - u), abs(y - v)) > reach
-            if far is not None and is_far:
-                score = (far[0][:, :, i] * far[1][:, :, j]).sum(-1) * scale
-                scores.append(score if far_bias is None else score + far_bias[:, :, i, j])
-                given.append(far[2][:, :, j])
-        shares = torch.stack(scores).softmax(0)
-        outputs.append((shares[..., None] * torch.stack(given)).sum(0).flatten(-2))
-    return torch.stack(outputs, dim=1)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -743,7 +665,7 @@ def test_plain_products_equal_fused_attention(way, form, masked, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("fused attention was called")
 
-    monkeypatch.setattr(fused_attention, "has_flash", lambda device: False)
+    monkeypatch.setattr(fused_attention, "fused", lambda *given: None)
     monkeypatch.setattr(fused_attention, "FLASH", refuse)
     monkeypatch.setattr(fused_attention, "FLASH_BACKWARD", refuse)
     compare_local(mixer, size, mask)
@@ -760,8 +682,8 @@ def test_plain_attention_equals_fused_attention(dtype, features, causal, monkeyp
     bias = None if causal else torch.randn(2, 1, queries, keys, dtype=dtype)
     gradient, output = torch.randn(2, 2, 3, queries, features[1], dtype=dtype)
     found = []
-    for has_flash in (True, False):
-        monkeypatch.setattr(fused_attention, "has_flash", lambda device, has_flash=has_flash: has_flash)
+    for operator in (fused_attention._CPU, None):
+        monkeypatch.setattr(fused_attention, "fused", lambda *given, operator=operator: operator)
         attended, logsumexp = fused_attention.attention(query, key, value, 0.6, causal, bias)
         # As if there were other keys with a little weight.
         backward = fused_attention.attention_backward(

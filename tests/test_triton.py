@@ -24,7 +24,7 @@ from small_layers import (
 )
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
-from translution.modeling.operators import registration
+from translution.modeling.operators import dispatch, registration
 from translution.modeling.operators.dispatch import AUTO, TRITON
 from translution.modeling.operators.pair_autograd import pack
 from translution.modeling.operators.pair_layout import PairLayout
@@ -37,7 +37,7 @@ from triton.runtime import interpreter
 from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
-from translution.modeling.operators import reference, triton_basis, triton_pairs
+from translution.modeling.operators import reference, triton_basis, triton_local, triton_pairs
 
 
 LAYOUTS = [
@@ -79,6 +79,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(triton_pairs, "_TILES", SMALL_TILES)
 
 
+@pytest.fixture
+def all_pairs_alike(monkeypatch):
+    """The kernels over all pairs serve layouts with a distance too, which otherwise has its own (`test_triton_local.py`)."""
+    monkeypatch.setattr(dispatch, "LOCAL", False)
+
+
 def on_device(mixer, hidden_states, mask, weight, dtype):
     mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min).to(DEVICE)
     return mixer.to(DEVICE, dtype), hidden_states.to(DEVICE, dtype), mask, weight.to(DEVICE, dtype)
@@ -86,6 +92,7 @@ def on_device(mixer, hidden_states, mask, weight, dtype):
 
 @pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", None), ("q", None), ("qk", 3), ("v", 3)], ids=str)
 @every_layout
+@pytest.mark.usefixtures("all_pairs_alike")
 def test_kernels_equal_reference(layout, subset, rank):
     mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
@@ -145,6 +152,7 @@ BASIS_CASES += [(layout, *form) for layout in (LAYOUTS[1], LAYOUTS[3], LAYOUTS[7
 
 
 @pytest.mark.parametrize(("layout", "subset", "rank"), BASIS_CASES, ids=lambda v: v if isinstance(v, str) else layout_id(v) if isinstance(v, PairLayout) else str(v))  # fmt: skip
+@pytest.mark.usefixtures("all_pairs_alike")
 def test_basis_kernels_equal_reference(layout, subset, rank):
     mixer, mask = make_mixer(layout, subset, rank, offset_basis=2), make_mask(layout, True)
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
@@ -158,6 +166,7 @@ def test_basis_kernels_equal_reference(layout, subset, rank):
     [PairLayout.for_image(3, 20, 3, 20), PairLayout.for_text(37, 37, max_relative_distance=20)],
     ids=layout_id,
 )
+@pytest.mark.usefixtures("all_pairs_alike")
 def test_basis_over_several_tiles(layout):
     """More tokens than a tile has, and more offsets than a program owns."""
     mixer, mask = make_mixer(layout, "kv", offset_basis=2), make_mask(layout, False)
@@ -330,7 +339,7 @@ def test_kernels_compile_without_a_gpu(dtype, option, backend, architecture, sha
     command = [sys.executable, str(program), dtype, str(option), backend, architecture]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
     compiled = dict(line.split() for line in output.splitlines())
-    modules = (triton_pairs, triton_basis)
+    modules = (triton_pairs, triton_basis, triton_local)
     assert set(compiled) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert max(map(int, compiled.values())) <= shared << 10
 

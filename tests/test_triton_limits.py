@@ -10,7 +10,7 @@ from layouts import layout_id
 from small_layers import HIDDEN, assert_same, make_mixer, run
 from transformers.utils.import_utils import enable_tf32
 
-from translution.modeling.kernels import basis_kernels, pair_kernels
+from translution.modeling.kernels import basis_kernels, local_kernels, pair_kernels
 from translution.modeling.operators import reference
 from translution.modeling.operators.dispatch import TRITON
 from translution.modeling.operators.pair_autograd import pack
@@ -23,12 +23,12 @@ from triton.runtime import interpreter
 from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
-from translution.modeling.operators import triton_basis, triton_pairs
+from translution.modeling.operators import triton_basis, triton_local, triton_pairs
 
 
 KERNELS = {
     name: kernel
-    for module in (pair_kernels, basis_kernels)
+    for module in (pair_kernels, basis_kernels, local_kernels)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel")
 }
@@ -269,7 +269,7 @@ class Launches:
 
     def __init__(self, monkeypatch):
         self.grids = {}
-        for module in (triton_pairs, triton_basis):
+        for module in (triton_pairs, triton_basis, triton_local):
             monkeypatch.setattr(module, "launch", self)
 
     def __call__(self, kernel, grid, options, derived, **arguments):
@@ -302,21 +302,30 @@ def launch_basis(batch, layout):
     triton_basis._basis_attention_backward(output, dense, output, dense, logsumexp, *given)
 
 
+def launch_local(batch, tokens):
+    layout = PairLayout.for_text(tokens, tokens, 3).near(0)
+    each = [empty(batch, tokens, 64) for _ in range(3)]
+    output, logsumexp, scores = triton_local._forward(each[:1], each, each, [], None, None, 8, 1.0, layout)
+    triton_local._backward(output, output, logsumexp, scores, each[:1], each, each, [], None, 8, 1.0, layout)
+
+
 @pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(4, 4)], ids=layout_id)
 def test_grids_of_many_inputs_are_as_cuda_allows(layout, monkeypatch):
     launches = Launches(monkeypatch)
     launch_pairs(70_000, layout)
     launch_basis(70_000, layout)
+    launch_local(70_000, 4)
     assert set(launches.grids) == set(KERNELS)
     launches.assert_allowed()
 
 
 @pytest.mark.parametrize("layout", [PairLayout.for_image(2, 600_000, 2, 600_000), PairLayout.for_text(1_200_000, 1_200_000)], ids=layout_id)  # fmt: skip
 def test_grids_of_many_tokens_are_as_cuda_allows(layout, monkeypatch):
-    """With a basis: without, the pairs of so many could not be held."""
+    """With a basis or a distance: without, the pairs of so many could not be held."""
     launches = Launches(monkeypatch)
     launch_basis(1, layout)
-    assert set(launches.grids) == {name for name in KERNELS if hasattr(basis_kernels, name)}
+    launch_local(1, layout.num_tokens)
+    assert set(launches.grids) == {name for name in KERNELS if not hasattr(pair_kernels, name)}
     launches.assert_allowed()
 
 

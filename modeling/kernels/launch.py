@@ -79,7 +79,9 @@ def _compiled_for(kernel: Any, device: torch.device, arguments: dict[str, Any]) 
     key: list[Any] = [kernel, device]
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            key.append((value.dtype, value.data_ptr() % 16 == 0))
+            key.append(_compiled_for_tensor(value))
+        elif isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+            key.append(tuple(map(_compiled_for_tensor, value)))
         elif name.isupper() or name in COMPILER_OPTIONS:
             key.append(value)
         elif isinstance(value, int):
@@ -87,6 +89,10 @@ def _compiled_for(kernel: Any, device: torch.device, arguments: dict[str, Any]) 
         else:
             key.append(type(value))
     return tuple(key)
+
+
+def _compiled_for_tensor(tensor: Tensor) -> tuple[torch.dtype, bool]:
+    return tensor.dtype, tensor.data_ptr() % 16 == 0
 
 
 def dot_precision(tensor: Tensor) -> str:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..operators.class_token import class_blocks
+from ..operators.dispatch import local_operator
 from ..operators.heads import merge_heads, repeat_features, repeat_heads, split_heads
-from ..operators.local import local_attention, of_term
+from ..operators.local import of_term
 from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import (
     CLASS_FROM_PATCH,
@@ -79,7 +80,8 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
         query = torch.arange(layout.num_queries, device=far_bias.device)[:, None] + layout.past
         distance = torch.arange(len(near.near_offsets()), device=far_bias.device)
         near_bias = _of_near(far_bias, query - distance)
-    return local_attention(*sides, far, num_heads, scale, near, near_bias, far_bias)
+    attend = local_operator(pairs.path)
+    return attend(*sides, far, num_heads, scale, near, near_bias, far_bias)
 
 
 def attend_step(
@@ -223,7 +225,8 @@ def attend_image(
     far = [part for pair in zip(keys, values, strict=True) for part in pair]
     far = [split_heads(part, num_heads) for part in (*query, *far)]
     has_far = layout.has_far_pairs or not layout.share_far
-    output = local_attention(*sides, far if has_far else None, num_heads, scale, grid, near_bias, far_bias)
+    attend = local_operator(pairs.path)
+    output = attend(*sides, far if has_far else None, num_heads, scale, grid, near_bias, far_bias)
     return torch.cat((_of_class_token(pairs, image.matrices, dense, scale, mask, rotation), output), dim=1)
 
 

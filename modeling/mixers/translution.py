@@ -164,7 +164,7 @@ class TranslutionMixer(Mixer):
             return self.o_proj(self._basis_attention(pairs, *dense, mask.additive)), None
         if path == "streamed":
             return self.o_proj(self._streamed_attention(pairs, dense)), None
-        if path == "local":
+        if path in ("local", "local_kernel"):
             return self.o_proj(self._local_attention(pairs, dense, mask, rotation)), None
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.

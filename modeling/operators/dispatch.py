@@ -8,7 +8,8 @@
 | | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `local` | `local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs are further apart; queries not relative where images clamp offsets; no attention dropout; the kernels not insisted on |
+| | `local_kernel` | `triton_local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs are further apart; queries not relative where images clamp offsets; no attention dropout; the CUDA kernels can serve |
+| | `local` | `local.py` | the same where the CUDA kernels cannot serve |
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache; neither rotated nor shared far offsets |
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
@@ -42,7 +43,8 @@ from transformers.utils import logging
 
 from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
-from .fused_attention import has_flash
+from .fused_attention import has_fused
+from .local import local_attention
 from .pair_layout import PairLayout, StepLayout
 
 
@@ -153,7 +155,13 @@ def _choose_path(call: Call) -> Choice:
     if wants_reference:
         return _reference(call)
     if _local_serves(call):
-        return Choice("local", "near pairs by offset, far ones by one attention")
+        obstacle = _tuple_obstacle(call.device, call.dtype, call.head_size)
+        # Who insists on the kernels gets others where this one cannot serve.
+        if not (obstacle and _insists(call.wish)):
+            if _kernels_serve(call, obstacle):
+                return Choice("local_kernel", "near pairs by a CUDA kernel, far ones by one attention")
+            reason = kernel_obstacle(call, obstacle)
+            return Choice("local", f"near pairs by offset, far ones by one attention; no CUDA kernel: {reason}")
     obstacle = ""
     if call.layout.share_far:
         obstacle = "far offsets share one matrix, which the kernels do not know"
@@ -197,7 +205,7 @@ def _convolution(call: Call) -> Choice:
 def _local_serves(call: Call) -> bool:
     """Whether near and far pairs are computed apart: there is a distance, and near offsets are few."""
     layout = call.layout
-    if not LOCAL or not layout.clamp or call.drops or _insists(call.wish):
+    if not LOCAL or not layout.clamp or call.drops:
         return False
     # In a text without near pairs all are far. Clamped images take one attention for all kinds of keys, whose queries are the same.
     splits = layout.max_row_distance > 0 if layout.causal else layout.share_far or "q" not in call.relative
@@ -219,8 +227,8 @@ def _streaming_obstacle(call: Call) -> str:
         return "what banks project is rotated"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
-    if layout.causal and layout.has_far_pairs and not has_flash(call.device):
-        return "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
+    if layout.causal and layout.has_far_pairs and not has_fused(call.device, call.dtype):
+        return "PyTorch has no attention for this device and type that returns the log-sum-exp, which far pairs need"
     return ""
 
 
@@ -239,6 +247,11 @@ def pair_operators(path: str) -> PairOperators:
     return PairOperators(module.pair_scores, module.pair_values)
 
 
+def local_operator(path: str) -> Callable[..., Tensor]:
+    """`local_attention` of a path that computes near and far pairs apart."""
+    return kernels().local_attention if path == "local_kernel" else local_attention
+
+
 # The CUDA kernels
 
 
@@ -250,11 +263,12 @@ class Verdict(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Operators over pairs, and the whole attention with a basis."""
+    """Operators over pairs, the whole attention with a basis, and that with near pairs apart."""
 
     pair_scores: Callable[..., Tensor]
     pair_values: Callable[..., Tensor]
     basis_attention: Callable[..., tuple[Tensor, Tensor | None]]
+    local_attention: Callable[..., Tensor]
 
 
 _loaded: list[Kernels] = []
@@ -329,6 +343,17 @@ def _insists(implementation: str) -> bool:
     return implementation == TRITON or _variable() in INSIST
 
 
+@torch.compiler.assume_constant_result
+def _tuple_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """What keeps a kernel from taking tuples, where kernels can serve at all; empty where nothing does."""
+    if not can_serve(device, dtype, head_size).ok:
+        return ""
+    import triton
+
+    has_tuples = hasattr(triton.language.constexpr, "__getitem__")
+    return "" if has_tuples else f"it needs Triton 3.4, and {triton.__version__} is installed"
+
+
 def kernel_obstacle(call: Call, obstacle: str = "") -> str:
     """Why the kernels do not serve a call."""
     if torch.compiler.is_compiling():
@@ -350,9 +375,10 @@ def _load() -> None:
     # Triton is imported here, when it is needed, and not before.
     if not _loaded:
         from .triton_basis import basis_attention
+        from .triton_local import local_attention
         from .triton_pairs import pair_scores, pair_values
 
-        _loaded.append(Kernels(pair_scores, pair_values, basis_attention))
+        _loaded.append(Kernels(pair_scores, pair_values, basis_attention, local_attention))
 
 
 # For users
@@ -403,6 +429,7 @@ __all__ = [
     "choose_path",
     "explain_dispatch",
     "kernels",
+    "local_operator",
     "pair_operators",
     "use_kernels",
 ]

@@ -15,21 +15,23 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .fused_attention import attention, attention_backward, has_flash
+from .fused_attention import attention, attention_backward, has_fused
 from .online_softmax import OnlineSoftmax, merge
 from .pair_layout import ColumnShift, OffsetRun, PairLayout
 from .runs import SharedMatrix, Side, grid, shared_matrices
 
 
-def has_far_columns(layout: PairLayout, device: torch.device) -> bool:
-    """Whether several column offsets to one side share matrices, on a device whose attention can serve them."""
+def has_far_columns(layout: PairLayout, like: Tensor) -> bool:
+    """Whether several column offsets to one side share matrices, and PyTorch's attention can serve them for tensors `like` these."""
     several = 0 < layout.max_column_distance < layout.width - 1
-    return layout.clamp and not layout.causal and not layout.share_far and several and has_flash(device)
+    return (
+        layout.clamp and not layout.causal and not layout.share_far and several and has_fused(like.device, like.dtype)
+    )
 
 
-def near_shifts(layout: PairLayout, device: torch.device) -> tuple[ColumnShift, ...]:
+def near_shifts(layout: PairLayout, like: Tensor) -> tuple[ColumnShift, ...]:
     """The column offsets that are left to the pass over runs."""
-    if not has_far_columns(layout, device):
+    if not has_far_columns(layout, like):
         return layout.column_shifts()
     return tuple(shift for shift in layout.column_shifts() if abs(shift.offset) < layout.max_column_distance)
 

@@ -182,6 +182,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "project_each_backward": project_each_backward,
     "local_attention": local_attention,
     "local_attention_backward": local_attention_backward,
+    "triton_local_attention": local_attention,
+    "triton_local_attention_backward": local_attention_backward,
 }
 
 

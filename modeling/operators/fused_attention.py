@@ -1,14 +1,23 @@
 """Ordinary attention that also returns the log-sum-exp of its scores, so that it may be merged with the attention to other keys.
 
-PyTorch's fused attention for a CPU serves where there is one, and plain products elsewhere. The backward pass takes the output and
-the log-sum-exp of *all* keys a query attends to: with them it gives the share of these keys in the gradients.
+PyTorch's fused attention serves where there is one that gives the log-sum-exp, and plain products elsewhere:
+
+| | device | types | |
+| --- | --- | --- | --- |
+| `_CPU` | CPU | all | |
+| `_FLASH` | CUDA, capability 8 | float16, bfloat16 | heads of at most 256 features, no bias |
+| `_EFFICIENT` | CUDA, capability 7, of bfloat16 8 | float16, bfloat16, float32 | |
+
+The backward pass takes the output and the log-sum-exp of *all* keys a query attends to: with them it gives the share of these keys
+in the gradients.
 
 Legend: `B` batch, `A` heads, `Q` queries, `L` keys, `e` features per head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +26,128 @@ from torch.nn.functional import pad
 from .pair_autograd import accumulation_dtype
 
 
+CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Scores that the plain way holds at a time.
 SCORES_ELEMENTS = 1 << 24
 
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
+# Features that flash attention's heads have at most.
+MAX_FLASH_SIZE = 256
+# What CUDA's operators want the features of a head, and efficient attention the rows of a bias, to be a multiple of.
+CUDA_MULTIPLE = 8
+# Efficient attention gives a log-sum-exp for a multiple of this many queries; it is infinite for those that there are not.
+LOGSUMEXP_MULTIPLE = 32
 
-def has_flash(device: torch.device) -> bool:
-    """Whether PyTorch has fused attention that returns the log-sum-exp, for a device."""
-    return device.type == "cpu" and FLASH is not None
+
+class Fused(NamedTuple):
+    """One of PyTorch's fused attentions, with the signatures of `attention` and `attention_backward`, but a bias for every one.
+
+    The features of queries, keys and values are as many, and a multiple of `multiple`.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    multiple: int = 1
+
+
+def _cpu(query, key, value, scale, causal, bias):
+    return FLASH(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def _cpu_backward(gradient, query, key, value, output, logsumexp, scale, causal, bias):
+    return FLASH_BACKWARD(
+        gradient, query, key, value, output, logsumexp.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
+    )
+
+
+def _flash(query, key, value, scale, causal, bias):
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[:2]
+
+
+def _flash_backward(gradient, query, key, value, output, logsumexp, scale, causal, bias):
+    # All sequences are as long, and nothing is dropped: the state of the random numbers is not read.
+    state, unused = (query.new_zeros(shape, dtype=torch.uint64) for shape in ((2,), ()))
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        gradient, query, key, value, output, logsumexp.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
+        state, unused, scale=scale,
+    )  # fmt: skip
+
+
+def _efficient(query, key, value, scale, causal, bias):
+    bias = _aligned(bias, query)
+    output, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, causal, scale=scale
+    )
+    return output, logsumexp.narrow(2, 0, query.shape[2])
+
+
+def _efficient_backward(gradient, query, key, value, output, logsumexp, scale, causal, bias):
+    logsumexp = pad(logsumexp, (0, -query.shape[2] % LOGSUMEXP_MULTIPLE), value=torch.inf).contiguous()
+    state = query.new_zeros((), dtype=torch.int64)
+    return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        gradient, query, key, value, _aligned(bias, query), output, logsumexp, state, state, 0.0, [True, True, True, False], causal,
+        scale=scale,
+    )[:3]  # fmt: skip
+
+
+def _aligned(bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """A bias as efficient attention takes it: of all entries and heads, its rows aligned.
+
+    It raises 2 to the power of scores times log2(e). The lowest number of all would become minus infinity by that, and a row of nothing
+    else no number.
+    """
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    bias = bias.clamp(min=torch.finfo(bias.dtype).min / 4)
+    bias = pad(bias, (0, -keys % CUDA_MULTIPLE)).narrow(-1, 0, keys)
+    return bias.expand(*query.shape[:2], -1, -1)
+
+
+_CPU = Fused(_cpu, _cpu_backward)
+_FLASH = Fused(_flash, _flash_backward, CUDA_MULTIPLE)
+_EFFICIENT = Fused(_efficient, _efficient_backward, CUDA_MULTIPLE)
+
+
+def fused(device: torch.device, dtype: torch.dtype, size: int, biased: bool = False) -> Fused | None:
+    """PyTorch's fused attention that gives the log-sum-exp; `None` where there is none.
+
+    Args:
+        device, dtype: of queries, keys and values.
+        size: features per head.
+        biased: whether something is added to the scores.
+    """
+    if device.type == "cpu":
+        return None if FLASH is None else _CPU
+    # ROCm's operators have conventions of their own.
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in CUDA_DTYPES:
+        return None
+    capability, _ = torch.cuda.get_device_capability(device)
+    half = dtype != torch.float32
+    if (
+        half
+        and capability >= 8
+        and size <= MAX_FLASH_SIZE
+        and not biased
+        and torch.backends.cuda.is_flash_attention_available()
+    ):
+        return _FLASH
+    return _EFFICIENT if capability >= (8 if dtype == torch.bfloat16 else 7) else None
+
+
+@torch.compiler.assume_constant_result
+def has_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is any, for heads of any size, biased or not."""
+    return fused(device, dtype, 1, biased=True) is not None
+
+
+def _fused_for(query: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Fused | None, int]:
+    """What serves, and how many features it is to be given."""
+    size = max(query.shape[-1], value.shape[-1])
+    found = fused(query.device, query.dtype, size, bias is not None)
+    return found, size if found is None else size + -size % found.multiple
 
 
 def attention(
@@ -45,10 +166,10 @@ def attention(
     Returns:
         `[B, A, Q, v]` of the values' dtype, and `[B, A, Q]`, float64 for float64 and float32 otherwise.
     """
-    if has_flash(query.device):
-        widest = max(query.shape[-1], value.shape[-1])
-        output, logsumexp = FLASH(*_widened(widest, query, key, value), 0.0, causal, attn_mask=bias, scale=scale)
-        return output[..., : value.shape[-1]], logsumexp
+    operator, widest = _fused_for(query, value, bias)
+    if operator is not None:
+        output, logsumexp = operator.forward(*_widened(widest, query, key, value), scale, causal, bias)
+        return output.narrow(-1, 0, value.shape[-1]), logsumexp
     outputs, sums = [], []
     for rows in _parts(query, key):
         scores = _scores(query, key, scale, causal, bias, rows)
@@ -75,13 +196,13 @@ def attention_backward(
         logsumexp: `[B, A, Q]`, of the scores of all keys.
         query, key, value, scale, causal, bias: see `attention`.
     """
-    if has_flash(query.device):
-        widest = max(query.shape[-1], value.shape[-1])
-        gradient, query_, key_, value_, output = _widened(widest, gradient, query, key, value, output)
-        gradients = FLASH_BACKWARD(
-            gradient, query_, key_, value_, output, logsumexp.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
+    operator, widest = _fused_for(query, value, bias)
+    if operator is not None:
+        inputs = _widened(widest, gradient, query, key, value, output)
+        gradients = operator.backward(*inputs, logsumexp, scale, causal, bias)
+        return tuple(
+            part.narrow(-1, 0, like.shape[-1]) for part, like in zip(gradients, (query, key, value), strict=True)
         )
-        return tuple(part[..., : like.shape[-1]] for part, like in zip(gradients, (query, key, value), strict=True))
     wide = logsumexp.dtype
     query_gradient = torch.empty_like(query)
     key_gradient, value_gradient = (torch.zeros_like(part, dtype=wide) for part in (key, value))
@@ -120,4 +241,4 @@ def _scores(query: Tensor, key: Tensor, scale: float, causal: bool, bias: Tensor
     return scores if bias is None else scores + bias[:, :, rows]
 
 
-__all__ = ["attention", "attention_backward", "has_flash"]
+__all__ = ["attention", "attention_backward", "has_fused"]

@@ -11,7 +11,7 @@ Legend: `B` batch, `N` tokens of a grid (text: `L × 1`), `A` heads, `e` feature
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,17 +58,60 @@ def _merge(output: Tensor, logsumexp: Tensor, found: Tensor, other: Tensor, firs
     logsumexp.copy_(both)
 
 
+def attend_far(far: Sequence[Tensor], block: FarBlock, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of the queries of a block, `[B, A, queries, e]` and `[B, A, queries]`."""
+    inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
+    found, logsumexp = attention(*inputs, scale, block.causal, block.bias)
+    return _together(found, block.rows), _together(logsumexp.unsqueeze(-1), block.rows).squeeze(-1)
+
+
+def merge_far(
+    output: Tensor, logsumexp: Tensor, far: Sequence[Tensor], far_bias: Tensor | None, scale: float, layout: PairLayout
+) -> None:
+    """Attention to all far pairs, merged into `[B, Q, A·e]` and `[B, Q, A]`, which begin as zeros and as the lowest number."""
+    for block in far_blocks(far, far_bias, layout):
+        _merge(
+            output[:, block.queries], logsumexp[:, block.queries], *attend_far(far, block, scale), first=len(far) == 3
+        )
+
+
+def far_gradients(
+    gradient: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    far: Sequence[Tensor],
+    far_bias: Tensor | None,
+    num_heads: int,
+    scale: float,
+    layout: PairLayout,
+) -> list[Tensor]:
+    """Gradients of the far tensors, from the output and the log-sum-exp of all pairs."""
+    gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
+    received, whole = (split_heads(part, num_heads) for part in (gradient, output))
+    for block in far_blocks(far, far_bias, layout) if far else ():
+        given, found, sums = (
+            _apart(part[:, :, block.queries], block.rows)
+            for part in (received, whole, logsumexp.transpose(1, 2).unsqueeze(-1))
+        )
+        inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
+        pieces = attention_backward(given, *inputs, found, sums.squeeze(-1), scale, block.causal, block.bias)
+        for (target, place), piece in zip(_inputs(gradients, block), pieces, strict=True):
+            target[:, :, place] += _together(piece, block.rows)
+    return gradients
+
+
+def near_terms(layout: PairLayout, count: int) -> tuple[NearOffset, ...]:
+    """The near offsets, and once more all queries, where there is a term for a key of no place in the grid."""
+    offsets = layout.near_offsets()
+    everything = (slice(0, layout.height - layout.past), slice(0, layout.width))
+    return (*offsets, *[NearOffset(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
+
+
 class _Grid:
     """Slices of a term's tokens: those of all queries or keys that have a partner at its offset."""
 
     def __init__(self, layout: PairLayout):
-        self.width, self.layout = layout.width, layout
-
-    def terms(self, count: int) -> tuple[NearOffset, ...]:
-        """The near offsets, and once more all queries, where there is a term for a key of no place in the grid."""
-        offsets = self.layout.near_offsets()
-        everything = (slice(0, self.layout.height - self.layout.past), slice(0, self.width))
-        return (*offsets, *[NearOffset(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
+        self.width = layout.width
 
     def of(self, tokens: Tensor, place: tuple[slice, slice]) -> Tensor:
         """`[B, N, …]` to `[B, rows, columns, …]`; one token for all, `[B, 1, …]`, stays one."""
@@ -112,7 +155,7 @@ def _forward(
     grid, wide = _Grid(layout), accumulation_dtype(queries[0].dtype)
     batch, count, features = like.shape[0], layout.num_queries, values[0].shape[-1]
     space = _Space(like, count, max(like.shape[-1], features))
-    offsets = grid.terms(terms)
+    offsets = near_terms(layout, terms)
     lowest = torch.finfo(wide).min
     # One row more for the far pairs, as if they were one key.
     scores = like.new_full((terms + 1, batch, count, num_heads), lowest, dtype=wide)
@@ -125,11 +168,8 @@ def _forward(
     if near_bias is not None:
         near_scores += near_bias
     output = like.new_zeros(batch, count, features, dtype=wide)
-    for block in far_blocks(far, far_bias, layout) if far else ():
-        inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
-        found, logsumexp = attention(*inputs, scale, block.causal, block.bias)
-        found, logsumexp = _together(found, block.rows), _together(logsumexp.unsqueeze(-1), block.rows).squeeze(-1)
-        _merge(output[:, block.queries], scores[-1, :, block.queries], found, logsumexp, first=len(far) == 3)
+    if far:
+        merge_far(output, scores[-1], far, far_bias, scale, layout)
     logsumexp = scores.logsumexp(0)
     weights = scores.sub_(logsumexp).exp_()
     _by_head(output, num_heads).mul_(weights[-1].unsqueeze(-1))
@@ -173,7 +213,7 @@ def _backward(
         else:
             _by_head(grid.of(target, place), num_heads).addcmul_(factor, heads)
 
-    for index, offset in enumerate(grid.terms(terms)):
+    for index, offset in enumerate(near_terms(layout, terms)):
         q, k, v = (
             grid.of(of_term(parts, index, terms), place)
             for parts, place in ((queries, offset.queries), (keys, offset.keys), (values, offset.keys))
@@ -187,29 +227,57 @@ def _backward(
         give(gradients[0], index, offset.queries, score_gradient, k)
         give(gradients[1], index, offset.keys, score_gradient, q)
         give(gradients[2], index, offset.keys, weight, received)
-    far_gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
-    received, whole = (split_heads(part, num_heads) for part in (gradient, output))
-    for block in far_blocks(far, far_bias, layout) if far else ():
-        given, found, sums = (
-            _apart(part[:, :, block.queries], block.rows)
-            for part in (received, whole, logsumexp.transpose(1, 2).unsqueeze(-1))
-        )
-        inputs = (_apart(part[:, :, place], block.rows) for part, place in _inputs(far, block))
-        pieces = attention_backward(given, *inputs, found, sums.squeeze(-1), scale, block.causal, block.bias)
-        for (target, place), piece in zip(_inputs(far_gradients, block), pieces, strict=True):
-            target[:, :, place] += _together(piece, block.rows)
     gradients = [
         [part.to(like.dtype) for part, like in zip(parts, given, strict=True)]
         for parts, given in zip(gradients, (queries, keys, values), strict=True)
     ]
-    return [*gradients, far_gradients]
+    return [*gradients, far_gradients(gradient, output, logsumexp, far, far_bias, num_heads, scale, layout)]
 
 
-NAMES = ("local_attention", "local_attention_backward")
+def register_local_operators(
+    prefix: str,
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    backward: Callable[..., list[list[Tensor]]],
+) -> Callable[..., Tensor]:
+    """Registers `{prefix}local_attention` and `…_backward` with PyTorch, see `registration.py`.
+
+    Args:
+        prefix: of the operators' names.
+        forward: `(queries, keys, values, far, near_bias, far_bias, num_heads, scale, layout)` to the output, `[B, Q, A·v]`, the
+            log-sum-exp of all scores, `[B, Q, A]`, and what `backward` wants to know of near pairs, `[T, B, Q, A]`, both float64
+            for float64 inputs and float32 otherwise.
+        backward: `(gradient, output, logsumexp, near, queries, keys, values, far, far_bias, num_heads, scale, layout)` to the
+            gradients of queries, keys, values and the far tensors.
+
+    Returns:
+        A function with the arguments of `local_attention`.
+    """
+    names = (f"{prefix}local_attention", f"{prefix}local_attention_backward")
+    operator, _ = register_once(names, lambda: _register(names, forward, backward))
+
+    def attend(
+        queries: Sequence[Tensor],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        far: Sequence[Tensor] | None,
+        num_heads: int,
+        scale: float,
+        layout: PairLayout,
+        near_bias: Tensor | None = None,
+        far_bias: Tensor | None = None,
+    ) -> Tensor:
+        queries, keys, values = list(queries), list(keys), list(values)
+        return operator(queries, keys, values, list(far or ()), near_bias, far_bias, num_heads, scale, pack(layout))[0]
+
+    return attend
 
 
-def _register() -> None:
-    @define(NAMES[0])
+def _register(
+    names: tuple[str, str],
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    backward: Callable[..., list[list[Tensor]]],
+) -> None:
+    @define(names[0])
     def attend(
         queries: list[Tensor],
         keys: list[Tensor],
@@ -221,7 +289,7 @@ def _register() -> None:
         scale: float,
         layout: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(queries, keys, values, far, near_bias, far_bias, num_heads, scale, unpack(layout))
+        return forward(queries, keys, values, far, near_bias, far_bias, num_heads, scale, unpack(layout))
 
     @attend.register_fake
     def _(queries, keys, values, far, near_bias, far_bias, num_heads, scale, layout):
@@ -234,12 +302,12 @@ def _register() -> None:
             queries[0].new_empty(terms, batch, count, num_heads, dtype=wide),
         )
 
-    @define(NAMES[1])
+    @define(names[1])
     def attend_backward(
         gradient: Tensor,
         output: Tensor,
         logsumexp: Tensor,
-        weights: Tensor,
+        near: Tensor,
         queries: list[Tensor],
         keys: list[Tensor],
         values: list[Tensor],
@@ -249,14 +317,14 @@ def _register() -> None:
         scale: float,
         layout: list[int],
     ) -> list[Tensor]:
-        gradients = _backward(
-            gradient, output, logsumexp, weights, queries, keys, values, far, far_bias, num_heads, scale,
+        gradients = backward(
+            gradient, output, logsumexp, near, queries, keys, values, far, far_bias, num_heads, scale,
             unpack(layout),
         )  # fmt: skip
         return [part for parts in gradients for part in parts]
 
     @attend_backward.register_fake
-    def _(gradient, output, logsumexp, weights, queries, keys, values, far, far_bias, num_heads, scale, layout):
+    def _(gradient, output, logsumexp, near, queries, keys, values, far, far_bias, num_heads, scale, layout):
         parts = (*queries, *keys, *values, *far)
         return [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts]
 
@@ -266,9 +334,9 @@ def _register() -> None:
         ctx.save_for_backward(*output, *queries, *keys, *values, *far, far_bias)
 
     def differentiate(ctx, gradient, _, __):
-        output, logsumexp, weights, *parts, far_bias = ctx.saved_tensors
+        output, logsumexp, near, *parts, far_bias = ctx.saved_tensors
         lists = _split(parts, ctx.counts)
-        gradients = attend_backward(gradient, output, logsumexp, weights, *lists, far_bias, *ctx.settings)
+        gradients = attend_backward(gradient, output, logsumexp, near, *lists, far_bias, *ctx.settings)
         return *_split(gradients, ctx.counts), None, None, None, None, None
 
     attend.register_autograd(differentiate, setup_context=save)
@@ -282,7 +350,8 @@ def _split(parts: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
     return lists
 
 
-_attend, _ = register_once(NAMES, _register)
+# Looked up at each call, as a test may watch them.
+_attend = register_local_operators("", lambda *inputs: _forward(*inputs), lambda *inputs: _backward(*inputs))
 
 
 def local_attention(
@@ -311,8 +380,15 @@ def local_attention(
         near_bias: `[T, B or 1, Q, A or 1]`, added to the scores of near pairs; finite.
         far_bias: `[B or 1, A or 1, Q, L]`, the same of far pairs.
     """
-    queries, keys, values = list(queries), list(keys), list(values)
-    return _attend(queries, keys, values, list(far or ()), near_bias, far_bias, num_heads, scale, pack(layout))[0]
+    return _attend(queries, keys, values, far, num_heads, scale, layout, near_bias, far_bias)
 
 
-__all__ = ["local_attention", "of_term"]
+__all__ = [
+    "attend_far",
+    "far_gradients",
+    "local_attention",
+    "merge_far",
+    "near_terms",
+    "of_term",
+    "register_local_operators",
+]

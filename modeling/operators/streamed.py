@@ -101,10 +101,10 @@ def _forward(
         product = query.project_tokens(queries, reverse) * key.project_tokens(keys, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.running_sum.dtype) * scale
         softmax.add(queries, scores, value.project_tokens(keys, row).to(scores.dtype))
-    if has_far_columns(layout, tensors[0].device):
+    if has_far_columns(layout, tensors[0]):
         add_far_columns((query, key, value), softmax, scale, layout)
     space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
-    for shift in near_shifts(layout, tensors[0].device):
+    for shift in near_shifts(layout, tensors[0]):
         query.start_shift(shift)
         key.start_shift(shift)
         value.start_shift(shift, like=key)
@@ -178,7 +178,7 @@ def _backward(
     need_scores = needed[0] or needed[1]
     widest = max(query.features, value.features)
     spaces = [workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(3)]
-    for shift in near_shifts(layout, tensors[0].device):
+    for shift in near_shifts(layout, tensors[0]):
         for side in (*sides, received):
             side.start_shift(shift, side in wanted, like=key if side is value else None)
         place = (layout, shift.query_start, shift.num_columns)
@@ -219,7 +219,7 @@ def _backward(
             side.end_shift(side in wanted)
     for queries, keys, row, reverse in class_blocks(layout):
         _class_gradients(query, key, value, received, needed, queries, keys, row, reverse, logsumexp, delta, scale)
-    if has_far_columns(layout, gradient.device):
+    if has_far_columns(layout, gradient):
         accumulate_far_columns(sides, needed, received.tokens, tokens_first(output), logsumexp, scale, layout)
     far_gradients = [gradient.new_empty(0) for _ in range(3)]
     if far is not None:
