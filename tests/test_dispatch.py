@@ -1,5 +1,6 @@
 """Which implementation serves a call: one test for each row of the table in `dispatch.py`."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from translution.modeling.operators import dispatch, fused_attention
 from translution.modeling.operators.dispatch import AUTO, EAGER, TRITON, Call, choose_path
 from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
+
+# Triton reads at its import whether to interpret kernels, which other tests of this process need.
+with contextlib.suppress(ImportError):
+    import triton.language  # noqa: F401
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TEXT, IMAGE = PairLayout.for_text(9, 9), PairLayout.for_image(3, 4, 3, 4)
