@@ -15,9 +15,9 @@ from translution.modeling.operators.dispatch import AUTO, EAGER, TRITON, Call, c
 from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
 
-# Triton reads at its import whether to interpret kernels, which other tests of this process need.
+# Here with Triton's interpreter, if it is on: the tests below turn it off, and others of this process need it.
 with contextlib.suppress(ImportError):
-    import triton.language  # noqa: F401
+    dispatch._load()
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TEXT, IMAGE = PairLayout.for_text(9, 9), PairLayout.for_image(3, 4, 3, 4)
