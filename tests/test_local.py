@@ -17,6 +17,7 @@ from small_layers import LargestTensor, relative_error
 from small_models import assert_same, greedy
 from small_models import make_model as make_small_model
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from translution import TranslutionConfig, explain_dispatch
@@ -531,6 +532,54 @@ def test_chunks_and_steps_equal_the_whole(name, hidden, static):
             difference = torch.cat(found, dim=1) - expected
             shown = difference if mask is None else difference[mask.bool()]
             assert shown.abs().max() < 1e-10 * expected.abs().max(), sizes
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [3, 1, 1, 1, 2], [5, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("distance", [1, 3, 8, 9])
+@pytest.mark.parametrize("subset", ["kv", "qkv"])
+def test_a_static_cache_is_filled_to_its_last_slot(subset, distance, sizes):
+    """Steps use its last slots for near keys, which must not be missed by the tokens that come there, one or several at once."""
+    model = make_model("rotary-kv-D3", relative_projections=subset, max_relative_distance=distance)
+    ids, mask = torch.randint(19, (BATCH, 8)), padding("left", 8)
+    cache, found, place = StaticCache(model.config, max_cache_len=8), [], 0
+    with torch.no_grad():
+        for size in sizes:
+            end = place + size
+            step = model(ids[:, place:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            found.append(step.logits)
+            place = end
+        model.set_attn_implementation("eager")
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+    difference = (torch.cat(found, dim=1) - expected)[mask.bool()]
+    assert difference.abs().max() < 1e-10 * expected.abs().max()
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_step_calls_about_as_many_operations_as_rotary_attention(static):
+    """Of so small products a step spends most of its time on calling them."""
+    counts = []
+    for fields in ({}, {"mixer_types": "rope_attention", "max_relative_distance": None}):
+        model = make_model("rotary-kv-D3", num_hidden_layers=6, **fields)
+        cache = StaticCache(model.config, max_cache_len=16) if static else DynamicCache(config=model.config)
+        with torch.no_grad():
+            for tokens in (6, 1):
+                model(torch.randint(19, (BATCH, tokens)), past_key_values=cache, use_cache=True)
+            with Operations() as operations:
+                model(torch.randint(19, (BATCH, 1)), past_key_values=cache, use_cache=True)
+        counts.append(operations.count)
+    assert counts[0] < 1.2 * counts[1], counts
 
 
 @pytest.mark.parametrize("name", ["rotary-qkv-D2", "plain-kv-D3"])

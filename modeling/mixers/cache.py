@@ -61,16 +61,30 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
         # The memory behind keys and values, and how much of it is written: whoever holds less has lost its claim to the rest.
         self.room: dict[str, tuple[Tensor, list[int]]] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Adds the states of new tokens, `[B, heads, new, width]`; returns those of all."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, behind: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the states of new tokens, `[B, heads, new, width]`; returns those of all.
+
+        Args:
+            behind: keys that follow the others in what is returned, `[B, heads, some, width]`, and are not remembered.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-        self.keys = self._append("keys", key_states)
-        self.values = self._append("values", value_states)
-        return self.keys, self.values
+        self.keys = self._append("keys", key_states, 0 if behind is None else behind.shape[-2])
+        # Without features there is nothing to keep: tokens are counted by the keys.
+        if value_states.shape[-1]:
+            self.values = self._append("values", value_states)
+        if behind is None:
+            return self.keys, self.values
+        if _needs_copies():
+            return torch.cat((self.keys, behind), dim=-2), self.values
+        length, (room, _) = self.keys.shape[-2], self.room["keys"]
+        room[..., length : length + behind.shape[-2], :] = behind
+        return room[..., : length + behind.shape[-2], :], self.values
 
-    def _append(self, name: str, states: Tensor) -> Tensor:
+    def _append(self, name: str, states: Tensor, spare: int = 0) -> Tensor:
         old = getattr(self, name)
         length, needed = old.shape[-2], old.shape[-2] + states.shape[-2]
         if old.shape[:2] != states.shape[:2] or old.shape[-1] != states.shape[-1]:
@@ -78,12 +92,12 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
                 f"`past_key_values` holds states of shape {list(old.shape)} (batch, heads, tokens, width), got new ones of shape "
                 f"{list(states.shape)}: only the number of tokens may differ."
             )
-        if states.shape[-1] == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if states.shape[-1] == 0 or _needs_copies():
             return torch.cat((old, states), dim=-2)
         room, filled = self.room.get(name, (None, None))
-        if room is None or not _is_front(old, room) or filled[0] != length or room.shape[-2] < needed:
+        if room is None or not _is_front(old, room) or filled[0] != length or room.shape[-2] < needed + spare:
             dtype = torch.promote_types(old.dtype, states.dtype)
-            room = states.new_empty(*old.shape[:2], needed + needed // 4 + 64, states.shape[-1], dtype=dtype)
+            room = states.new_empty(*old.shape[:2], needed + needed // 4 + 64 + spare, states.shape[-1], dtype=dtype)
             room[..., :length, :] = old
             filled = [length]
             self.room = {**self.room, name: (room, filled)}
@@ -107,7 +121,8 @@ class TranslutionDynamicLayer(RecentStates, DynamicLayer):
         whole = torch.cat((self.recent, states), dim=1)
         # A decoding mode that may take tokens back asks for all to be kept until it crops.
         kept = whole if self.record_past else whole[:, max(whole.shape[1] - window, 0) :]
-        self.recent = kept if kept.shape[1] == whole.shape[1] else kept.clone()
+        # Of one new token no more than its own states would stay in memory behind a view.
+        self.recent = kept if states.shape[1] == 1 else kept.clone()
         return _last(whole, window + states.shape[1])
 
     def activate_past_recording(self) -> None:
@@ -173,6 +188,18 @@ class TranslutionStaticLayer(RecentStates, StaticLayer):
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.values)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, behind: Tensor | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """See `TranslutionDynamicLayer.update`; but what is `behind` takes the place of the last slots.
+
+        Keys that were remembered there are lost, so that none of them may ever be needed.
+        """
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if behind is not None:
+            keys[..., keys.shape[-2] - behind.shape[-2] :, :] = behind
+        return keys, values
+
     def update_recent(self, states: Tensor, window: int) -> Tensor:
         """See `TranslutionDynamicLayer.update_recent`."""
         if self.recent is None:
@@ -187,6 +214,11 @@ class TranslutionStaticLayer(RecentStates, StaticLayer):
         super().reset()
         if self.recent is not None:
             self.recent.zero_()
+
+
+def _needs_copies() -> bool:
+    """Whether states must not be written into memory that others may hold, for gradients or a graph that is traced."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _is_front(states: Tensor, room: Tensor) -> bool:
@@ -246,6 +278,8 @@ def _unpack(packed: Tensor, like: Sequence[Tensor | None]) -> list[Tensor | None
 def _last(states: Tensor, count: int) -> Tensor:
     """The last `count` states of `[B, L, features]`, with zeros before the first."""
     missing = count - states.shape[1]
+    if missing == 0:
+        return states
     return torch.nn.functional.pad(states, (0, 0, missing, 0)) if missing > 0 else states[:, -missing:]
 
 

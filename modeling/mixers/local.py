@@ -8,15 +8,17 @@ Legend: `B` batch, `L` tokens, `N` patches, `A` heads, `e` features per head, `T
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from ..operators.class_token import class_blocks
 from ..operators.dispatch import local_operator
-from ..operators.heads import merge_heads, repeat_features, repeat_heads, split_heads
+from ..operators.heads import merge_heads, repeat_features, split_heads
 from ..operators.local import of_term
 from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import (
@@ -29,7 +31,7 @@ from ..operators.pair_layout import (
 )
 from ..operators.project_each import project_each
 from ..operators.rotary import patch_rotation, rotate, rotate_bank
-from .cache import remember, remember_recent
+from .cache import remember_recent
 from .masks import AttentionMask
 from .near_far import AllPairs, NearAndFarPairs, PairInputs, join_biases, pack_rotation
 
@@ -85,9 +87,9 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
 
 
 def attend_step(
-    query: PairInputs,
-    key: PairInputs,
-    value: PairInputs,
+    tokens: Tensor,
+    query: Tensor | None,
+    sides: Sequence[PairInputs],
     num_heads: int,
     scale: float,
     layout: StepLayout,
@@ -98,67 +100,62 @@ def attend_step(
     groups: int = 1,
     norms: dict[str, nn.Module | None] | None = None,
 ) -> Tensor:
-    """`[B, 1, A·e]` of one new token with a cache, as `NearAndFarPairs` keeps it: far keys, and the last few keys, side by side.
+    """`[B, 1, A·e]` of one new token with a cache, as `NearAndFarPairs` keeps it.
+
+    The last few tokens are projected for their distance from the new one and put behind the far keys and values of all, so that
+    one attention serves both: a step has little else to do than to call operations.
 
     Args:
-        query: `[B, 1, in]` and the queries' bank, `[D + 1, in, A·e]`, or their plain projection, `[B, 1, A·e]`.
-        key, value: the same token `[B, 1, in]`, and the banks of both.
+        tokens: `[B, 1, in]`, what the banks project.
+        query: its plain projection, `[B, A, 1, e]`, where queries have no bank.
+        sides: queries, if they have a bank, keys and values: their banks, `[D + 1, in, A·e]` each, and biases.
         num_heads, scale, layout, mask: see `attend_text`.
         rotation: cosines and sines of the token, `[B or 1, 1, 1, e]`, where queries and keys are rotated.
         cache, layer_idx: what to remember it in.
         groups, norms: see `AllPairs`.
     """
-    tokens = key.tokens
-    distance, batch = layout.max_row_distance, len(tokens)
+    distance, batch, heads = layout.max_row_distance, len(tokens), num_heads // groups
     turns = None if rotation is None else layout.once("own_turn", lambda: pack_rotation(rotation, batch))
     states, _, turns = remember_recent(cache, layer_idx, [tokens, None, turns], distance - 1)
     # By distance, and once more itself, for all that are further away.
     order = layout.once(
         "near_order", lambda: torch.tensor([*reversed(range(distance)), distance - 1], device=tokens.device)
     )
-    states = states.index_select(1, order).transpose(0, 1)
+    states = states.transpose(0, 1).index_select(0, order)
+    keys, values = (_by_distance(states, side).unflatten(-1, (heads, -1)) for side in sides[-2:])
     norms = norms or {"q": None, "k": None}
-    keys, values = (_by_distance(states, side).unflatten(-1, (num_heads // groups, -1)) for side in (key, value))
     if norms["k"] is not None:
         keys = norms["k"](keys)
-    queries = query.tokens.transpose(0, 1)
-    if query.bank is not None:
-        queries = _by_distance(queries.expand(distance + 1, -1, -1), query)
-    queries = queries.unflatten(-1, (num_heads, -1))
-    if norms["q"] is not None and query.bank is not None:
-        queries = norms["q"](queries)
+    # Heads that share keys are as many queries, `[queries, B, A / groups, e]`.
+    if query is not None:
+        queries = query.permute(2, 0, 1, 3)
+    else:
+        queries = _by_distance(tokens.transpose(0, 1).expand(distance + 1, -1, -1), sides[0])
+        queries = queries.unflatten(-1, (num_heads, -1))
+        queries = queries if norms["q"] is None else norms["q"](queries)
+    if groups > 1:
+        queries = queries.unflatten(2, (heads, groups)).movedim(3, 1).flatten(0, 1)
     if turns is not None:
         # The same for all layers.
         turns = layout.once("near_turns", lambda: _step_rotation(turns, order, len(queries)))
-        count = len(queries)
-        if groups == 1:
-            both = rotate(torch.cat((queries, keys)), (turns[0], turns[1])).to(keys.dtype)
-            queries, keys = both[:count], both[count:]
-        else:
-            queries, keys = (
-                rotate(part, turn.unbind()).to(keys.dtype)
-                for part, turn in ((queries, turns[:, :count]), (keys, turns[:, count:]))
-            )
-    far_key, far_value = (part[-1].unsqueeze(2) for part in (keys, values))
-    (_, _, far_key, far_value), _ = remember(cache, layer_idx, [None, None, far_key, far_value], [])
-    # Three dimensions, batch and heads as one: a product of four would be brought to three each time.
-    far_key, far_value = (
-        repeat_heads(part[:, :, : layout.num_tokens], groups).flatten(0, 1) for part in (far_key, far_value)
+        both = _rotate_rows(torch.cat((queries, keys)), turns).to(keys.dtype)
+        queries, keys = both[: len(queries)], both[len(queries) :]
+    own_scores = None
+    if query is None:
+        # A query for each distance. Their scores are added to those of near keys that are zero.
+        own_scores = (queries.unflatten(0, (-1, groups))[:-1] * keys[:-1, None]).sum(-1).permute(2, 3, 1, 0) * scale
+        queries, keys = queries[-groups:], pad(keys[-1:], (0, 0) * 3 + (distance, 0))
+    # As `remember` packs them. Near ones are of this step alone.
+    new = torch.cat((keys, values), dim=-1).permute(1, 2, 0, 3)
+    both, _ = cache.update(new[:, :, -1:], new[:, :, -1:, :0], layer_idx, behind=new[:, :, :-1])
+    bias = layout.once("step_bias", lambda: _step_bias(layout, mask.additive, both.shape[2], heads).to(values.dtype))
+    if own_scores is not None:
+        bias = bias + pad(own_scores, (both.shape[2] - distance, 0))
+    size = both.shape[-1] - values.shape[-1]
+    output = scaled_dot_product_attention(
+        queries.permute(1, 2, 0, 3), both[..., :size], both[..., size:], bias, scale=scale
     )
-    if groups > 1:
-        keys, values = (part.repeat_interleave(groups, dim=2) for part in (keys, values))
-    near_value = values[:-1].permute(1, 2, 0, 3).flatten(0, 1)
-    far = torch.bmm(queries[-1].flatten(0, 1).unsqueeze(1), far_key.transpose(1, 2))
-    if query.bank is None:
-        near = torch.bmm(queries[0].flatten(0, 1).unsqueeze(1), keys[:-1].permute(1, 2, 3, 0).flatten(0, 1))
-    else:
-        near = (queries[:-1] * keys[:-1]).sum(-1).flatten(1).t().unsqueeze(1)
-    scores = torch.cat((far, near), dim=-1).unflatten(0, (batch, num_heads))
-    scores = torch.add(layout.once("step_bias", lambda: _step_bias(layout, mask.additive)), scores, alpha=scale)
-    weights = scores.softmax(-1, dtype=accumulation_dtype(scores.dtype)).to(values.dtype).flatten(0, 1)
-    far, near = weights[..., :-distance], weights[..., -distance:]
-    output = torch.baddbmm(torch.bmm(near, near_value), far, far_value)
-    return output.view(batch, 1, num_heads * output.shape[-1])
+    return output.reshape(batch, 1, num_heads * output.shape[-1])
 
 
 def _by_distance(states: Tensor, side: PairInputs) -> Tensor:
@@ -168,20 +165,28 @@ def _by_distance(states: Tensor, side: PairInputs) -> Tensor:
     return torch.baddbmm(side.bias.unsqueeze(1), states, side.bank)
 
 
-def _step_rotation(turns: Tensor, order: Tensor, num_queries: int) -> Tensor:
-    """Cosines and sines of the query, as often as there are queries, and of the keys by distance, `[2, …, B, 1, e]`."""
+def _step_rotation(turns: Tensor, order: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+    """What `_rotate_rows` takes of the query, as often as there are queries, and of the keys by distance, `[…, B, 1, e]` each."""
     own = turns[:, -1:].expand(-1, num_queries, -1)
-    each = torch.cat((own, turns.index_select(1, order)), dim=1)
-    return each.unflatten(-1, (2, -1)).permute(2, 1, 0, 3).unsqueeze(3).contiguous()
+    cos, sin = torch.cat((own, turns.index_select(1, order)), dim=1).transpose(0, 1).unsqueeze(2).chunk(2, dim=-1)
+    first, second = sin.chunk(2, dim=-1)
+    return cos.contiguous(), torch.cat((-first, second), dim=-1)
 
 
-def _step_bias(layout: StepLayout, bias: Tensor) -> Tensor:
-    """What is added to the scores of far slots and of near distances, `[B or 1, A or 1, 1, L + D]`."""
+def _rotate_rows(rows: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """As `rotate`, in few operations: the sines of the first half of the features are negative."""
+    cos, sin = turns
+    return torch.addcmul(rows * cos, rows.roll(rows.shape[-1] // 2, -1), sin)
+
+
+def _step_bias(layout: StepLayout, bias: Tensor, num_slots: int, heads: int) -> Tensor:
+    """What is added to the scores of far slots and, behind them, of near distances, `[B or 1, A / groups or 1, groups or 1, slots]`."""
     lowest, distance = torch.finfo(bias.dtype).min, layout.max_row_distance
-    far = bias.masked_fill(distances(layout, bias.device) < distance, lowest)
+    far = bias.masked_fill(distances(layout, bias.device) < distance, lowest)[..., : num_slots - distance]
     near = layout.position - torch.arange(distance, device=bias.device)
     of_near = bias.index_select(-1, near.clamp(min=0)).masked_fill(near < 0, lowest)
-    return torch.cat((far, of_near), dim=-1)
+    bias = torch.cat((far, of_near), dim=-1)
+    return bias if bias.shape[1] == 1 else bias.view(len(bias), heads, -1, num_slots)
 
 
 def attend_image(
@@ -399,7 +404,7 @@ def _key_columns(grid: PairLayout, device: torch.device) -> Tensor:
     patch = torch.arange(grid.num_tokens, device=device)[:, None]
     steps = [offset.row_offset * grid.width + offset.column_offset for offset in grid.near_offsets()]
     columns = 1 + patch - torch.tensor(steps, dtype=torch.long, device=device)
-    return torch.nn.functional.pad(columns.clamp(0, grid.num_tokens), (0, 1))
+    return pad(columns.clamp(0, grid.num_tokens), (0, 1))
 
 
 def _of_near(bias: Tensor, keys: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -239,11 +241,12 @@ class TranslutionMixer(Mixer):
         rotation: tuple[Tensor, Tensor] | None,
         past_key_values: Cache,
     ) -> Tensor:
-        query, key, value = self._inputs_of_pairs("local_step", hidden_states, layout)
+        names = [name for name in "qkv" if name in self.relative]
+        sides = self._inputs_of_pairs("local_step", hidden_states, layout, names)
         return attend_step(
-            query,
-            key,
-            value,
+            sides[-1].tokens,
+            None if "q" in names else self._plain("q", hidden_states),
+            sides,
             self.num_heads,
             self.scaling,
             layout,
@@ -345,13 +348,13 @@ class TranslutionMixer(Mixer):
         return heads if norm is None else norm(heads)
 
     def _inputs_of_pairs(
-        self, path: str, hidden_states: Tensor, layout: PairLayout | StepLayout
+        self, path: str, hidden_states: Tensor, layout: PairLayout | StepLayout, names: Iterable[str] = "qkv"
     ) -> list[PairInputs | None]:
-        """What q, k and v bring to the pairs."""
+        """What q, k and v bring to the pairs, or those of them that are named."""
         projected = hidden_states
         if self.factors_have_biases:
             projected = nn.functional.pad(hidden_states, (0, 1), value=1)
-        return [self._pair_inputs(name, path, hidden_states, projected, layout) for name in "qkv"]
+        return [self._pair_inputs(name, path, hidden_states, projected, layout) for name in names]
 
     def _pair_inputs(
         self, name: str, path: str, hidden_states: Tensor, projected: Tensor, layout: PairLayout | StepLayout

@@ -4,7 +4,7 @@
 
 | layer | path | where | condition |
 | --- | --- | --- | --- |
-| Translution | `local_step` | `mixers/local.py` | one new token with a cache and a distance, not 0; full, keys and values relative; a basis only where it is rotated; no attention dropout |
+| Translution | `local_step` | `mixers/local.py` | one new token with a cache and a distance, not 0 and not more than the cache has slots; full, keys and values relative; a basis only where it is rotated; no attention dropout |
 | | `decode` | `decode.py` | one new token with a cache |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
@@ -145,7 +145,8 @@ def _choose_path(call: Call) -> Choice:
     adds_tokens = isinstance(call.layout, StepLayout)
     if adds_tokens and call.layout.num_queries == 1:
         layout = call.layout
-        near_and_far = layout.clamp and layout.max_row_distance > 0 and {"k", "v"} <= set(call.relative)
+        near_and_far = layout.clamp and 0 < layout.max_row_distance <= layout.num_tokens
+        near_and_far = near_and_far and {"k", "v"} <= set(call.relative)
         if call.kind == "full" and near_and_far and not call.drops:
             return Choice("local_step", "one new token with a cache and a distance")
         return Choice("decode", "one new token with a cache")

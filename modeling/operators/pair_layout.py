@@ -342,6 +342,12 @@ class StepLayout:
 
 def distances(layout: PairLayout | StepLayout, device: torch.device) -> torch.Tensor:
     """Distance of every pair of a text, `[queries, L]`; negative where the key comes later or is not there yet."""
+    if isinstance(layout, StepLayout):
+        return layout.once("distances", lambda: _distances(layout, device))
+    return _distances(layout, device)
+
+
+def _distances(layout: PairLayout | StepLayout, device: torch.device) -> torch.Tensor:
     return layout.positions(device)[:, None] - torch.arange(layout.num_tokens, device=device)
 
 
