@@ -9,7 +9,7 @@ from small_models import make_config, make_inputs, make_model, num_tokens
 from transformers import StaticCache
 
 from translution import TranslutionForImageClassification, explain_dispatch
-from translution.modeling.operators import dispatch, fused_attention
+from translution.modeling.operators import dispatch
 from translution.modeling.operators.dispatch import AUTO, EAGER, TRITON, Call, choose_path
 from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
@@ -68,11 +68,12 @@ ROWS = {
     "basis": (call("basis"), "basis", "need a GPU"),
     "basis-dropout": (call("basis", FAR_TEXT, drops=True), "basis", "need a GPU"),
     "streamed-text": (call(layout=TEXT), "streamed", "one pass"),
-    "streamed-far-text": (call(layout=PairLayout.for_text(9, 9, 0)), "streamed", "one pass"),
-    "streamed-wide-text": (call(layout=WIDE_TEXT), "streamed", "one pass"),
+    "streamed-near-text": (call(layout=PairLayout.for_text(3, 9, 3)), "streamed", "one pass"),
+    "grouped-far-text": (call(layout=PairLayout.for_text(9, 9, 0)), "grouped", "far pairs"),
+    "grouped-wide-text": (call(layout=WIDE_TEXT), "grouped", "far pairs"),
     "streamed-wide-image": (call(layout=WIDE_IMAGE), "streamed", "one pass"),
     "streamed-image": (call(), "streamed", "one pass"),
-    "streamed-far-columns": (call(layout=PairLayout.for_image(9, 10, 9, 10, 4)), "streamed", "one pass"),
+    "streamed-clamped-image": (call(layout=PairLayout.for_image(9, 10, 9, 10, 4)), "streamed", "one pass"),
     "grouped-low-rank": (call("low_rank", TEXT), "grouped", "low-rank"),
     "grouped-mask": (call(layout=TEXT, masked=True), "grouped", "a mask"),
     "grouped-dropout": (call(layout=TEXT, drops=True), "grouped", "dropout"),
@@ -105,7 +106,6 @@ ON_A_GPU = {
     "basis-dropout": (call("basis", device=CUDA, drops=True), "basis", "dropout"),
     "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 0), CUDA, cached=True), "basis", "a cache"),
     "wide-heads": (call(device=CUDA)._replace(head_size=512), "streamed", "one pass"),
-    "far-text-without-flash": (call("full", WIDE_TEXT, CUDA)._replace(dtype=torch.float64), "grouped", "log-sum-exp"),
     "local": (call(layout=FAR_TEXT, device=CUDA), "local", "near pairs"),
     "local-not-insisted": (call(layout=FAR_TEXT, device=CUDA, wish=TRITON), "pair_kernels", "CUDA kernels"),
     "local-dropout": (call(layout=FAR_TEXT, device=CUDA, drops=True), "pair_kernels", "CUDA kernels"),
@@ -160,20 +160,12 @@ def test_a_mask_that_hides_tokens_of_a_wide_window_takes_the_square(device, gpu)
 
 def test_switched_off_others_take_the_place_of_local(monkeypatch):
     monkeypatch.setattr(dispatch, "LOCAL", False)
-    assert choose_path(call(layout=FAR_TEXT)).path == "streamed"
+    assert choose_path(call(layout=FAR_TEXT)).path == "grouped"
     assert choose_path(call(layout=FAR_IMAGE)).path == "streamed"
     assert choose_path(call("low_rank", FAR_IMAGE)).path == "grouped"
     assert choose_path(call("basis", FAR_TEXT)).path == "basis"
     assert choose_path(call(layout=FAR_IMAGE, rotated=True)).path == "reference"
     assert choose_path(call(layout=FAR_TEXT, rotated=True)).path == "grouped"
-
-
-def test_without_pytorchs_attention_far_pairs_of_a_text_take_the_square(monkeypatch):
-    monkeypatch.setattr(fused_attention, "FLASH", None)
-    monkeypatch.setattr(dispatch, "LOCAL", False)
-    assert choose_path(call(layout=PairLayout.for_text(9, 9, 3))).path == "grouped"
-    # No pair of so short a text is far.
-    assert choose_path(call(layout=PairLayout.for_text(3, 9, 3))).path == "streamed"
 
 
 def test_every_path_of_the_table_is_tested():

@@ -217,8 +217,7 @@ class TranslutionMixer(Mixer):
             for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True)
         ]
         tokens, banks = zip(*inputs, strict=True)
-        far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
-        return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
+        return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout)
 
     def _attend_step(
         self,

@@ -13,7 +13,7 @@
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
 | | `reference` | `reference.py` | images whose projections by a bank are rotated |
-| | `streamed` | `streamed.py` | full Translution, not rotated, nothing masked, no attention dropout, no cached tokens |
+| | `streamed` | `streamed.py` | full Translution, not rotated, nothing masked, no attention dropout, no cached tokens, in text no pairs as far as the distance |
 | | `grouped` | `grouped.py` | everything else |
 | attention, relative bias | `reference` | the mixer | `attn_implementation="eager"`, or attention weights are asked for; relative bias in an exported model |
 | | `sdpa` | PyTorch | everything else |
@@ -42,7 +42,6 @@ from transformers.utils import logging
 
 from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
-from .fused_attention import has_flash
 from .pair_layout import PairLayout, StepLayout
 
 
@@ -219,8 +218,8 @@ def _streaming_obstacle(call: Call) -> str:
         return "what banks project is rotated"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
-    if layout.causal and layout.has_far_pairs and not has_flash(call.device):
-        return "PyTorch has no attention for this device that returns the log-sum-exp, which far pairs need"
+    if layout.causal and layout.has_far_pairs:
+        return "far pairs are one product of their own"
     return ""
 
 

@@ -24,12 +24,6 @@ class OnlineSoftmax:
         self.running_sum = query.new_zeros(shape, dtype=wide)
         self.output = query.new_zeros(*shape[:2], features, dtype=wide)
 
-    def start_far(self, output: Tensor, logsumexp: Tensor, distance: int) -> None:
-        """Takes over a finished attention, `[B, A, L - D, e]`, of the tokens from `distance` on."""
-        self.output[distance:] = output.permute(2, 0, 1, 3).flatten(2)
-        self.running_max[distance:] = logsumexp.permute(2, 0, 1)
-        self.running_sum[distance:] = 1
-
     def add(self, queries: slice, scores: Tensor, values: Tensor) -> None:
         """Adds pairs of one query and many keys, or of many queries with one key each.
 
@@ -37,7 +31,16 @@ class OnlineSoftmax:
             scores: `[pairs, B, A]`.
             values: `[pairs or 1, B, A·e]`.
         """
-        merge(tuple(part[queries] for part in (self.running_max, self.running_sum, self.output)), scores, values)
+        old, running_sum, output = (part[queries] for part in (self.running_max, self.running_sum, self.output))
+        together = old.shape[0] < scores.shape[0]
+        running_max = torch.maximum(old, scores.amax(0, keepdim=True) if together else scores)
+        decay, weight = (old - running_max).exp(), (scores - running_max).exp()
+        given = by_head(values, weight) * weight.unsqueeze(-1)
+        if together:
+            weight, given = weight.sum(0, keepdim=True), given.sum(0, keepdim=True)
+        running_sum.mul_(decay).add_(weight)
+        by_head(output, decay).mul_(decay.unsqueeze(-1)).add_(given)
+        old.copy_(running_max)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """The output, `[L, B, A·e]`, and the logarithm of the sum of exponentials, `[L, B, A]`."""
@@ -45,29 +48,9 @@ class OnlineSoftmax:
         return self.output, self.running_sum.log_().add_(self.running_max)
 
 
-def merge(parts: tuple[Tensor, Tensor, Tensor], scores: Tensor, values: Tensor) -> None:
-    """Adds pairs to the softmax of their queries, in place.
-
-    Args:
-        parts: running maximum and running sum of exponentials, `[…, A]`, and the weighted sum of values, `[…, A·e]`.
-        scores: `[…, A]`; of one query, `[1, …]`, there may be several.
-        values: `[…, A·e]`, or one for all, `[1, …]`.
-    """
-    old, running_sum, output = parts
-    together = old.shape[0] < scores.shape[0]
-    running_max = torch.maximum(old, scores.amax(0, keepdim=True) if together else scores)
-    decay, weight = (old - running_max).exp(), (scores - running_max).exp()
-    given = by_head(values, weight) * weight.unsqueeze(-1)
-    if together:
-        weight, given = weight.sum(0, keepdim=True), given.sum(0, keepdim=True)
-    running_sum.mul_(decay).add_(weight)
-    by_head(output, decay).mul_(decay.unsqueeze(-1)).add_(given)
-    old.copy_(running_max)
-
-
 def by_head(tokens: Tensor, like: Tensor) -> Tensor:
     """`[…, A·e]` to `[…, A, e]`, with the heads of `[…, A]`."""
     return tokens.unflatten(-1, (like.shape[-1], -1))
 
 
-__all__ = ["OnlineSoftmax", "by_head", "merge"]
+__all__ = ["OnlineSoftmax", "by_head"]

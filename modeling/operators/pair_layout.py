@@ -20,7 +20,7 @@ NUM_CLASS_ROWS = 3
 
 
 @dataclass(frozen=True)
-class OffsetRun:
+class OffsetPairs:
     """The pairs of one grid offset `(row_offset, column_offset)`: query `(x, y)` and key `(x - row_offset, y - column_offset)`.
 
     Queries are rows `query_start` to `query_start + num_rows` of the columns that `column_offset` leaves, keys likewise;
@@ -36,20 +36,15 @@ class OffsetRun:
 
 @dataclass(frozen=True)
 class ColumnShift:
-    """All offsets that share the column offset `column_offset`: `num_columns` columns take part, and one run per row offset."""
+    """All offsets that share the column offset `column_offset`: `num_columns` columns take part, one offset per row offset."""
 
     query_start: int
     key_start: int
     num_columns: int
-    runs: tuple[OffsetRun, ...]
+    offsets: tuple[OffsetPairs, ...]
 
     @property
-    def num_pairs(self) -> int:
-        return self.num_columns * sum(run.num_rows for run in self.runs)
-
-    @property
-    def offset(self) -> int:
-        """The column offset, `column_offset`."""
+    def column_offset(self) -> int:
         return self.query_start - self.key_start
 
 
@@ -258,7 +253,7 @@ class PairLayout:
         return _near_offsets(self) if self.causal or self.share_far else ()
 
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the grouped order keeps each pair of the grid: by column shift, run, query row, query column.
+        """Where the grouped order keeps each pair of the grid: by column shift, offset, query row, query column.
 
         Returns:
             `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, `i` counting queries, and `position`,
@@ -370,14 +365,14 @@ def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     shifts = []
     for column_offset in range(1 - layout.width, layout.width):
         if layout.causal:
-            runs = []
+            offsets = []
             for row_offset in range(layout.num_distances):
                 first = max(row_offset, layout.past)
                 row = layout.row(row_offset, column_offset)
-                runs.append(OffsetRun(first - layout.past, first - row_offset, layout.height - first, row, row))
+                offsets.append(OffsetPairs(first - layout.past, first - row_offset, layout.height - first, row, row))
         else:
-            runs = [
-                OffsetRun(
+            offsets = [
+                OffsetPairs(
                     max(row_offset, 0),
                     max(-row_offset, 0),
                     layout.height - abs(row_offset),
@@ -387,7 +382,9 @@ def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
                 for row_offset in range(1 - layout.height, layout.height)
             ]
         shifts.append(
-            ColumnShift(max(column_offset, 0), max(-column_offset, 0), layout.width - abs(column_offset), tuple(runs))
+            ColumnShift(
+                max(column_offset, 0), max(-column_offset, 0), layout.width - abs(column_offset), tuple(offsets)
+            )
         )
     return tuple(shifts)
 
@@ -396,18 +393,18 @@ def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
 def _near_offsets(layout: PairLayout) -> tuple[NearOffset, ...]:
     offsets = []
     for shift in layout.column_shifts():
-        for run in shift.runs:
-            row_offset = run.query_start + layout.past - run.key_start
-            if layout.causal or max(abs(row_offset), abs(shift.offset)) < layout.bank_height:
-                rows, columns = run.num_rows, shift.num_columns
+        for offset in shift.offsets:
+            row_offset = offset.query_start + layout.past - offset.key_start
+            if layout.causal or max(abs(row_offset), abs(shift.column_offset)) < layout.bank_height:
+                rows, columns = offset.num_rows, shift.num_columns
                 offsets.append(
                     NearOffset(
                         row_offset,
-                        shift.offset,
-                        run.row,
-                        run.reverse_row,
-                        (_part(run.query_start, rows), _part(shift.query_start, columns)),
-                        (_part(run.key_start, rows), _part(shift.key_start, columns)),
+                        shift.column_offset,
+                        offset.row,
+                        offset.reverse_row,
+                        (_part(offset.query_start, rows), _part(shift.query_start, columns)),
+                        (_part(offset.key_start, rows), _part(shift.key_start, columns)),
                     )
                 )
     return tuple(offsets)
@@ -423,10 +420,10 @@ def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
     pieces = []
     for shift in layout.column_shifts():
         column = np.arange(shift.num_columns)
-        for run in shift.runs:
-            row = np.arange(run.num_rows)[:, None]
-            query = first + (row + run.query_start) * layout.width + column + shift.query_start
-            key = first + (row + run.key_start) * layout.width + column + shift.key_start
+        for offset in shift.offsets:
+            row = np.arange(offset.num_rows)[:, None]
+            query = first + (row + offset.query_start) * layout.width + column + shift.query_start
+            key = first + (row + offset.key_start) * layout.width + column + shift.key_start
             pieces.append((query * tokens + key).ravel())
     order = np.concatenate(pieces).astype(np.int64)
     position = np.full(layout.num_queries * tokens, order.size, dtype=np.int64)

@@ -1,18 +1,14 @@
-"""Runs of pairs that share an offset, as blocks of memory: how the two sides of such pairs are read and accumulated.
+"""The pairs of a grid, a block of offsets at a time: how the two sides of such pairs are read and accumulated.
 
 Tokens come first here, `[L, B, C]`, so that the rows of a grid are one block of memory and a rectangle of full columns needs no
-copy. All pairs of a run share a matrix, so that their projections are one matrix product over a rectangle of the grid. Runs are
-taken a block at a time: as many as stay in a processor's cache, and enough that starting an operation does not count.
+copy. All pairs of an offset share a matrix, so that their projections are one matrix product over a rectangle of the grid. A block
+is as many offsets as stay in a processor's cache, and enough that starting an operation does not count.
 
-Where distances are clamped, offsets share a matrix. A token is projected by it once, and its projection kept for all of them:
-the number of projections grows with tokens times matrices, not with pairs.
-
-Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `n` pairs of a run.
+Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `n` pairs of an offset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .pair_autograd import accumulation_dtype
-from .pair_layout import ColumnShift, OffsetRun, PairLayout
+from .pair_layout import ColumnShift, OffsetPairs, PairLayout
 
 
 # Elements of one projection kept at a time. What is done to it next finds it in a processor's cache.
@@ -32,13 +28,13 @@ NARROW = 33
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Consecutive runs of a shift.
+    """Consecutive offsets of a shift.
 
-    `sizes` and `num_rows` count `B` pairs as `B` rows, for each run and together. `queries` and `keys` are where the
-    tokens of each run begin in the columns of the shift, and how many rows they are.
+    `sizes` and `num_rows` count `B` pairs as `B` rows, for each offset and together. `queries` and `keys` are where the
+    tokens of each offset begin in the columns of the shift, and how many rows they are.
     """
 
-    runs: tuple[OffsetRun, ...]
+    offsets: tuple[OffsetPairs, ...]
     num_rows: int
     sizes: list[int]
     queries: tuple[tuple[int, int], ...]
@@ -46,78 +42,33 @@ class Block:
 
 
 def blocks(shift: ColumnShift, batch: int, features: int) -> tuple[Block, ...]:
-    """The runs of a shift in blocks whose projections, `features` wide, fit the workspace."""
+    """The offsets of a shift in blocks whose projections, `features` wide, fit the workspace."""
     return _blocks(shift, batch, max(WORKSPACE_ELEMENTS // max(features, 1), 1))
 
 
 @lru_cache(maxsize=1024)
 def _blocks(shift: ColumnShift, batch: int, most_rows: int) -> tuple[Block, ...]:
-    made, runs, num_rows = [], [], 0
+    made, offsets, num_rows = [], [], 0
     step = shift.num_columns * batch
-    for run in shift.runs:
-        size = run.num_rows * step
-        if runs and num_rows + size > most_rows:
-            made.append(_block(runs, step))
-            runs, num_rows = [], 0
-        runs.append(run)
+    for offset in shift.offsets:
+        size = offset.num_rows * step
+        if offsets and num_rows + size > most_rows:
+            made.append(_block(offsets, step))
+            offsets, num_rows = [], 0
+        offsets.append(offset)
         num_rows += size
-    return (*made, _block(runs, step)) if runs else ()
+    return (*made, _block(offsets, step)) if offsets else ()
 
 
-def _block(runs: list[OffsetRun], step: int) -> Block:
-    sizes = [run.num_rows * step for run in runs]
+def _block(offsets: list[OffsetPairs], step: int) -> Block:
+    sizes = [offset.num_rows * step for offset in offsets]
     return Block(
-        tuple(runs),
+        tuple(offsets),
         sum(sizes),
         sizes,
-        tuple((run.query_start * step, size) for run, size in zip(runs, sizes, strict=True)),
-        tuple((run.key_start * step, size) for run, size in zip(runs, sizes, strict=True)),
+        tuple((offset.query_start * step, size) for offset, size in zip(offsets, sizes, strict=True)),
+        tuple((offset.key_start * step, size) for offset, size in zip(offsets, sizes, strict=True)),
     )
-
-
-@dataclass(frozen=True)
-class SharedMatrix:
-    """A matrix of several offsets: the smallest rectangles, rows and columns of the grid, that hold all its pairs.
-
-    `last_offset` is the last column offset that uses it.
-    """
-
-    row: int
-    reverse_row: int
-    queries: tuple[slice, slice]
-    keys: tuple[slice, slice]
-    last_offset: int
-
-
-@lru_cache(maxsize=64)
-def shared_matrices(layout: PairLayout) -> dict[int, SharedMatrix]:
-    """Every matrix that clamped offsets share, by its row of the banks of keys and values."""
-    members: dict[int, list[tuple[ColumnShift, OffsetRun]]] = {}
-    for shift in layout.column_shifts() if layout.clamp else ():
-        for run in shift.runs:
-            members.setdefault(run.row, []).append((shift, run))
-    return {
-        row: SharedMatrix(
-            row,
-            pairs[0][1].reverse_row,
-            (
-                _union((run.query_start, run.num_rows) for _, run in pairs),
-                _union((shift.query_start, shift.num_columns) for shift, _ in pairs),
-            ),
-            (
-                _union((run.key_start, run.num_rows) for _, run in pairs),
-                _union((shift.key_start, shift.num_columns) for shift, _ in pairs),
-            ),
-            pairs[-1][0].offset,
-        )
-        for row, pairs in members.items()
-        if len(pairs) > 1
-    }
-
-
-def _union(places: Iterable[tuple[int, int]]) -> slice:
-    starts, ends = zip(*((start, start + size) for start, size in places), strict=True)
-    return slice(min(starts), max(ends))
 
 
 def workspace(layout: PairLayout, batch: int, features: int, like: Tensor) -> Tensor:
@@ -132,25 +83,25 @@ def tokens_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).contiguous()
 
 
-def grid(tokens: Tensor, layout: PairLayout) -> Tensor:
+def _grid(tokens: Tensor, layout: PairLayout) -> Tensor:
     """The tokens of the grid, `[rows, W, B, C]`."""
     return tokens[int(layout.class_token) :].unflatten(0, (-1, layout.width))
 
 
 def columns_of(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
     """Columns `start …` of the grid's tokens, `[rows·w·B, C]`, contiguous: a copy only where they are not all columns."""
-    return grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
+    return _grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
 
 
 def put_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
     """Writes changed columns back, where `columns_of` had to copy them."""
-    part = grid(tokens, layout)[:, start : start + num_columns]
+    part = _grid(tokens, layout)[:, start : start + num_columns]
     if part.data_ptr() != columns.data_ptr():
         part.copy_(columns.view(part.shape))
 
 
 def at(columns: Tensor, places: tuple[tuple[int, int], ...]) -> list[Tensor]:
-    """The rows of each run."""
+    """The rows of each offset."""
     return [columns.narrow(0, start, size) for start, size in places]
 
 
@@ -196,7 +147,7 @@ class Heads:
             torch.sum(product.unflatten(-1, (self.num_heads, -1)), -1, dtype=self.wide, out=out)
 
     def inner_products(self, left: list[Tensor], right: list[Tensor], space: Tensor, out: Tensor) -> None:
-        """`<q_ij, k_ij>` per head of the runs of a block, from `[n·B, A·e]` each, to `out`, `[rows, A]`.
+        """`<q_ij, k_ij>` per head of the offsets of a block, from `[n·B, A·e]` each, to `out`, `[rows, A]`.
 
         `space`, `[rows, A·e]`, is written to; `left` may lie in it.
         """
@@ -221,19 +172,14 @@ class Side:
     Args:
         tokens: `[L, B, in]`, contiguous.
         bank: `[num_offsets, in, A·e]`; `None` where the tokens are projections already.
-        is_query: whether this is the side of the queries.
-        reverse: whether a pair uses the bank's row of the reverse offset, as queries do.
+        is_query: whether this is the side of the queries, which use the bank's rows of the reverse offsets.
     """
 
-    def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, is_query: bool, reverse: bool):
-        self.tokens, self.bank, self.layout = tokens, bank, layout
-        self.is_query, self.reverse = is_query, reverse
+    def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, is_query: bool):
+        self.tokens, self.bank, self.layout, self.is_query = tokens, bank, layout, is_query
         self.matrices = None if bank is None else bank.unbind(0)
         self.features = tokens.shape[-1] if bank is None else bank.shape[-1]
         self.batch = tokens.shape[1]
-        self.shared = {} if bank is None else shared_matrices(layout)
-        self.kept: dict[int, Tensor] = {}
-        self.kept_gradients: dict[int, Tensor] = {}
 
     def start_gradients(self) -> None:
         # The gradient of a token sums over all its offsets: accumulated in a wider type than it is stored in. A matrix
@@ -255,112 +201,51 @@ class Side:
 
     def start_shift(self, shift: ColumnShift, gradients: bool = False, like: Side | None = None) -> None:
         """Takes the columns of a shift, those of `like` where its tokens are the same."""
-        self.shift = shift
-        self.column_start = shift.query_start if self.is_query else shift.key_start
-        place = (self.layout, self.column_start, shift.num_columns)
+        self.place = (self.layout, shift.query_start if self.is_query else shift.key_start, shift.num_columns)
         shared = like is not None and like.tokens is self.tokens
-        self.columns = like.columns if shared else columns_of(self.tokens, *place)
+        self.columns = like.columns if shared else columns_of(self.tokens, *self.place)
         if gradients:
-            self.column_gradient = columns_of(self.token_gradient, *place)
+            self.column_gradient = columns_of(self.token_gradient, *self.place)
 
-    def end_shift(self, gradients: bool = False) -> None:
-        """Writes gradients back, and parts with what no later shift shares."""
-        if gradients:
-            place = (self.layout, self.column_start, self.shift.num_columns)
-            put_columns(self.token_gradient, self.column_gradient, *place)
-        done = [
-            row for row in {**self.kept, **self.kept_gradients} if self.shared[row].last_offset == self.shift.offset
-        ]
-        for row in done:
-            self.kept.pop(row, None)
-            if row in self.kept_gradients:
-                self.accumulate_shared(self.shared[row], self.kept_gradients.pop(row))
+    def end_shift(self) -> None:
+        """Writes gradients back."""
+        put_columns(self.token_gradient, self.column_gradient, *self.place)
 
     def places(self, block: Block) -> tuple[tuple[int, int], ...]:
         return block.queries if self.is_query else block.keys
 
     def rows(self, block: Block) -> list[Tensor]:
-        """The tokens of each run, `[n·B, in]`."""
+        """The tokens of each offset, `[n·B, in]`."""
         return at(self.columns, self.places(block))
 
     def gradient_rows(self, block: Block) -> list[Tensor]:
-        """Where the gradient of each run's tokens is added up."""
+        """Where the gradient of each offset's tokens is added up."""
         return at(self.column_gradient, self.places(block))
 
-    def _bank_row(self, pairs: OffsetRun | SharedMatrix) -> int:
-        return pairs.reverse_row if self.reverse else pairs.row
+    def bank_rows(self, block: Block) -> list[int]:
+        """The row of the bank that each offset uses."""
+        return [offset.reverse_row if self.is_query else offset.row for offset in block.offsets]
 
     def project(self, block: Block, outs: tuple[Tensor, ...]) -> list[Tensor]:
-        """The projections of each run, `[n·B, A·e]`, in `outs`, or as they are where there is no bank."""
+        """The projections of each offset, `[n·B, A·e]`, in `outs`, or as they are where there is no bank."""
         rows = self.rows(block)
         if self.bank is None:
             return rows
-        for run, tokens, out in zip(block.runs, rows, outs, strict=True):
-            if run.row in self.shared:
-                part = self._part(run, self._kept(self.shared[run.row]))
-                out.view(part.shape).copy_(part)
-            else:
-                torch.mm(tokens, self.matrices[self._bank_row(run)], out=out)
+        for row, tokens, out in zip(self.bank_rows(block), rows, outs, strict=True):
+            torch.mm(tokens, self.matrices[row], out=out)
         return list(outs)
 
     def accumulate(self, block: Block, gradients: tuple[Tensor, ...]) -> None:
-        """Adds the gradients of each run's projections, which may be changed, to those of the tokens and the bank."""
+        """Adds the gradients of each offset's projections to those of the tokens and the bank."""
         targets = self.gradient_rows(block)
         if self.bank is None:
             add_each(targets, gradients)
             return
-        for run, tokens, target, gradient in zip(block.runs, self.rows(block), targets, gradients, strict=True):
-            if run.row in self.shared:
-                part = self._part(run, self._kept_gradient(self.shared[run.row]))
-                part += gradient.view(part.shape)
-            else:
-                row = self._bank_row(run)
-                self._add_to_matrix(row, tokens, gradient)
-                _add_product(target, gradient, self.matrices_across[row])
-
-    def _rectangle(self, shared: SharedMatrix) -> tuple[slice, slice]:
-        return shared.queries if self.is_query else shared.keys
-
-    def _part(self, run: OffsetRun, rectangle: Tensor) -> Tensor:
-        """A run's part, `[n / w, w, B, A·e]`, of what is kept for all tokens of its matrix."""
-        rows, columns = self._rectangle(self.shared[run.row])
-        row = (run.query_start if self.is_query else run.key_start) - rows.start
-        column = self.column_start - columns.start
-        return rectangle[row : row + run.num_rows, column : column + self.shift.num_columns]
-
-    def _kept(self, shared: SharedMatrix) -> Tensor:
-        """The projections of all tokens by a shared matrix, `[rows, columns, B, A·e]`."""
-        if shared.row not in self.kept:
-            self.kept[shared.row] = self.project_shared(shared)
-        return self.kept[shared.row]
-
-    def _kept_gradient(self, shared: SharedMatrix) -> Tensor:
-        """Where the gradient of those projections is added up, in the wider type."""
-        if shared.row not in self.kept_gradients:
-            size = (*self._tokens_of(self.tokens, shared).shape[:3], self.features)
-            self.kept_gradients[shared.row] = self.token_gradient.new_zeros(size)
-        return self.kept_gradients[shared.row]
-
-    def project_shared(self, shared: SharedMatrix) -> Tensor:
-        """The projections of all tokens of a shared matrix, `[rows, columns, B, A·e]`; plain tokens where there is no bank."""
-        tokens = self._tokens_of(self.tokens, shared)
-        if self.bank is None:
-            return tokens
-        projected = torch.mm(tokens.flatten(0, 2), self.matrices[self._bank_row(shared)])
-        return projected.unflatten(0, tokens.shape[:3])
-
-    def accumulate_shared(self, shared: SharedMatrix, gradient: Tensor) -> None:
-        """Adds the gradients of those projections to those of the tokens and the bank."""
-        target = self._tokens_of(self.token_gradient, shared)
-        if self.bank is None:
-            target += gradient
-            return
-        row, flat = self._bank_row(shared), gradient.to(self.tokens.dtype).flatten(0, 2)
-        self._add_to_matrix(row, self._tokens_of(self.tokens, shared).flatten(0, 2), flat)
-        target += (flat @ self.matrices_across[row]).view(target.shape)
-
-    def _tokens_of(self, tokens: Tensor, shared: SharedMatrix) -> Tensor:
-        return grid(tokens, self.layout)[self._rectangle(shared)]
+        for row, tokens, target, gradient in zip(
+            self.bank_rows(block), self.rows(block), targets, gradients, strict=True
+        ):
+            self._add_to_matrix(row, tokens, gradient)
+            _add_product(target, gradient, self.matrices_across[row])
 
     def _add_to_matrix(self, row: int, tokens: Tensor, gradient: Tensor) -> None:
         if self.writes_once:
@@ -398,17 +283,14 @@ def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
 __all__ = [
     "Block",
     "Heads",
-    "SharedMatrix",
     "Side",
     "add_each",
     "add_weighted_each",
     "at",
     "blocks",
     "columns_of",
-    "grid",
     "maximum_each",
     "put_columns",
-    "shared_matrices",
     "tokens_first",
     "workspace",
 ]
