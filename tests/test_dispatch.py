@@ -241,9 +241,8 @@ def test_a_wish_for_kernels_that_no_layer_has_is_refused(variant):
 
 
 def test_a_gpu_takes_the_kernels_by_itself(gpu):
-    verdict = dispatch.can_serve(CUDA, torch.bfloat16, 64)
-    assert verdict == (True, "")
-    assert dispatch.use_kernels(AUTO, CUDA, torch.bfloat16, 64)
+    assert not dispatch.device_obstacle(CUDA, torch.bfloat16, 64)
+    assert not dispatch.kernel_obstacle(AUTO, CUDA, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize(
@@ -265,38 +264,47 @@ def test_every_reason_falls_back_with_one_warning_and_refuses_a_wish(gpu, reason
         gpu.setattr(torch.cuda, "get_device_capability", lambda device: change)
     warnings = []
     gpu.setattr(dispatch.logger, "warning_once", warnings.append)
-    verdict = dispatch.can_serve(*arguments)
-    assert not verdict.ok
-    assert reason in verdict.reason
-    assert not dispatch.use_kernels(AUTO, *arguments)
+    assert reason in dispatch.device_obstacle(*arguments)
+    assert reason in dispatch.kernel_obstacle(AUTO, *arguments)
     assert len(warnings) == (arguments[0] == CUDA)
     assert all(reason in warning for warning in warnings)
     with pytest.raises(ValueError, match=r"attn_implementation='triton'.*cannot be met: ") as error:
-        dispatch.use_kernels(TRITON, *arguments)
+        dispatch.kernel_obstacle(TRITON, *arguments)
     assert reason in str(error.value)
     gpu.setenv(dispatch.VARIABLE, "1")
     with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1"):
-        dispatch.use_kernels(AUTO, *arguments)
+        dispatch.kernel_obstacle(AUTO, *arguments)
 
 
 def test_an_obstacle_of_the_caller_warns_once(gpu):
     warnings = []
     gpu.setattr(dispatch.logger, "warning_once", warnings.append)
-    assert not dispatch.use_kernels(AUTO, CUDA, torch.float32, 64, "attention weights are asked for")
+    assert dispatch.kernel_obstacle(AUTO, CUDA, torch.float32, 64, "attention weights are asked for")
     assert warnings == ["Translution runs without its CUDA kernels: attention weights are asked for."]
 
 
 @pytest.mark.parametrize(("value", "chosen"), [("0", False), ("off", False), ("1", True), ("ON", True), ("auto", True), ("", True)])  # fmt: skip
 def test_the_variable(gpu, value, chosen):
     gpu.setenv(dispatch.VARIABLE, value)
-    assert dispatch.use_kernels(AUTO, CUDA, torch.float32, 64) is chosen
-    assert dispatch.use_kernels(TRITON, CUDA, torch.float32, 64)
+    assert (not dispatch.kernel_obstacle(AUTO, CUDA, torch.float32, 64)) is chosen
+    assert not dispatch.kernel_obstacle(TRITON, CUDA, torch.float32, 64)
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")], ids=["gpu", "cpu"])
+def test_a_basis_asks_once_why_the_kernels_do_not_serve(gpu, device):
+    asked = []
+    ask = dispatch.device_obstacle
+    gpu.setattr(dispatch, "device_obstacle", lambda *arguments: asked.append(arguments) or ask(*arguments))
+    gpu.setenv(dispatch.VARIABLE, "0")
+    reason = "they are not asked for" if device == CUDA else "the tensors are on 'cpu', and the kernels need a GPU"
+    assert choose_path(call("basis", device=device)) == ("basis", f"no CUDA kernel: {reason}")
+    assert len(asked) == 1
 
 
 def test_an_unknown_value_of_the_variable(gpu):
     gpu.setenv(dispatch.VARIABLE, "maybe")
     with pytest.raises(ValueError, match=r"`TRANSLUTION_TRITON` must be 0, 1 or auto, got 'maybe'"):
-        dispatch.use_kernels(AUTO, CUDA, torch.float32, 64)
+        dispatch.kernel_obstacle(AUTO, CUDA, torch.float32, 64)
 
 
 def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish(monkeypatch):

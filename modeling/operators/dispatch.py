@@ -163,10 +163,12 @@ def _choose_path(call: Call) -> Choice:
             obstacle = "attention dropout is on, and a fused kernel never holds what it would drop"
         elif call.cached and call.layout.clamp:
             obstacle = "a cache with `max_relative_distance` keeps far keys and values apart from near ones"
-        if _kernels_serve(call, obstacle):
-            return Choice("basis_kernel", "one CUDA kernel does the whole attention")
-        return Choice("basis", f"no CUDA kernel: {kernel_obstacle(call, obstacle)}")
-    if _kernels_serve(call, obstacle):
+    obstacle = kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, obstacle)
+    if call.kind == "basis":
+        if obstacle:
+            return Choice("basis", f"no CUDA kernel: {obstacle}")
+        return Choice("basis_kernel", "one CUDA kernel does the whole attention")
+    if not obstacle:
         return Choice("pair_kernels", "the CUDA kernels serve")
     if call.rotated and not call.layout.causal:
         return Choice("reference", "no other path rotates what banks project")
@@ -180,7 +182,7 @@ def _reference(call: Call) -> Choice:
     reason = "attention weights are asked for, which the readable reference returns"
     if call.kind in ("full", "low_rank", "basis"):
         # Whoever insists on the kernels is to know.
-        _kernels_serve(call, reason)
+        kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, reason)
     return Choice("reference", reason)
 
 
@@ -241,13 +243,6 @@ def pair_operators(path: str) -> PairOperators:
 # The CUDA kernels
 
 
-class Verdict(NamedTuple):
-    """Whether the kernels can serve, and the reason where they cannot."""
-
-    ok: bool
-    reason: str = ""
-
-
 class Kernels(NamedTuple):
     """Operators over pairs, and the whole attention with a basis."""
 
@@ -259,8 +254,8 @@ class Kernels(NamedTuple):
 _loaded: list[Kernels] = []
 
 
-def can_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> Verdict:
-    """Whether the kernels can compute pairs of tokens.
+def device_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Why the kernels cannot compute pairs of tokens; empty where they can.
 
     Args:
         device, dtype: of the tokens.
@@ -268,51 +263,48 @@ def can_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> Verdi
     """
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
-        return Verdict(False, f"the tensors are on {device.type!r}, and the kernels need a GPU")
+        return f"the tensors are on {device.type!r}, and the kernels need a GPU"
     if find_spec("triton") is None:
-        return Verdict(False, "Triton is not installed (`pip install triton`)")
+        return "Triton is not installed (`pip install triton`)"
     if head_size > MAX_HEAD_SIZE:
-        return Verdict(False, f"heads of {head_size} features are larger than {MAX_HEAD_SIZE}")
-    if interpreted:
-        return Verdict(True)
-    if dtype not in DTYPES:
-        return Verdict(False, f"the kernels compute in float32, bfloat16 and float16, not {dtype}")
-    if torch.version.hip is None:
+        return f"heads of {head_size} features are larger than {MAX_HEAD_SIZE}"
+    if not interpreted and dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 and float16, not {dtype}"
+    if not interpreted and torch.version.hip is None:
         (major, minor), least = torch.cuda.get_device_capability(device), 8 if dtype == torch.bfloat16 else 7
         if major < least:
-            return Verdict(False, f"{dtype} needs compute capability {least}.0, and {device} has {major}.{minor}")
-    return Verdict(True)
+            return f"{dtype} needs compute capability {least}.0, and {device} has {major}.{minor}"
+    return ""
 
 
 @torch.compiler.assume_constant_result
-def use_kernels(
+def kernel_obstacle(
     implementation: str, device: torch.device, dtype: torch.dtype, head_size: int, obstacle: str = ""
-) -> bool:
-    """Whether the kernels shall serve a call. Where a GPU has to do without them, the reason is logged once.
+) -> str:
+    """Why the kernels do not serve a call; empty where they shall. Where a GPU has to do without them, this is logged once.
 
     On a CPU, interpreted, they run only where they are insisted on.
 
     Args:
         implementation: `"auto"` or `"triton"`.
-        device, dtype, head_size: see `can_serve`.
+        device, dtype, head_size: see `device_obstacle`.
         obstacle: what the call itself has that the kernels cannot serve.
 
     Raises:
         ValueError: if the kernels are insisted on and cannot serve, or for an unknown value of the variable.
     """
-    verdict = can_serve(device, dtype, head_size)
-    if verdict.ok and obstacle:
-        verdict = Verdict(False, obstacle)
+    obstacle = device_obstacle(device, dtype, head_size) or obstacle
     wish, insists = _variable(), _insists(implementation)
-    if insists and not verdict.ok:
+    if insists and obstacle:
         source = f"`attn_implementation={TRITON!r}`" if implementation == TRITON else f"`{VARIABLE}={wish}`"
-        raise ValueError(f"{source} cannot be met: {verdict.reason}. Without it plain PyTorch runs.")
-    if device.type == "cuda" and not verdict.ok:
-        logger.warning_once(f"Translution runs without its CUDA kernels: {verdict.reason}.")
-    chosen = insists or (verdict.ok and device.type == "cuda" and wish not in FORBID)
-    if chosen:
+        raise ValueError(f"{source} cannot be met: {obstacle}. Without it plain PyTorch runs.")
+    if device.type == "cuda" and obstacle:
+        logger.warning_once(f"Translution runs without its CUDA kernels: {obstacle}.")
+    if not obstacle and not insists and (device.type != "cuda" or wish in FORBID):
+        obstacle = "they are not asked for"
+    if not obstacle:
         _load()
-    return chosen
+    return obstacle
 
 
 def _variable() -> str:
@@ -328,21 +320,9 @@ def _insists(implementation: str) -> bool:
     return implementation == TRITON or _variable() in INSIST
 
 
-def kernel_obstacle(call: Call, obstacle: str = "") -> str:
-    """Why the kernels do not serve a call."""
-    if torch.compiler.is_compiling():
-        return ""
-    verdict = can_serve(call.device, call.dtype, call.head_size)
-    return verdict.reason or obstacle or "they are not asked for"
-
-
 def kernels() -> Kernels:
     """The kernels, where `choose_path` chose them."""
     return _loaded[0]
-
-
-def _kernels_serve(call: Call, obstacle: str = "") -> bool:
-    return use_kernels(call.wish, call.device, call.dtype, call.head_size, obstacle)
 
 
 def _load() -> None:
@@ -397,11 +377,10 @@ __all__ = [
     "TRITON",
     "Call",
     "Choice",
-    "Verdict",
-    "can_serve",
     "choose_path",
+    "device_obstacle",
     "explain_dispatch",
+    "kernel_obstacle",
     "kernels",
     "pair_operators",
-    "use_kernels",
 ]
