@@ -60,7 +60,7 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         maps = self._maps(torch.cat((query, key, value), dim=1))
         key, value = self.remember(key, value, layout, past_key_values)
         attended, weights = self.attend(query, key, value, layout, mask, output_attentions)
-        path = self.choose_path("convolution", maps, layout, mask, past_key_values=past_key_values).path
+        path = self.choose_path("convolution", maps, layout, mask, cached=past_key_values is not None).path
         if path == "window":
             (recent,) = remember_recent(past_key_values, self.layer_idx, [maps], self.kernel_size - 1)
             convolved = convolve_window(recent, self._shift_bank(layout), layout, mask)

@@ -45,7 +45,7 @@ class ConvolutionMixer(Mixer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        path = self.choose_path("convolution", hidden_states, layout, mask, past_key_values=past_key_values).path
+        path = self.choose_path("convolution", hidden_states, layout, mask, cached=past_key_values is not None).path
         if layout.causal:
             if path == "window":
                 remember(past_key_values, self.layer_idx, [hidden_states[:, None, :, :0]], [None])

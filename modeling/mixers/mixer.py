@@ -5,9 +5,10 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..operators.dispatch import AUTO, Call, Choice, choose_path
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
@@ -36,34 +37,25 @@ class Mixer(nn.Module):
             self.o_proj = nn.Linear(self.inner_size, config.hidden_size)
 
     def choose_path(
-        self,
-        kind: str,
-        tokens: Tensor,
-        layout: PairLayout | StepLayout,
-        mask: AttentionMask,
-        output_attentions: bool = False,
-        past_key_values: Cache | None = None,
-        head_size: int | None = None,
-        rotated: bool = False,
-        relative: str = "",
+        self, kind: str, tokens: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask, **fields: Any
     ) -> Choice:
-        """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`."""
+        """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`.
+
+        Further `fields` are those of `Call`.
+        """
         call = Call(
             kind,
             self.layer_idx,
             layout,
-            self.head_dim if head_size is None else head_size,
+            fields.pop("head_size", self.head_dim),
             tokens.device,
             tokens.dtype,
             # A mixer outside a model has no implementation yet.
             self.config._attn_implementation or AUTO,
-            output_attentions,
-            mask.additive is not None,
-            mask.hides_pairs,
-            (self.training and self.attention_dropout > 0) or _is_learned(mask.additive),
-            past_key_values is not None,
-            rotated,
-            relative,
+            masked=mask.additive is not None,
+            hides_pairs=mask.hides_pairs,
+            drops=(self.training and self.attention_dropout > 0) or _is_learned(mask.additive),
+            **fields,
         )
         return choose_path(call)
 

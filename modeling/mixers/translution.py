@@ -138,11 +138,11 @@ class TranslutionMixer(Mixer):
             hidden_states,
             layout,
             mask,
-            output_attentions,
-            past_key_values,
-            self.bank_head_size,
-            self.rotates_pairs,
-            self.relative,
+            head_size=self.bank_head_size,
+            wants_weights=output_attentions,
+            cached=past_key_values is not None,
+            rotated=self.rotates_pairs,
+            relative=self.relative,
         ).path
         if path == "local_step":
             return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
