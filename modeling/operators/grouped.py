@@ -143,7 +143,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     place = 0
     for shift in layout.column_shifts():
         key_side.start_shift(shift)
-        received = columns_of(output, layout, shift.query_start, shift.num_columns)
+        received = columns_of(output, layout, shift.queries)
         targets = received if heads.narrow else heads.apart(received)
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
@@ -155,7 +155,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
                 weights, pieces = heads.apart(weights), heads.apart(projected).split(block.sizes)
             add_weighted_each(at(targets, block.queries), pieces, weights.split(block.sizes))
             place = end
-        put_columns(output, received, layout, shift.query_start, shift.num_columns)
+        put_columns(output, received, layout, shift.queries)
     output = output.transpose(0, 1)
     add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype).contiguous()

@@ -21,7 +21,7 @@ from .far_blocks import FarBlock, far_blocks
 from .fused_attention import attention, attention_backward
 from .heads import split_heads
 from .pair_autograd import accumulation_dtype, pack, unpack
-from .pair_layout import NearOffset, PairLayout
+from .pair_layout import OffsetPairs, PairLayout
 from .registration import define, register_once
 
 
@@ -64,11 +64,11 @@ class _Grid:
     def __init__(self, layout: PairLayout):
         self.width, self.layout = layout.width, layout
 
-    def terms(self, count: int) -> tuple[NearOffset, ...]:
+    def terms(self, count: int) -> tuple[OffsetPairs, ...]:
         """The near offsets, and once more all queries, where there is a term for a key of no place in the grid."""
         offsets = self.layout.near_offsets()
         everything = (slice(0, self.layout.height - self.layout.past), slice(0, self.width))
-        return (*offsets, *[NearOffset(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
+        return (*offsets, *[OffsetPairs(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
 
     def of(self, tokens: Tensor, place: tuple[slice, slice]) -> Tensor:
         """`[B, N, …]` to `[B, rows, columns, …]`; one token for all, `[B, 1, …]`, stays one."""

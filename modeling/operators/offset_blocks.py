@@ -66,8 +66,8 @@ def _block(offsets: list[OffsetPairs], step: int) -> Block:
         tuple(offsets),
         sum(sizes),
         sizes,
-        tuple((offset.query_start * step, size) for offset, size in zip(offsets, sizes, strict=True)),
-        tuple((offset.key_start * step, size) for offset, size in zip(offsets, sizes, strict=True)),
+        tuple((offset.queries[0].start * step, size) for offset, size in zip(offsets, sizes, strict=True)),
+        tuple((offset.keys[0].start * step, size) for offset, size in zip(offsets, sizes, strict=True)),
     )
 
 
@@ -88,16 +88,16 @@ def _grid(tokens: Tensor, layout: PairLayout) -> Tensor:
     return tokens[int(layout.class_token) :].unflatten(0, (-1, layout.width))
 
 
-def columns_of(tokens: Tensor, layout: PairLayout, start: int, num_columns: int) -> Tensor:
-    """Columns `start …` of the grid's tokens, `[rows·w·B, C]`, contiguous: a copy only where they are not all columns."""
-    return _grid(tokens, layout)[:, start : start + num_columns].flatten(0, 2).contiguous()
+def columns_of(tokens: Tensor, layout: PairLayout, columns: slice) -> Tensor:
+    """Some columns of the grid's tokens, `[rows·w·B, C]`, contiguous: a copy only where they are not all columns."""
+    return _grid(tokens, layout)[:, columns].flatten(0, 2).contiguous()
 
 
-def put_columns(tokens: Tensor, columns: Tensor, layout: PairLayout, start: int, num_columns: int) -> None:
+def put_columns(tokens: Tensor, changed: Tensor, layout: PairLayout, columns: slice) -> None:
     """Writes changed columns back, where `columns_of` had to copy them."""
-    part = _grid(tokens, layout)[:, start : start + num_columns]
-    if part.data_ptr() != columns.data_ptr():
-        part.copy_(columns.view(part.shape))
+    part = _grid(tokens, layout)[:, columns]
+    if part.data_ptr() != changed.data_ptr():
+        part.copy_(changed.view(part.shape))
 
 
 def at(columns: Tensor, places: tuple[tuple[int, int], ...]) -> list[Tensor]:
@@ -201,7 +201,7 @@ class Side:
 
     def start_shift(self, shift: ColumnShift, gradients: bool = False, like: Side | None = None) -> None:
         """Takes the columns of a shift, those of `like` where its tokens are the same."""
-        self.place = (self.layout, shift.query_start if self.is_query else shift.key_start, shift.num_columns)
+        self.place = (self.layout, shift.queries if self.is_query else shift.keys)
         shared = like is not None and like.tokens is self.tokens
         self.columns = like.columns if shared else columns_of(self.tokens, *self.place)
         if gradients:

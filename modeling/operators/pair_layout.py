@@ -19,40 +19,12 @@ CLASS_TO_CLASS, CLASS_FROM_PATCH, PATCH_FROM_CLASS = 0, 1, 2
 NUM_CLASS_ROWS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OffsetPairs:
-    """The pairs of one grid offset `(row_offset, column_offset)`: query `(x, y)` and key `(x - row_offset, y - column_offset)`.
+    """The pairs of one grid offset: query `(x, y)` and key `(x - row_offset, y - column_offset)`.
 
-    Queries are rows `query_start` to `query_start + num_rows` of the columns that `column_offset` leaves, keys likewise;
-    both sets are rectangles of the same shape. `row` and `reverse_row` index the banks of keys and values, and of queries.
-    """
-
-    query_start: int
-    key_start: int
-    num_rows: int
-    row: int
-    reverse_row: int
-
-
-@dataclass(frozen=True)
-class ColumnShift:
-    """All offsets that share the column offset `column_offset`: `num_columns` columns take part, one offset per row offset."""
-
-    query_start: int
-    key_start: int
-    num_columns: int
-    offsets: tuple[OffsetPairs, ...]
-
-    @property
-    def column_offset(self) -> int:
-        return self.query_start - self.key_start
-
-
-@dataclass(frozen=True)
-class NearOffset:
-    """A grid offset with a matrix of its own: the rows and columns of its queries and of their keys, in the grids of both.
-
-    `row` and `reverse_row` index the banks of keys and values, and of queries.
+    `queries` and `keys` are rows and columns in the grids of both, rectangles of the same shape. `row` and `reverse_row` index the
+    banks of keys and values, and of queries.
     """
 
     row_offset: int
@@ -61,6 +33,23 @@ class NearOffset:
     reverse_row: int
     queries: tuple[slice, slice]
     keys: tuple[slice, slice]
+
+    @property
+    def num_rows(self) -> int:
+        return self.queries[0].stop - self.queries[0].start
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnShift:
+    """All offsets that share a column offset: the columns of their queries and keys, and one offset per row offset."""
+
+    queries: slice
+    keys: slice
+    offsets: tuple[OffsetPairs, ...]
+
+    @property
+    def num_columns(self) -> int:
+        return self.queries.stop - self.queries.start
 
 
 @dataclass(frozen=True)
@@ -245,7 +234,7 @@ class PairLayout:
         """The grid's pairs grouped by offset: by column offset, then by row offset."""
         return _column_shifts(self)
 
-    def near_offsets(self) -> tuple[NearOffset, ...]:
+    def near_offsets(self) -> tuple[OffsetPairs, ...]:
         """The offsets with a matrix of their own: of a text those of `near`, of an image those no further than the bank.
 
         Clamped offsets of an image share matrices with far ones in their direction: there are none then.
@@ -364,67 +353,42 @@ def bank_layout(config) -> PairLayout:
 def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     shifts = []
     for column_offset in range(1 - layout.width, layout.width):
-        if layout.causal:
-            offsets = []
-            for row_offset in range(layout.num_distances):
-                first = max(row_offset, layout.past)
-                row = layout.row(row_offset, column_offset)
-                offsets.append(OffsetPairs(first - layout.past, first - row_offset, layout.height - first, row, row))
-        else:
-            offsets = [
-                OffsetPairs(
-                    max(row_offset, 0),
-                    max(-row_offset, 0),
-                    layout.height - abs(row_offset),
-                    layout.row(row_offset, column_offset),
-                    layout.row(-row_offset, -column_offset),
-                )
-                for row_offset in range(1 - layout.height, layout.height)
-            ]
-        shifts.append(
-            ColumnShift(
-                max(column_offset, 0), max(-column_offset, 0), layout.width - abs(column_offset), tuple(offsets)
-            )
-        )
+        columns = _overlap(column_offset, layout.width)
+        offsets = []
+        for row_offset in range(0 if layout.causal else 1 - layout.height, layout.num_distances):
+            queries, keys = _overlap(row_offset, layout.height, layout.past)
+            row = layout.row(row_offset, column_offset)
+            reverse_row = row if layout.causal else layout.row(-row_offset, -column_offset)
+            places = ((queries, columns[0]), (keys, columns[1]))
+            offsets.append(OffsetPairs(row_offset, column_offset, row, reverse_row, *places))
+        shifts.append(ColumnShift(*columns, tuple(offsets)))
     return tuple(shifts)
 
 
+def _overlap(offset: int, size: int, past: int = 0) -> tuple[slice, slice]:
+    """The queries and keys of an axis that are `offset` apart; `past` keys come before the first query."""
+    first, last = max(offset, past), size + min(offset, 0)
+    return slice(first - past, last - past), slice(first - offset, last - offset)
+
+
 @lru_cache(maxsize=64)
-def _near_offsets(layout: PairLayout) -> tuple[NearOffset, ...]:
-    offsets = []
-    for shift in layout.column_shifts():
-        for offset in shift.offsets:
-            row_offset = offset.query_start + layout.past - offset.key_start
-            if layout.causal or max(abs(row_offset), abs(shift.column_offset)) < layout.bank_height:
-                rows, columns = offset.num_rows, shift.num_columns
-                offsets.append(
-                    NearOffset(
-                        row_offset,
-                        shift.column_offset,
-                        offset.row,
-                        offset.reverse_row,
-                        (_part(offset.query_start, rows), _part(shift.query_start, columns)),
-                        (_part(offset.key_start, rows), _part(shift.key_start, columns)),
-                    )
-                )
-    return tuple(offsets)
-
-
-def _part(start: int, size: int) -> slice:
-    return slice(start, start + size)
+def _near_offsets(layout: PairLayout) -> tuple[OffsetPairs, ...]:
+    return tuple(
+        offset
+        for shift in layout.column_shifts()
+        for offset in shift.offsets
+        if layout.causal or max(abs(offset.row_offset), abs(offset.column_offset)) < layout.bank_height
+    )
 
 
 @lru_cache(maxsize=16)
 def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
     tokens, first = layout.num_tokens, int(layout.class_token)
     pieces = []
+    grid = first + np.arange(layout.height * layout.width).reshape(layout.height, layout.width)
     for shift in layout.column_shifts():
-        column = np.arange(shift.num_columns)
         for offset in shift.offsets:
-            row = np.arange(offset.num_rows)[:, None]
-            query = first + (row + offset.query_start) * layout.width + column + shift.query_start
-            key = first + (row + offset.key_start) * layout.width + column + shift.key_start
-            pieces.append((query * tokens + key).ravel())
+            pieces.append((grid[offset.queries] * tokens + grid[offset.keys]).ravel())
     order = np.concatenate(pieces).astype(np.int64)
     position = np.full(layout.num_queries * tokens, order.size, dtype=np.int64)
     position[order] = np.arange(order.size)
@@ -436,7 +400,6 @@ __all__ = [
     "CLASS_TO_CLASS",
     "NUM_CLASS_ROWS",
     "PATCH_FROM_CLASS",
-    "NearOffset",
     "PairLayout",
     "StepLayout",
     "bank_layout",

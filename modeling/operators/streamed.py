@@ -91,7 +91,7 @@ def _forward(
         query.start_shift(shift)
         key.start_shift(shift)
         value.start_shift(shift, like=key)
-        place = (layout, shift.query_start, shift.num_columns)
+        place = (layout, shift.queries)
         running_max, running_sum, output = (
             columns_of(part, *place) for part in (softmax.running_max, softmax.running_sum, softmax.output)
         )
@@ -161,7 +161,7 @@ def _backward(
     for shift in layout.column_shifts():
         for side in (*sides, received):
             side.start_shift(shift, side in wanted, like=key if side is value else None)
-        place = (layout, shift.query_start, shift.num_columns)
+        place = (layout, shift.queries)
         logsumexp_columns, delta_columns = (columns_of(part, *place) for part in (logsumexp, delta))
         for block in blocks(shift, query.batch, widest):
             scores, weight_gradient = (logsumexp.new_empty(block.num_rows, num_heads) for _ in range(2))
