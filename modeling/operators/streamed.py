@@ -33,7 +33,6 @@ from .offset_blocks import (
     tokens_first,
     workspace,
 )
-from .online_softmax import OnlineSoftmax, by_head
 from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import PairLayout
 from .registration import define, register_once
@@ -41,6 +40,47 @@ from .registration import define, register_once
 
 # Scores between two updates of the softmax: many, since each update touches the output once.
 GROUP_ELEMENTS = 1 << 17
+
+
+class OnlineSoftmax:
+    """Softmax that is finished before all scores are known: of each query the running maximum, the running sum of exponentials
+    and the weighted sum of values, tokens first.
+    """
+
+    def __init__(self, query: Tensor, num_heads: int, features: int):
+        wide = accumulation_dtype(query.dtype)
+        shape = (query.shape[1], query.shape[0], num_heads)
+        self.running_max = query.new_full(shape, torch.finfo(wide).min, dtype=wide)
+        self.running_sum = query.new_zeros(shape, dtype=wide)
+        self.output = query.new_zeros(*shape[:2], features, dtype=wide)
+
+    def add(self, queries: slice, scores: Tensor, values: Tensor) -> None:
+        """Adds pairs of one query and many keys, or of many queries with one key each.
+
+        Args:
+            scores: `[pairs, B, A]`.
+            values: `[pairs or 1, B, A·e]`.
+        """
+        old, running_sum, output = (part[queries] for part in (self.running_max, self.running_sum, self.output))
+        together = old.shape[0] < scores.shape[0]
+        running_max = torch.maximum(old, scores.amax(0, keepdim=True) if together else scores)
+        decay, weight = (old - running_max).exp(), (scores - running_max).exp()
+        given = by_head(values, weight) * weight.unsqueeze(-1)
+        if together:
+            weight, given = weight.sum(0, keepdim=True), given.sum(0, keepdim=True)
+        running_sum.mul_(decay).add_(weight)
+        by_head(output, decay).mul_(decay.unsqueeze(-1)).add_(given)
+        old.copy_(running_max)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The output, `[L, B, A·e]`, and the logarithm of the sum of exponentials, `[L, B, A]`."""
+        by_head(self.output, self.running_sum).div_(self.running_sum.unsqueeze(-1))
+        return self.output, self.running_sum.log_().add_(self.running_max)
+
+
+def by_head(tokens: Tensor, like: Tensor) -> Tensor:
+    """`[…, A·e]` to `[…, A, e]`, with the heads of `[…, A]`."""
+    return tokens.unflatten(-1, (like.shape[-1], -1))
 
 
 def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
@@ -197,8 +237,7 @@ def _backward(
                 side.accumulate(block, changed)
         for side in wanted:
             side.end_shift()
-    for queries, keys, row, reverse in class_blocks(layout):
-        _class_gradients(query, key, value, received, needed, queries, keys, row, reverse, logsumexp, delta, scale)
+    _add_class_gradients(sides, received, needed, logsumexp, delta, scale)
     token_gradients, bank_gradients = [], []
     for side, need in zip(sides, needed, strict=True):
         both = side.gradients() if need else (gradient.new_empty(0), gradient.new_empty(0))
@@ -207,39 +246,29 @@ def _backward(
     return [*token_gradients, *bank_gradients]
 
 
-def _class_gradients(
-    query: Side,
-    key: Side,
-    value: Side,
+def _add_class_gradients(
+    sides: tuple[Side, Side, Side],
     received: Side,
     needed: tuple[bool, bool, bool],
-    queries: slice,
-    keys: slice,
-    row: int,
-    reverse: int,
     logsumexp: Tensor,
     delta: Tensor,
     scale: float,
 ) -> None:
     """Adds what the pairs of a class token contribute."""
-    q, k, v = (
-        query.project_tokens(queries, reverse),
-        key.project_tokens(keys, row),
-        value.project_tokens(keys, row),
-    )
-    gradient = received.tokens[queries]
     wide = logsumexp.dtype
-    q, k, v, gradient = (by_head(part, logsumexp) for part in (q, k, v, gradient))
-    weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[queries]).exp()
-    score_gradient = ((gradient * v).sum(-1, dtype=wide) - delta[queries]) * weights * scale
-    score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
-    pieces = ((query, queries, reverse, score_gradient * k), (key, keys, row, score_gradient * q))
-    pieces += ((value, keys, row, weights * gradient),)
-    for (side, tokens, side_row, piece), need in zip(pieces, needed, strict=True):
-        if need:
-            one = side.tokens[tokens].shape[0] < piece.shape[0]
-            piece = piece.sum(0, keepdim=True) if one else piece
-            side.accumulate_tokens(tokens, side_row, piece.flatten(-2))
+    for queries, keys, row, reverse in class_blocks(received.layout):
+        places = ((queries, reverse), (keys, row), (keys, row))
+        projected = (side.project_tokens(*place) for side, place in zip(sides, places, strict=True))
+        q, k, v, gradient = (by_head(part, logsumexp) for part in (*projected, received.tokens[queries]))
+        weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[queries]).exp()
+        score_gradient = ((gradient * v).sum(-1, dtype=wide) - delta[queries]) * weights * scale
+        score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
+        pieces = (score_gradient * k, score_gradient * q, weights * gradient)
+        for side, (tokens, side_row), piece, need in zip(sides, places, pieces, needed, strict=True):
+            if need:
+                one = side.tokens[tokens].shape[0] < piece.shape[0]
+                piece = piece.sum(0, keepdim=True) if one else piece
+                side.accumulate_tokens(tokens, side_row, piece.flatten(-2))
 
 
 def _room(space: Tensor, block: Block, features: int) -> Tensor:
