@@ -410,7 +410,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         height, width = (side // patch for side, patch in patches)
         distance, share_far = config.max_relative_distance, config.far_offsets == "shared"
         layout = PairLayout.for_image(height, width, height, width, distance, share_far)
-        check_mask(attention_mask, len(pixel_values), config.num_attention_heads, layout, layout.num_tokens)
+        check_mask(attention_mask, pixel_values.shape[0], config.num_attention_heads, layout, layout.num_tokens)
         return {"layout": layout, "mask": make_mask(attention_mask, layout, like), "past_key_values": None}
 
     def _text_pairs(
