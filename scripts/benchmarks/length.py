@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn
+from benchmarks.measuring import BOTH, FORWARD, measure, step, stop_if_wrong
 from benchmarks.models import make_mixer, mix, path_error
 from benchmarks.operator import products_of
 from translution import TranslutionConfig
@@ -99,9 +98,8 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
                 runs |= floors(mixers[DISTANT][0], length, backward)
             if not runs:
                 return
-            memory, counts = {}, {}
+            counts = {}
             for name, run in runs.items():
-                memory[name] = peak_memory(run)
                 start = time.perf_counter()
                 run()
                 seconds = time.perf_counter() - start
@@ -110,16 +108,12 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
                 )
                 if seconds > options.patience:
                     growing[name] = False
-            times = time_in_turn(runs, counts, warm_up=())
-            medians = {name: statistics.median(values) for name, values in times.items()}
+            case = f"text, L {length}, C {HIDDEN}, B 1, kv"
+            rows, medians = measure(case, BOTH if backward else FORWARD, runs, counts)
             floor = sum(value for name, value in medians.items() if name.startswith("floor"))
-            for name, values in times.items():
+            for name, row in rows.items():
                 yield {
-                    "case": f"text, L {length}, C {HIDDEN}, B 1, kv",
-                    "implementation": name,
-                    "passes": BOTH if backward else FORWARD,
-                    **spread(values),
-                    "peak_mib": memory[name],
+                    **row,
                     "times_attention": medians[name] / medians["attention"] if "attention" in medians else None,
                     "times_floor": medians[name] / floor if name == DISTANT and floor else None,
                     "error": errors.get(name),
