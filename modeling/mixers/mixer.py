@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..operators.dispatch import AUTO, Call, Choice, choose_path
+from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets
 from .masks import AttentionMask, causal_mask
@@ -78,8 +78,7 @@ class Mixer(nn.Module):
         """Softmax of `[B, A, L, L]` scores with an additive mask, in float32 at least, with dropout when training."""
         if attention_mask is not None:
             scores = scores + attention_mask
-        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        weights = scores.softmax(dim=-1, dtype=wide)
+        weights = scores.softmax(dim=-1, dtype=accumulation_dtype(scores.dtype))
         return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
 
 

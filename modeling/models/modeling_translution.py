@@ -565,7 +565,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         return inputs_embeds, position_ids
 
     def _rotation(
-        self, hidden_states: Tensor, layout: PairLayout | StepLayout, position_ids: Tensor | None
+        self, hidden_states: Tensor, layout: PairLayout | StepLayout, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor] | None:
         config, dtype = self.config, hidden_states.dtype
         if not self.has_rotary_layers:

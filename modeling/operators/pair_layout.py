@@ -52,8 +52,20 @@ class ColumnShift:
         return self.queries.stop - self.queries.start
 
 
+class _Distances:
+    """The largest distances that a bank of `bank_height × bank_width` tells apart."""
+
+    @property
+    def max_row_distance(self) -> int:
+        return self.bank_height - 1
+
+    @property
+    def max_column_distance(self) -> int:
+        return self.bank_width - 1
+
+
 @dataclass(frozen=True)
-class PairLayout:
+class PairLayout(_Distances):
     """Geometry of the pairs of one sequence of tokens.
 
     Images are a `height × width` grid in row-major order, after a class token where `class_token` is set. Text is a grid of
@@ -174,16 +186,6 @@ class PairLayout:
         """Rows of a bank."""
         return self.num_grid_offsets + (NUM_CLASS_ROWS if self.class_token else 0)
 
-    @property
-    def max_row_distance(self) -> int:
-        """Largest row distance that a bank tells apart."""
-        return self.bank_height - 1
-
-    @property
-    def max_column_distance(self) -> int:
-        """Largest column distance that a bank tells apart."""
-        return self.bank_width - 1
-
     def row(self, row_offset: int, column_offset: int) -> int:
         """Bank row of the grid offset `(row_offset, column_offset)`, or of what it shares one with."""
         max_row_distance, max_column_distance = self.max_row_distance, self.max_column_distance
@@ -253,7 +255,7 @@ class PairLayout:
 
 
 @dataclass(frozen=True)
-class StepLayout:
+class StepLayout(_Distances):
     """The pairs of new tokens with the slots of a cache, some of which may not be filled yet.
 
     One new token is what `decode.py` serves. There are several where a graph has to serve every position.
@@ -275,16 +277,6 @@ class StepLayout:
     num_queries: int = 1
     # Lives as long as a forward pass.
     known: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
-
-    @property
-    def max_row_distance(self) -> int:
-        """See `PairLayout.max_row_distance`."""
-        return self.bank_height - 1
-
-    @property
-    def max_column_distance(self) -> int:
-        """See `PairLayout.max_column_distance`."""
-        return self.bank_width - 1
 
     def near(self, past: int) -> StepLayout | PairLayout:
         """See `PairLayout.near`."""
