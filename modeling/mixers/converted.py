@@ -71,10 +71,6 @@ class ConvertedMixer(TranslutionMixer):
             if projection.bias is not None:
                 self.register_parameter(f"{name}_bias_bank", _for_each_offset(projection.bias, num_offsets))
 
-    def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> None:
-        # The source computes its rotations in its own way, scaled ones included: none is computed here.
-        return None
-
 
 class ConvertedAttention(nn.Module):
     """Stands where the source's attention module stood, and is called as that was; `mixer` does the work.

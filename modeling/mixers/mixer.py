@@ -54,7 +54,8 @@ class Mixer(nn.Module):
             self.config._attn_implementation or AUTO,
             masked=mask.additive is not None,
             hides_pairs=mask.hides_pairs,
-            drops=(self.training and self.attention_dropout > 0) or _is_learned(mask.additive),
+            drops=(self.training and self.attention_dropout > 0)
+            or (mask.additive is not None and mask.additive.requires_grad),
             **fields,
         )
         return choose_path(call)
@@ -80,10 +81,6 @@ class Mixer(nn.Module):
             scores = scores + attention_mask
         weights = scores.softmax(dim=-1, dtype=accumulation_dtype(scores.dtype))
         return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
-
-
-def _is_learned(mask: Tensor | None) -> bool:
-    return mask is not None and mask.requires_grad
 
 
 __all__ = ["Mixer"]

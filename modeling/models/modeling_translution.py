@@ -238,18 +238,11 @@ class TranslutionPreTrainedModel(PreTrainedModel):
                 init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
 
 
-def _or_by_trunk(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the trunk of another model, where there is one, serve a trunk's forward pass."""
-
-    @wraps(forward)
-    def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs) if self.trunk is None else self._forward_trunk(*args, **kwargs)
-
-    return called
-
-
 def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the first positional argument of a trunk's forward pass `pixel_values` where the model is one for images."""
+    """Makes the first positional argument of a trunk's forward pass `pixel_values` where the model is one for images.
+
+    The trunk of another model, where there is one, serves the forward pass.
+    """
 
     @wraps(forward)
     def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
@@ -257,7 +250,7 @@ def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
             if kwargs.get("pixel_values") is not None:
                 raise TypeError("`pixel_values` must be given once, got a positional argument as well.")
             args, kwargs = (None, *args[1:]), {**kwargs, "pixel_values": args[0]}
-        return forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs) if self.trunk is None else self._forward_trunk(*args, **kwargs)
 
     return called
 
@@ -340,7 +333,6 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.config.image_size = image_size
 
     @_first_is_main_input
-    @_or_by_trunk
     @merge_with_config_defaults
     @capture_outputs
     def forward(

@@ -225,19 +225,11 @@ def _streaming_obstacle(call: Call) -> str:
     return ""
 
 
-class PairOperators(NamedTuple):
-    """The two functions over pairs, with the signatures of `reference.py`."""
-
-    pair_scores: Callable[..., Tensor]
-    pair_values: Callable[..., Tensor]
-
-
-def pair_operators(path: str) -> PairOperators:
-    """The functions of a path that holds the square of scores."""
+def pair_operators(path: str) -> Any:
+    """What has `pair_scores` and `pair_values`, see `reference.py`, of a path that holds the square of scores."""
     if path == "pair_kernels":
-        return PairOperators(*kernels()[:2])
-    module = {"reference": reference, "decode": decode, "gathered": gathered, "basis": basis, "grouped": grouped}[path]
-    return PairOperators(module.pair_scores, module.pair_values)
+        return kernels()
+    return {"reference": reference, "decode": decode, "gathered": gathered, "basis": basis, "grouped": grouped}[path]
 
 
 # The CUDA kernels

@@ -115,11 +115,6 @@ def add_each(targets: list[Tensor], parts: list[Tensor]) -> None:
             target += part
 
 
-def maximum_each(targets: list[Tensor], parts: list[Tensor]) -> None:
-    """Raises each target to its part, where that is greater."""
-    torch._foreach_maximum_(targets, parts)
-
-
 def add_weighted_each(targets: list[Tensor], parts: list[Tensor], weights: list[Tensor]) -> None:
     """Adds each part times its weight to its target."""
     if targets[0].dtype == parts[0].dtype:
@@ -289,7 +284,6 @@ __all__ = [
     "at",
     "blocks",
     "columns_of",
-    "maximum_each",
     "put_columns",
     "tokens_first",
     "workspace",

@@ -28,7 +28,6 @@ from .offset_blocks import (
     at,
     blocks,
     columns_of,
-    maximum_each,
     put_columns,
     tokens_first,
     workspace,
@@ -148,7 +147,7 @@ def _forward(
                 heads.inner_products(*((k, q) if query.bank is None else (q, k)), product, out)
             scores *= scale
             old, running_max_rows = running_max.clone(), at(running_max, places)
-            maximum_each(running_max_rows, scores.split(sizes))
+            torch._foreach_maximum_(running_max_rows, scores.split(sizes))
             decay = old.sub_(running_max).exp_()
             scores.sub_(torch.cat(running_max_rows)).exp_()
             add_each(at(running_sum.mul_(decay), places), scores.split(sizes))
