@@ -45,7 +45,6 @@ CASES = (
     Case("image 14x14", PairLayout.for_image(14, 14, 14, 14), 192, 8, "qkv"),
     Case("image 14x14", PairLayout.for_image(14, 14, 14, 14), 192, 8, "qkv", torch.bfloat16),
     Case("image 20x20", PairLayout.for_image(20, 20, 20, 20), 192, 2, "kv"),
-    Case("image 20x20, D 3", PairLayout.for_image(20, 20, 20, 20, 3), 192, 2, "kv"),
     Case("text 256", PairLayout.for_text(256, 256), 192, 4, "kv"),
     Case("text 256", PairLayout.for_text(256, 256), 192, 4, "kv", torch.bfloat16),
     Case("image 4x4", PairLayout.for_image(4, 4, 4, 4), 48, 50, "kv"),
