@@ -8,7 +8,6 @@ longer than `--patience` seconds or its memory would pass `--memory` MiB.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -123,22 +122,19 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
 
 def draw(results: Path, picture: Path) -> None:
     """Time and memory of a forward and backward pass over the length, from the rows of a CSV."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    with results.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["suite"] == "length" and row["passes"] == BOTH]
+    rows = pd.read_csv(results)
+    rows = rows[(rows["suite"] == "length") & (rows["passes"] == BOTH)]
+    rows.index = rows["case"].str.extract(r"L (\d+)", expand=False).astype(int)
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name in VARIANTS:
-        points = [
-            (int(row["case"].split("L ")[1].split(",")[0]), float(row["median_ms"]), float(row["peak_mib"] or "nan"))
-            for row in rows
-            if row["implementation"] == name
-        ]
-        if points:
-            lengths, times, memory = zip(*points, strict=True)
-            axes[0].plot(lengths, times, marker="o", label=name)
-            axes[1].plot(lengths, memory, marker="o", label=name)
+        ours = rows[rows["implementation"] == name]
+        if len(ours):
+            axes[0].plot(ours["median_ms"], marker="o", label=name)
+            axes[1].plot(ours["peak_mib"], marker="o", label=name)
     for axis, title in zip(axes, ("milliseconds", "peak MiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"forward and backward, {title}")
         axis.set_xticks(LENGTHS, map(str, LENGTHS), minor=False)
