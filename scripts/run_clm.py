@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]):
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        compute_metrics=text_metrics(),
+        compute_metrics=text_metrics,
         preprocess_logits_for_metrics=token_losses,
     )
     run.finish(trainer, checkpoint)

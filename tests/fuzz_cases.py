@@ -24,14 +24,14 @@ from translution.configuration.configuration_translution import (
     POOLINGS,
     RELATIVE_PROJECTIONS,
 )
-from translution.modeling.operators import basis, dispatch, far_blocks, runs, streamed
+from translution.modeling.operators import basis, dispatch, far_blocks, offset_blocks, streamed
 
 
 HEADS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
 # What chooses a way to compute by the size of the input, with values that bring small inputs to every way.
 SWITCHES = {
-    (runs, "WORKSPACE_ELEMENTS"): (1, 64, 1 << 18),
-    (runs, "NARROW"): (2, 33),
+    (offset_blocks, "WORKSPACE_ELEMENTS"): (1, 64, 1 << 18),
+    (offset_blocks, "NARROW"): (2, 33),
     (streamed, "GROUP_ELEMENTS"): (1, 1 << 17),
     (dispatch, "STREAM"): (True, True, False),
     (dispatch, "LOCAL"): (True, True, False),

@@ -12,7 +12,7 @@ import torch
 from digits_processor import digits_processor
 from huggingface_hub import ModelCard
 from PIL import Image
-from studies.examples import TokenBlocks, token_blocks
+from studies.examples import cut, text_batches, token_blocks
 from training.digits import DigitCanvases, digits_split
 from training.standard_library import read_texts, split_files, standard_library_files
 from training.tokenizer import END_OF_TEXT, train_tokenizer
@@ -166,9 +166,10 @@ def test_tokens_give_back_the_text():
     assert tokenizer.decode(tokenizer(unseen)["input_ids"]) == unseen
 
     blocks = token_blocks(texts, tokenizer, 16)
-    text = tokenizer.decode(blocks.blocks.flatten())
+    text = tokenizer.decode(blocks.flatten())
     assert (texts[0] + END_OF_TEXT + texts[1]).startswith(text)
-    assert blocks[0]["input_ids"].shape == (16,)
-    assert torch.equal(blocks[0]["input_ids"], blocks[0]["labels"])
+    (batch,) = text_batches(blocks, 0, 1, 2)
+    assert batch["input_ids"].shape == (2, 16)
+    assert torch.equal(batch["input_ids"], batch["labels"])
     with pytest.raises(ValueError, match="needs 16 tokens"):
-        TokenBlocks(torch.arange(15), 16)
+        cut(torch.arange(15), 16)

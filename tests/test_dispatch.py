@@ -10,7 +10,7 @@ from small_models import make_config, make_inputs, make_model, num_tokens
 from transformers import StaticCache
 
 from translution import TranslutionForImageClassification, explain_dispatch
-from translution.modeling.operators import dispatch, fused_attention
+from translution.modeling.operators import dispatch
 from translution.modeling.operators.dispatch import AUTO, EAGER, TRITON, Call, choose_path
 from translution.modeling.operators.pair_layout import PairLayout, StepLayout
 
@@ -73,11 +73,12 @@ ROWS = {
     "basis": (call("basis"), "basis", "need a GPU"),
     "basis-dropout": (call("basis", FAR_TEXT, drops=True), "basis", "need a GPU"),
     "streamed-text": (call(layout=TEXT), "streamed", "one pass"),
-    "streamed-far-text": (call(layout=PairLayout.for_text(9, 9, 0)), "streamed", "one pass"),
-    "streamed-wide-text": (call(layout=WIDE_TEXT), "streamed", "one pass"),
+    "streamed-near-text": (call(layout=PairLayout.for_text(3, 9, 3)), "streamed", "one pass"),
+    "grouped-far-text": (call(layout=PairLayout.for_text(9, 9, 0)), "grouped", "far pairs"),
+    "grouped-wide-text": (call(layout=WIDE_TEXT), "grouped", "far pairs"),
     "streamed-wide-image": (call(layout=WIDE_IMAGE), "streamed", "one pass"),
     "streamed-image": (call(), "streamed", "one pass"),
-    "streamed-far-columns": (call(layout=PairLayout.for_image(9, 10, 9, 10, 4)), "streamed", "one pass"),
+    "streamed-clamped-image": (call(layout=PairLayout.for_image(9, 10, 9, 10, 4)), "streamed", "one pass"),
     "grouped-low-rank": (call("low_rank", TEXT), "grouped", "low-rank"),
     "grouped-mask": (call(layout=TEXT, masked=True), "grouped", "a mask"),
     "grouped-dropout": (call(layout=TEXT, drops=True), "grouped", "dropout"),
@@ -110,8 +111,7 @@ ON_A_GPU = {
     "basis-dropout": (call("basis", device=CUDA, drops=True), "basis", "dropout"),
     "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 0), CUDA, cached=True), "basis", "a cache"),
     "wide-heads": (call(device=CUDA)._replace(head_size=512), "streamed", "one pass"),
-    "far-text-on-cuda": (call("full", WIDE_TEXT, CUDA)._replace(head_size=512), "streamed", "one pass"),
-    "far-text-without-flash": (call("full", WIDE_TEXT, CUDA)._replace(dtype=torch.float64), "grouped", "log-sum-exp"),
+    "far-text": (call("full", WIDE_TEXT, CUDA)._replace(head_size=512), "grouped", "far pairs"),
     "local_kernel": (call(layout=FAR_TEXT, device=CUDA), "local_kernel", "a CUDA kernel"),
     "local_kernel-insisted": (call(layout=FAR_TEXT, device=CUDA, wish=TRITON), "local_kernel", "a CUDA kernel"),
     "local_kernel-image": (call(layout=FAR_IMAGE, device=CUDA, wish=TRITON), "local_kernel", "a CUDA kernel"),
@@ -183,20 +183,12 @@ def test_a_mask_that_hides_tokens_of_a_wide_window_takes_the_square(device, gpu)
 
 def test_switched_off_others_take_the_place_of_local(monkeypatch):
     monkeypatch.setattr(dispatch, "LOCAL", False)
-    assert choose_path(call(layout=FAR_TEXT)).path == "streamed"
+    assert choose_path(call(layout=FAR_TEXT)).path == "grouped"
     assert choose_path(call(layout=FAR_IMAGE)).path == "streamed"
     assert choose_path(call("low_rank", FAR_IMAGE)).path == "grouped"
     assert choose_path(call("basis", FAR_TEXT)).path == "basis"
     assert choose_path(call(layout=FAR_IMAGE, rotated=True)).path == "reference"
     assert choose_path(call(layout=FAR_TEXT, rotated=True)).path == "grouped"
-
-
-def test_without_pytorchs_attention_far_pairs_of_a_text_take_the_square(monkeypatch):
-    monkeypatch.setattr(fused_attention, "FLASH", None)
-    monkeypatch.setattr(dispatch, "LOCAL", False)
-    assert choose_path(call(layout=PairLayout.for_text(9, 9, 3))).path == "grouped"
-    # No pair of so short a text is far.
-    assert choose_path(call(layout=PairLayout.for_text(3, 9, 3))).path == "streamed"
 
 
 def test_every_path_of_the_table_is_tested():
@@ -272,9 +264,8 @@ def test_a_wish_for_kernels_that_no_layer_has_is_refused(variant):
 
 
 def test_a_gpu_takes_the_kernels_by_itself(gpu):
-    verdict = dispatch.can_serve(CUDA, torch.bfloat16, 64)
-    assert verdict == (True, "")
-    assert dispatch.use_kernels(AUTO, CUDA, torch.bfloat16, 64)
+    assert not dispatch.device_obstacle(CUDA, torch.bfloat16, 64)
+    assert not dispatch.kernel_obstacle(AUTO, CUDA, torch.bfloat16, 64)
 
 
 @pytest.mark.parametrize(
@@ -296,38 +287,47 @@ def test_every_reason_falls_back_with_one_warning_and_refuses_a_wish(gpu, reason
         gpu.setattr(torch.cuda, "get_device_capability", lambda device: change)
     warnings = []
     gpu.setattr(dispatch.logger, "warning_once", warnings.append)
-    verdict = dispatch.can_serve(*arguments)
-    assert not verdict.ok
-    assert reason in verdict.reason
-    assert not dispatch.use_kernels(AUTO, *arguments)
+    assert reason in dispatch.device_obstacle(*arguments)
+    assert reason in dispatch.kernel_obstacle(AUTO, *arguments)
     assert len(warnings) == (arguments[0] == CUDA)
     assert all(reason in warning for warning in warnings)
     with pytest.raises(ValueError, match=r"attn_implementation='triton'.*cannot be met: ") as error:
-        dispatch.use_kernels(TRITON, *arguments)
+        dispatch.kernel_obstacle(TRITON, *arguments)
     assert reason in str(error.value)
     gpu.setenv(dispatch.VARIABLE, "1")
     with pytest.raises(ValueError, match="TRANSLUTION_TRITON=1"):
-        dispatch.use_kernels(AUTO, *arguments)
+        dispatch.kernel_obstacle(AUTO, *arguments)
 
 
 def test_an_obstacle_of_the_caller_warns_once(gpu):
     warnings = []
     gpu.setattr(dispatch.logger, "warning_once", warnings.append)
-    assert not dispatch.use_kernels(AUTO, CUDA, torch.float32, 64, "attention weights are asked for")
+    assert dispatch.kernel_obstacle(AUTO, CUDA, torch.float32, 64, "attention weights are asked for")
     assert warnings == ["Translution runs without its CUDA kernels: attention weights are asked for."]
 
 
 @pytest.mark.parametrize(("value", "chosen"), [("0", False), ("off", False), ("1", True), ("ON", True), ("auto", True), ("", True)])  # fmt: skip
 def test_the_variable(gpu, value, chosen):
     gpu.setenv(dispatch.VARIABLE, value)
-    assert dispatch.use_kernels(AUTO, CUDA, torch.float32, 64) is chosen
-    assert dispatch.use_kernels(TRITON, CUDA, torch.float32, 64)
+    assert (not dispatch.kernel_obstacle(AUTO, CUDA, torch.float32, 64)) is chosen
+    assert not dispatch.kernel_obstacle(TRITON, CUDA, torch.float32, 64)
+
+
+@pytest.mark.parametrize("device", [CUDA, torch.device("cpu")], ids=["gpu", "cpu"])
+def test_a_basis_asks_once_why_the_kernels_do_not_serve(gpu, device):
+    asked = []
+    ask = dispatch.device_obstacle
+    gpu.setattr(dispatch, "device_obstacle", lambda *arguments: asked.append(arguments) or ask(*arguments))
+    gpu.setenv(dispatch.VARIABLE, "0")
+    reason = "they are not asked for" if device == CUDA else "the tensors are on 'cpu', and the kernels need a GPU"
+    assert choose_path(call("basis", device=device)) == ("basis", f"no CUDA kernel: {reason}")
+    assert len(asked) == 1
 
 
 def test_an_unknown_value_of_the_variable(gpu):
     gpu.setenv(dispatch.VARIABLE, "maybe")
     with pytest.raises(ValueError, match=r"`TRANSLUTION_TRITON` must be 0, 1 or auto, got 'maybe'"):
-        dispatch.use_kernels(AUTO, CUDA, torch.float32, 64)
+        dispatch.kernel_obstacle(AUTO, CUDA, torch.float32, 64)
 
 
 def test_attention_weights_come_from_the_reference_and_not_from_an_explicit_wish(monkeypatch):

@@ -74,16 +74,15 @@ def test_full_translution_of_a_text(distance):
     }
 
 
-def test_streamed_text_with_a_distance(monkeypatch):
+def test_near_pairs_of_a_text_with_a_distance(monkeypatch):
     monkeypatch.setattr(dispatch, "LOCAL", False)
-    forward = backward = 0
-    for between in BATCH * text_distances():
-        matrices = 2 * MATRIX if between < 3 else 0
-        forward += 2 * (matrices + 2 * INNER)
-        backward += 2 * (3 * matrices + 5 * INNER)
+    near = BATCH * sum(between < 3 for between in text_distances())
     assert counted(text_model("full-kv", max_relative_distance=3), input_ids=TOKENS) == {
-        "streamed_attention": forward,
-        "streamed_attention_backward": backward,
+        # The gradient of probabilities has the form of scores.
+        "pair_scores": 2 * 2 * near * (MATRIX + INNER),
+        # Weighted sums for queries, keys and values; the keys again, then the tokens and matrices of keys and of values.
+        "pair_scores_backward": 2 * near * (3 * INNER + MATRIX + 2 * 2 * MATRIX),
+        "pair_values": 2 * near * (MATRIX + INNER),
     }
 
 

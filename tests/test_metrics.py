@@ -34,7 +34,7 @@ def test_perplexity_counts_every_token_once(metrics):
     labels[2, 3:] = -100
     labels[3, 1:] = -100
     kept = metrics.token_losses((logits, "cache"), labels)
-    found = metrics.text_metrics()(EvalPrediction(tuple(part.numpy() for part in kept), labels.numpy()))
+    found = metrics.text_metrics(EvalPrediction(tuple(part.numpy() for part in kept), labels.numpy()))
     predicted, wanted = logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1)
     losses = [
         F.cross_entropy(row[None].double(), label[None])

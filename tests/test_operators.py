@@ -21,7 +21,7 @@ from small_layers import (
 
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.mixers.translution import TranslutionMixer
-from translution.modeling.operators import dispatch, grouped, reference, registration, runs
+from translution.modeling.operators import dispatch, grouped, offset_blocks, reference, registration
 from translution.modeling.operators.pair_autograd import register_pair_operators
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -197,7 +197,7 @@ def test_equal_matrices_are_self_attention(layout):
 
 
 def test_no_tensor_per_pair(monkeypatch):
-    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(offset_blocks, "WORKSPACE_ELEMENTS", 1 << 10)
     batch, heads, features = 4, 2, 16
     layout = PairLayout.for_image(9, 8, 9, 8)
     tokens = layout.num_tokens
@@ -246,7 +246,7 @@ def test_workspace_size_changes_nothing(elements, monkeypatch):
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
     expected = run(mixer, "eager", hidden_states, layout, None, weight)
-    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr(offset_blocks, "WORKSPACE_ELEMENTS", elements)
     actual = run(mixer, "auto", hidden_states, layout, None, weight)
     for name in expected:
         assert relative_error(actual[name], expected[name]) < 1e-10, name

@@ -18,7 +18,7 @@ def test_offsets(layout):
 
 
 @every_layout
-def test_grouped_order_has_every_pair_of_the_grid_once_and_one_row_a_run(layout):
+def test_grouped_order_has_every_pair_of_the_grid_once_and_one_row_an_offset(layout):
     rows, reverse = layout.offsets()
     if layout.class_token:
         # Its pairs are apart.
@@ -29,11 +29,11 @@ def test_grouped_order_has_every_pair_of_the_grid_once_and_one_row_a_run(layout)
     assert sorted(order.tolist()) == (rows >= 0).nonzero().flatten().tolist()
     place = 0
     for shift in layout.column_shifts():
-        for run in shift.runs:
-            pairs = order[place : place + run.num_rows * shift.num_columns]
+        for offset in shift.offsets:
+            pairs = order[place : place + offset.num_rows * shift.num_columns]
             place += len(pairs)
-            assert set(rows[pairs].tolist()) == {run.row}
-            assert set(reverse[pairs].tolist()) == {run.reverse_row}
+            assert set(rows[pairs].tolist()) == {offset.row}
+            assert set(reverse[pairs].tolist()) == {offset.reverse_row}
     existing = torch.arange(order.numel())
     assert torch.equal(position[order], existing)
     assert (position[rows < 0] == order.numel()).all()

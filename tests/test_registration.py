@@ -96,10 +96,10 @@ def test_a_copy_beside_the_configuration_has_the_same_namespace(tmp_path):
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("operators_runs.py", "WORKSPACE_ELEMENTS = 1 << 18", "WORKSPACE_ELEMENTS = 1 << 17"),
+        ("operators_offset_blocks.py", "WORKSPACE_ELEMENTS = 1 << 18", "WORKSPACE_ELEMENTS = 1 << 17"),
         ("kernels_pair_kernels.py", "import triton\n", "import triton \n    changed = True\n"),
-        ("operators_streamed.py", "from .operators_online_softmax import", "from .operators_others import"),
-        ("operators_streamed.py", "import OnlineSoftmax, by_head", "import Other as OnlineSoftmax, by_head"),
+        ("operators_streamed.py", "from .operators_class_token import", "from .operators_others import"),
+        ("operators_streamed.py", "import class_blocks", "import others as class_blocks"),
         ("operators_dispatch.py", "operators_grouped as grouped", "operators_gathered as grouped"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention in one pass, with online softmax and far pairs merged in, against the readable reference."""
+"""Attention in one pass, with online softmax, against the readable reference."""
 
 import pytest
 import torch
@@ -6,16 +6,7 @@ from layouts import every_layout
 from small_layers import BATCH, HIDDEN, SUBSETS, LargestTensor, make_mixer, relative_error, run
 
 from translution.modeling.mixers.masks import AttentionMask
-from translution.modeling.operators import (
-    dispatch,
-    far_columns,
-    fused_attention,
-    pair_autograd,
-    pair_layout,
-    registration,
-    runs,
-    streamed,
-)
+from translution.modeling.operators import dispatch, offset_blocks, pair_autograd, pair_layout, registration, streamed
 from translution.modeling.operators.pair_layout import PairLayout
 
 
@@ -58,7 +49,7 @@ def compare(mixer, layout, tolerance=1e-10):
 @every_layout
 def test_equals_reference(layout, subset, calls):
     compare(make_mixer(layout, subset), layout)
-    assert bool(calls) == (layout.past == 0)
+    assert bool(calls) == (layout.past == 0 and not (layout.causal and layout.has_far_pairs))
 
 
 @pytest.mark.parametrize("subset", ["qkv", "kv", "v"])
@@ -67,7 +58,8 @@ def test_equals_reference(layout, subset, calls):
 def test_text_with_a_distance(length, distance, subset, calls):
     layout = PairLayout.for_text(length, 64, distance)
     compare(make_mixer(layout, subset), layout)
-    assert calls
+    # Far pairs are one product of their own, beside the square of near ones.
+    assert bool(calls) == (length <= distance)
 
 
 @pytest.mark.parametrize(
@@ -78,41 +70,30 @@ def test_text_with_a_distance(length, distance, subset, calls):
 @pytest.mark.parametrize("elements", [1, 40, 1 << 20])
 def test_sizes_of_groups_and_workspace_change_nothing(elements, layout, monkeypatch, calls):
     monkeypatch.setattr(streamed, "GROUP_ELEMENTS", elements)
-    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", elements)
+    monkeypatch.setattr(offset_blocks, "WORKSPACE_ELEMENTS", elements)
     compare(make_mixer(layout, "qkv"), layout)
     assert calls
 
 
-@pytest.mark.parametrize("path", ["far columns", "runs", "square"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "square"])
 @pytest.mark.parametrize("size", [(6, 5), (2, 7), (7, 2), (1, 6), (4, 4)])
 @pytest.mark.parametrize("distance", [0, 1, 2, 3, 9])
 @pytest.mark.parametrize("subset", ["qkv", "qk", "v"])
-def test_image_with_a_distance(subset, distance, size, path, calls, monkeypatch):
-    served = []
-    monkeypatch.setattr(dispatch, "STREAM", path != "square")
-    if path == "runs":
-        monkeypatch.setattr(fused_attention, "FLASH", None)
-    else:
-        flash = far_columns.attention
-        monkeypatch.setattr(
-            far_columns, "attention", lambda *args, **kwargs: served.append(1) or flash(*args, **kwargs)
-        )
+def test_image_with_a_distance(subset, distance, size, stream, calls, monkeypatch):
+    monkeypatch.setattr(dispatch, "STREAM", stream)
     layout = PairLayout.for_image(*size, *size, distance)
     compare(make_mixer(layout, subset), layout)
-    assert bool(calls) == (path != "square")
-    assert bool(served) == (path == "far columns" and 0 < distance < size[1] - 1)
+    assert bool(calls) == stream
 
 
-@pytest.mark.parametrize("path", ["far columns", "runs", "square"])
-def test_a_geometry_forgotten_in_between_changes_nothing(path, calls, monkeypatch):
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "square"])
+def test_a_geometry_forgotten_in_between_changes_nothing(stream, calls, monkeypatch):
     """What is known of a geometry is kept in several places, and none of them may rely on another."""
-    monkeypatch.setattr(dispatch, "STREAM", path != "square")
-    if path == "runs":
-        monkeypatch.setattr(fused_attention, "FLASH", None)
+    monkeypatch.setattr(dispatch, "STREAM", stream)
     layout = PairLayout.for_image(5, 6, 5, 6, 2)
     mixer = make_mixer(layout, "qkv")
     compare(mixer, layout)
-    for forget in (pair_layout._column_shifts, runs.shared_matrices, runs._blocks):
+    for forget in (pair_layout._column_shifts, offset_blocks._blocks):
         forget.cache_clear()
         compare(mixer, layout)
 
@@ -134,47 +115,12 @@ def test_image_with_a_distance_and_gradients_of_one_input(need, calls):
     assert relative_error(gradients["auto"], gradients["eager"]) < 1e-10
 
 
-@pytest.mark.parametrize("path", ["streamed", "square"])
-@pytest.mark.parametrize("backward", [False, True])
-def test_projections_of_an_image_with_a_distance_grow_with_its_tokens(backward, path, monkeypatch, calls):
-    monkeypatch.setattr(dispatch, "STREAM", path == "streamed")
-    product, rows = torch.mm, []
-
-    def count(left, right, **kwargs):
-        if right.shape == mixer.v_bank.shape[1:]:
-            rows.append(left.shape[0])
-        return product(left, right, **kwargs)
-
-    layout = PairLayout.for_image(12, 9, 12, 9, 1)
-    mixer = make_mixer(layout, "v")
-    hidden_states = torch.randn(1, layout.num_tokens, HIDDEN, dtype=torch.float64)
-    output = mixer(hidden_states, layout)[0]
-    monkeypatch.setattr(torch, "mm", count)
-    if backward:
-        output.sum().backward()
-    else:
-        mixer(hidden_states, layout)
-    # Nine matrices, instead of 23 row offsets times 17 column offsets; no token is projected twice by one of them.
-    patches = layout.height * layout.width
-    assert len(rows) == 9
-    assert 4 * patches < sum(rows) <= 9 * patches
-
-
 def test_switched_off_the_square_runs(monkeypatch, calls):
     monkeypatch.setattr(dispatch, "STREAM", False)
     compare(make_mixer(PairLayout.for_text(9, 9), "qkv"), PairLayout.for_text(9, 9))
     compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
     compare(make_mixer(PairLayout.for_image(3, 4, 3, 4), "kv"), PairLayout.for_image(3, 4, 3, 4))
     assert not calls
-
-
-def test_without_pytorchs_attention_for_far_pairs_the_square_runs(monkeypatch, calls):
-    monkeypatch.setattr(fused_attention, "FLASH", None)
-    compare(make_mixer(PairLayout.for_text(9, 9, 3), "kv"), PairLayout.for_text(9, 9, 3))
-    assert not calls
-    # No pair of so short a text is far.
-    compare(make_mixer(PairLayout.for_text(3, 9, 3), "kv"), PairLayout.for_text(3, 9, 3))
-    assert calls
 
 
 def test_a_mask_dropout_and_low_rank_take_the_square(calls):
@@ -196,7 +142,7 @@ def test_a_mask_dropout_and_low_rank_take_the_square(calls):
 
 @pytest.mark.parametrize("subset", ["qkv", "kv", "qv"])
 @pytest.mark.parametrize(
-    "layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(5, 5, 2)], ids=["image", "text"]
+    "layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(5, 5, 5)], ids=["image", "text"]
 )
 def test_gradcheck(layout, subset, calls):
     mixer = make_mixer(layout, subset)
@@ -216,7 +162,7 @@ def test_gradcheck(layout, subset, calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "layout",
-    [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_image(4, 6, 4, 6, 2), PairLayout.for_text(19, 19, 5)],
+    [PairLayout.for_image(4, 3, 4, 3), PairLayout.for_image(4, 6, 4, 6, 2), PairLayout.for_text(19, 19)],
     ids=["image", "image-distance", "text"],
 )
 def test_lower_precision_is_as_good_as_the_reference(layout, dtype, calls):
@@ -257,10 +203,10 @@ def test_scores_far_from_zero(extreme, calls):
 
 
 @pytest.mark.parametrize(
-    "layout", [PairLayout.for_text(400, 400, 4), PairLayout.for_image(20, 20, 20, 20, 2)], ids=["text", "image"]
+    "layout", [PairLayout.for_text(600, 600), PairLayout.for_image(20, 20, 20, 20, 2)], ids=["text", "image"]
 )
 def test_nothing_as_large_as_the_square(layout, monkeypatch, calls):
-    monkeypatch.setattr(runs, "WORKSPACE_ELEMENTS", 1 << 9)
+    monkeypatch.setattr(offset_blocks, "WORKSPACE_ELEMENTS", 1 << 9)
     monkeypatch.setattr(streamed, "GROUP_ELEMENTS", 1 << 9)
     length = layout.num_tokens
     mixer = make_mixer(layout, "kv").float()
@@ -270,20 +216,14 @@ def test_nothing_as_large_as_the_square(layout, monkeypatch, calls):
         monkeypatch.setattr(streamed, name, largest.inside(getattr(streamed, name)))
     mixer(hidden_states, layout)[0].sum().backward()
     assert calls
-    # Twenty elements a token: keys of three features more than the widest of its tensors.
-    assert 2 * length < largest.numel <= 20 * length < length**2 / 10
+    # Twenty elements a token, or a bank.
+    most = max(20 * length, mixer.k_bank.numel())
+    assert 2 * length < largest.numel <= most < length**2 / 10
 
 
 def test_the_operator_is_one_that_pytorch_knows():
     layout = PairLayout.for_image(2, 3, 2, 3)
     tokens = torch.randn(2, 7, 4, requires_grad=True)
     bank = torch.randn(layout.num_offsets, 4, 6, requires_grad=True)
-    arguments = (tokens, tokens, tokens, bank, bank, bank, None, None, None, 2, 0.5, pair_autograd.pack(layout))
-    torch.library.opcheck(registration.operator("streamed_attention").default, arguments)
-    layout = PairLayout.for_text(9, 9, 3)
-    bank = torch.randn(layout.num_offsets, 4, 6, requires_grad=True)
-    far = [torch.randn(2, 2, 9, 3, requires_grad=True) for _ in range(3)]
-    arguments = (tokens, tokens, tokens, bank, bank, bank, *far, 2, 0.5, pair_autograd.pack(layout.near(0)))
-    tokens = torch.randn(2, 9, 4, requires_grad=True)
-    arguments = (tokens, tokens, tokens, *arguments[3:])
+    arguments = (tokens, tokens, tokens, bank, bank, bank, 2, 0.5, pair_autograd.pack(layout))
     torch.library.opcheck(registration.operator("streamed_attention").default, arguments)

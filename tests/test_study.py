@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import study
 import torch
-from studies.examples import TokenBlocks, digits_of, held_out_blocks, image_batches, text_batches
+from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches
 from studies.report import MARKERS, Comparison, equal_size_table, results_table, write_between_markers
 from studies.rows import read_rows
 from studies.runs import TASKS, Run, forward_flops, key_of
@@ -144,11 +144,9 @@ def test_nothing_is_measured_on_what_is_trained_on(stage):
 def test_lengths_read_the_same_text_and_tuning_another():
     tokens = torch.arange(128 * 50)
     settings = replace(SETTINGS, held_out_blocks=16)
-    short, long = (held_out_blocks(tokens, length, "test", settings).blocks for length in (64, 128))
+    short, long = (held_out_blocks(tokens, length, "test", settings) for length in (64, 128))
     assert torch.equal(short.flatten(), long.flatten())
-    assert not set(short.flatten().tolist()) & set(
-        held_out_blocks(tokens, 64, "tuning", settings).blocks.flatten().tolist()
-    )
+    assert not set(short.flatten().tolist()) & set(held_out_blocks(tokens, 64, "tuning", settings).flatten().tolist())
 
 
 @pytest.mark.parametrize("task", ["images", "text"])
@@ -159,7 +157,7 @@ def test_same_seed_means_same_examples(task, small):
             list(image_batches(DigitCanvases(digits, "dynamic", seed), seed, 3, 48)) for seed in (0, 0, 1)
         )
     else:
-        blocks = TokenBlocks(torch.arange(80), 8)
+        blocks = cut(torch.arange(80), 8)
         first, second, other = (list(text_batches(blocks, seed, 3, 6)) for seed in (0, 0, 1))
     assert len(first) == 3
     for one, same, different in zip(first, second, other, strict=True):

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from ..operators.pair_layout import NUM_CLASS_ROWS, PairLayout, StepLayout
 from .attention import RelativeBiasAttentionMixer
 from .cache import remember_recent
-from .convolution import convolve_pairs, convolve_text, convolve_window, to_grid, visible_tokens
+from .convolution import convolve_image, convolve_pairs, convolve_text, convolve_window, visible_tokens
 from .masks import ALL_VISIBLE, AttentionMask
 
 
@@ -60,7 +60,7 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         maps = self._maps(torch.cat((query, key, value), dim=1))
         key, value = self.remember(key, value, layout, past_key_values)
         attended, weights = self.attend(query, key, value, layout, mask, output_attentions)
-        path = self.choose_path("convolution", maps, layout, mask, past_key_values=past_key_values).path
+        path = self.choose_path("convolution", maps, layout, mask, cached=past_key_values is not None).path
         if path == "window":
             (recent,) = remember_recent(past_key_values, self.layer_idx, [maps], self.kernel_size - 1)
             convolved = convolve_window(recent, self._shift_bank(layout), layout, mask)
@@ -80,9 +80,8 @@ class ACmixMixer(RelativeBiasAttentionMixer):
         if layout.causal:
             return convolve_text(maps.transpose(1, 2), self.shift_kernel, groups).transpose(1, 2)
         first = int(layout.class_token)
-        grid = to_grid(maps[:, first:], layout)
-        convolved = nn.functional.conv2d(grid, self.shift_kernel, padding=self.kernel_size // 2, groups=groups)
-        return nn.functional.pad(convolved.flatten(2).transpose(1, 2), (0, 0, first, 0))
+        convolved = convolve_image(maps[:, first:], self.shift_kernel, layout, groups)
+        return nn.functional.pad(convolved, (0, 0, first, 0))
 
     def _shift_bank(self, layout: PairLayout | StepLayout) -> Tensor:
         """`shift_kernel` as a bank, one `[d·T, C']` matrix per offset of the window: its groups are diagonal blocks."""

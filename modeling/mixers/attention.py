@@ -73,7 +73,7 @@ class AttentionMixer(Mixer):
         """Attention of `[B, A, L, d]` heads: `[B, L, C']`, and the probabilities where they are asked for."""
         bias = self.score_bias(layout)
         kind = "attention" if bias is None else "relative_bias"
-        path = self.choose_path(kind, query, layout, mask, output_attentions).path
+        path = self.choose_path(kind, query, layout, mask, wants_weights=output_attentions).path
         # PyTorch's own causal mask begins with the first key, wherever the queries begin.
         is_causal = isinstance(layout, PairLayout) and layout.causal and layout.past == 0
         added = mask.additive
@@ -140,7 +140,7 @@ class RelativeVectorAttentionMixer(AttentionMixer):
         weights = self.probabilities(scores * self.scaling, self.additive_mask(mask, layout, scores))
         given = weights.to(value.dtype)
         output = given @ value + torch.einsum("baij,ijd->baid", given, relative_value)
-        self.choose_path("relative_vector", query, layout, mask, output_attentions)
+        self.choose_path("relative_vector", query, layout, mask, wants_weights=output_attentions)
         return merge_heads(output), weights
 
 

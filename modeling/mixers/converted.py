@@ -133,10 +133,6 @@ class ConvertedMixer(TranslutionMixer):
             # A norm undoes what comes before it.
             _double(self.q_proj if self.q_norm is None else self.q_norm)
 
-    def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> None:
-        # The source computes its rotations in its own way, scaled ones included: none is computed here.
-        return None
-
 
 class ConvertedAttention(nn.Module):
     """Stands where the source's attention module stood, and is called as that was; `mixer` does the work.

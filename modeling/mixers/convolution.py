@@ -45,7 +45,7 @@ class ConvolutionMixer(Mixer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
-        path = self.choose_path("convolution", hidden_states, layout, mask, past_key_values=past_key_values).path
+        path = self.choose_path("convolution", hidden_states, layout, mask, cached=past_key_values is not None).path
         if layout.causal:
             if path == "window":
                 remember(past_key_values, self.layer_idx, [hidden_states[:, None, :, :0]], [None])
@@ -61,8 +61,7 @@ class ConvolutionMixer(Mixer):
                 bank = torch.cat((bank, class_rows))
             return self.o_proj(convolve_pairs(hidden_states, bank, layout, mask, self.kernel_size, path)), None
         tokens = visible_tokens(hidden_states, mask)
-        grid = to_grid(tokens[:, 1:], layout)
-        mixed = nn.functional.conv2d(grid, self.kernel(), padding=self.kernel_size // 2).flatten(2).transpose(1, 2)
+        mixed = convolve_image(tokens[:, 1:], self.kernel(), layout)
         return self.o_proj(torch.cat((self.class_proj(tokens[:, :1]).to(mixed.dtype), mixed), dim=1)), None
 
     def kernel(self) -> Tensor:
@@ -131,9 +130,11 @@ def _window(layout: PairLayout, kernel_size: int) -> Tensor:
     return inside
 
 
-def to_grid(patches: Tensor, layout: PairLayout) -> Tensor:
-    """`[B, H·W, C]` to `[B, C, H, W]`."""
-    return patches.transpose(1, 2).unflatten(2, (layout.height, layout.width))
+def convolve_image(patches: Tensor, kernel: Tensor, layout: PairLayout, groups: int = 1) -> Tensor:
+    """2-D convolution of patches, `[B, H·W, C]` to `[B, H·W, C']`."""
+    grid = patches.transpose(1, 2).unflatten(2, (layout.height, layout.width))
+    mixed = nn.functional.conv2d(grid, kernel, padding=kernel.shape[-1] // 2, groups=groups)
+    return mixed.flatten(2).transpose(1, 2)
 
 
 def convolve_text(tokens: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
@@ -141,4 +142,11 @@ def convolve_text(tokens: Tensor, kernel: Tensor, groups: int = 1) -> Tensor:
     return nn.functional.conv1d(nn.functional.pad(tokens, (kernel.shape[-1] - 1, 0)), kernel, groups=groups)
 
 
-__all__ = ["ConvolutionMixer", "convolve_pairs", "convolve_text", "convolve_window", "to_grid", "visible_tokens"]
+__all__ = [
+    "ConvolutionMixer",
+    "convolve_image",
+    "convolve_pairs",
+    "convolve_text",
+    "convolve_window",
+    "visible_tokens",
+]

@@ -5,11 +5,12 @@ Legend: `B` batch, `L` tokens, `C` hidden size, `A` heads, `d` head size, `C' = 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ..operators.dispatch import AUTO, Call, Choice, choose_path
+from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets
 from .masks import AttentionMask, causal_mask
@@ -36,34 +37,26 @@ class Mixer(nn.Module):
             self.o_proj = nn.Linear(self.inner_size, config.hidden_size)
 
     def choose_path(
-        self,
-        kind: str,
-        tokens: Tensor,
-        layout: PairLayout | StepLayout,
-        mask: AttentionMask,
-        output_attentions: bool = False,
-        past_key_values: Cache | None = None,
-        head_size: int | None = None,
-        rotated: bool = False,
-        relative: str = "",
+        self, kind: str, tokens: Tensor, layout: PairLayout | StepLayout, mask: AttentionMask, **fields: Any
     ) -> Choice:
-        """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`."""
+        """The implementation that serves a call, see `dispatch.py`; `tokens` are `[B, L, …]` or `[B, A, L, …]`.
+
+        Further `fields` are those of `Call`.
+        """
         call = Call(
             kind,
             self.layer_idx,
             layout,
-            self.head_dim if head_size is None else head_size,
+            fields.pop("head_size", self.head_dim),
             tokens.device,
             tokens.dtype,
             # A mixer outside a model has no implementation yet.
             self.config._attn_implementation or AUTO,
-            output_attentions,
-            mask.additive is not None,
-            mask.hides_pairs,
-            (self.training and self.attention_dropout > 0) or _is_learned(mask.additive),
-            past_key_values is not None,
-            rotated,
-            relative,
+            masked=mask.additive is not None,
+            hides_pairs=mask.hides_pairs,
+            drops=(self.training and self.attention_dropout > 0)
+            or (mask.additive is not None and mask.additive.requires_grad),
+            **fields,
         )
         return choose_path(call)
 
@@ -90,13 +83,8 @@ class Mixer(nn.Module):
         """Softmax of `[B, A, L, L]` scores with an additive mask, in float32 at least, with dropout when training."""
         if attention_mask is not None:
             scores = scores + attention_mask
-        wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        weights = scores.softmax(dim=-1, dtype=wide)
+        weights = scores.softmax(dim=-1, dtype=accumulation_dtype(scores.dtype))
         return nn.functional.dropout(weights, self.attention_dropout) if self.training else weights
-
-
-def _is_learned(mask: Tensor | None) -> bool:
-    return mask is not None and mask.requires_grad
 
 
 __all__ = ["Mixer"]

@@ -150,11 +150,11 @@ class TranslutionMixer(Mixer):
             hidden_states,
             layout,
             mask,
-            output_attentions,
-            past_key_values,
-            self.bank_head_size,
-            self.rotates_pairs,
-            self.relative,
+            head_size=self.bank_head_size,
+            wants_weights=output_attentions,
+            cached=past_key_values is not None,
+            rotated=self.rotates_pairs,
+            relative=self.relative,
         ).path
         if path == "local_step":
             return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
@@ -163,7 +163,7 @@ class TranslutionMixer(Mixer):
         dense_key, dense_value = repeat_heads(dense_key, self.groups), repeat_heads(dense_value, self.groups)
         dense = (dense_query, dense_key, dense_value)
         if path == "basis_kernel":
-            return self.o_proj(self._basis_attention(pairs, *dense, mask.additive)), None
+            return self.o_proj(self._basis_attention(pairs, dense, mask.additive)), None
         if path == "streamed":
             return self.o_proj(self._streamed_attention(pairs, dense)), None
         if path in ("local", "local_kernel"):
@@ -207,16 +207,13 @@ class TranslutionMixer(Mixer):
             return AllPairs(path, layout, self.num_heads, *inputs, rotation, self.groups, norms)
         bank_rotation = None
         if rotation is not None and counts_on and isinstance(layout, PairLayout):
-            bank_rotation = self._rotation_of_distances(layout, rotation[0])
+            # Of each distance, `[D + 1, d]`: the matrices of near pairs are rotated instead of the tokens.
+            distances = torch.arange(layout.max_row_distance + 1, device=hidden_states.device)
+            turns = text_rotation(distances[None], self.head_dim, self.config.rope_theta, rotation[0].dtype)
+            bank_rotation = tuple(part[0, 0] for part in turns)
         return NearAndFarPairs(
             path, layout, self.num_heads, *inputs, rotation, self.groups, norms, bank_rotation=bank_rotation
         )
-
-    def _rotation_of_distances(self, layout: PairLayout, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines by which the matrices of near pairs may be rotated, `[D + 1, d]`."""
-        distances = torch.arange(layout.max_row_distance + 1, device=like.device)
-        rotation = text_rotation(distances[None], self.head_dim, self.config.rope_theta, like.dtype)
-        return tuple(part[0, 0] for part in rotation)
 
     def _streamed_attention(
         self, pairs: AllPairs, dense: tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -230,8 +227,7 @@ class TranslutionMixer(Mixer):
             for side, heads in zip(join_biases(pairs.query, *pairs.repeated()), dense, strict=True)
         ]
         tokens, banks = [side.tokens for side in inputs], [side.bank for side in inputs]
-        far = [heads if part is None else part for part, heads in zip(pairs.far(), dense, strict=True)]
-        return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout, far)
+        return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout)
 
     def _attend_step(
         self,
@@ -282,45 +278,22 @@ class TranslutionMixer(Mixer):
     def _basis_attention(
         self,
         pairs: AllPairs,
-        dense_query: Tensor | None,
-        dense_key: Tensor | None,
-        dense_value: Tensor | None,
+        dense: tuple[Tensor | None, Tensor | None, Tensor | None],
         attention_mask: Tensor | None,
     ) -> Tensor:
         """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
-        scale = self.scaling
-        if self.scores_are_relative:
-            query, query_coefficients = project_factors(pairs.query.tokens, pairs.query.bank, self.num_heads)
-            side = pairs.repeated()[0]
-            key, key_coefficients = project_factors(side.tokens, side.bank, self.num_heads)
-            scale /= 1 if dense_query is None else 2
-        else:
-            # Ordinary scores are those of one factor without coefficients.
-            query, key, query_coefficients, key_coefficients = (
-                dense_query[:, :, None],
-                dense_key[:, :, None],
-                None,
-                None,
-            )
-            dense_query = dense_key = None
-        if "v" in self.relative:
-            side = pairs.repeated()[1]
-            value, value_coefficients = project_factors(side.tokens, side.bank, self.num_heads)
-        else:
-            value, value_coefficients, dense_value = dense_value[:, :, None], None, None
+        inputs, coefficients, beside = [], [], []
+        for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True):
+            # Ordinary projections are those of one factor without coefficients.
+            factors = (heads[:, :, None], None)
+            if side is not None:
+                factors = project_factors(side.tokens, side.bank, self.num_heads)
+            inputs.append(factors[0])
+            coefficients.append(factors[1])
+            beside.append(None if side is None else heads)
+        scale = self.scaling if beside[0] is None else self.scaling / 2
         output, dense_output = kernels().basis_attention(
-            query,
-            key,
-            value,
-            query_coefficients,
-            key_coefficients,
-            value_coefficients,
-            dense_query,
-            dense_key,
-            dense_value,
-            attention_mask,
-            scale,
-            pairs.layout,
+            *inputs, *coefficients, *beside, attention_mask, scale, pairs.layout
         )
         output = merge_heads(output)
         return output if dense_output is None else (merge_heads(dense_output) + self.v_up(output)) / 2

@@ -38,30 +38,21 @@ class TranslutionPatchEmbeddings(nn.Module):
         _, channels, height, width = pixel_values.shape
         if channels != self.num_channels:
             raise ValueError(f"`pixel_values` must have `num_channels` {self.num_channels} channels, got {channels}.")
-        grid = self.grid(height, width)
         # A quantised Linear has no tensor of weights.
         (patch_height, patch_width), dtype = self.patch_size, self.cls_token.dtype
+        if height % patch_height or width % patch_width or not height or not width:
+            raise ValueError(
+                f"`pixel_values` must be images of a positive multiple of `patch_size` {list(self.patch_size)} on each axis, "
+                f"got {[height, width]}."
+            )
         patches = pixel_values.to(dtype).unflatten(3, (-1, patch_width)).unflatten(2, (-1, patch_height))
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         tokens = self.norm(self.projection(self.patch_norm(patches)))
         tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens), dim=1)
         if self.position_embeddings is None:
             return tokens
+        grid = height // patch_height, width // patch_width
         return tokens + resample_positions(self.position_embeddings, self.grid_size, grid)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in patches of an image in pixels.
-
-        Raises:
-            ValueError: for a size that is not a multiple of the patch size.
-        """
-        patch_height, patch_width = self.patch_size
-        if height % patch_height or width % patch_width or not height or not width:
-            raise ValueError(
-                f"`pixel_values` must be images of a positive multiple of `patch_size` {list(self.patch_size)} on each axis, "
-                f"got {[height, width]}."
-            )
-        return height // patch_height, width // patch_width
 
 
 __all__ = ["TranslutionPatchEmbeddings"]

@@ -239,18 +239,11 @@ class TranslutionPreTrainedModel(OffsetTraining, PreTrainedModel):
                 init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
 
 
-def _or_by_trunk(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets the trunk of another model, where there is one, serve a trunk's forward pass."""
-
-    @wraps(forward)
-    def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs) if self.trunk is None else self._forward_trunk(*args, **kwargs)
-
-    return called
-
-
 def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the first positional argument of a trunk's forward pass `pixel_values` where the model is one for images."""
+    """Makes the first positional argument of a trunk's forward pass `pixel_values` where the model is one for images.
+
+    The trunk of another model, where there is one, serves the forward pass.
+    """
 
     @wraps(forward)
     def called(self: TranslutionModel, *args: Any, **kwargs: Any) -> Any:
@@ -258,7 +251,7 @@ def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
             if kwargs.get("pixel_values") is not None:
                 raise TypeError("`pixel_values` must be given once, got a positional argument as well.")
             args, kwargs = (None, *args[1:]), {**kwargs, "pixel_values": args[0]}
-        return forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs) if self.trunk is None else self._forward_trunk(*args, **kwargs)
 
     return called
 
@@ -341,7 +334,6 @@ class TranslutionModel(TranslutionPreTrainedModel):
         self.config.image_size = image_size
 
     @_first_is_main_input
-    @_or_by_trunk
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -378,69 +370,41 @@ class TranslutionModel(TranslutionPreTrainedModel):
         Raises:
             ValueError: for inputs of the other modality, or of the wrong shape or range.
         """
+        wants_weights = self._wants_weights(kwargs)
         if self.config.modality == "image":
             self._refuse_text(input_ids, inputs_embeds, past_key_values)
-            hidden_states, shared = self._image_inputs(pixel_values, attention_mask, interpolate_pos_encoding)
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+            shared = self._image_pairs(pixel_values, attention_mask, hidden_states)
         else:
             refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
-            hidden_states, shared = self._text_inputs(
-                self._embed_tokens(input_ids, inputs_embeds),
-                attention_mask,
-                position_ids,
-                past_key_values,
-                use_cache,
-                self._wants_weights(kwargs),
+            inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
+            shared = self._text_pairs(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
             )
+            hidden_states, position_ids = self._embed_positions(
+                inputs_embeds, attention_mask, position_ids, shared["layout"]
+            )
+        shared["rotation"] = self._rotation(hidden_states, shared["layout"], position_ids)
         hidden_states = self.dropout(hidden_states)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while it assists itself
-            hidden_states = layer(hidden_states, **shared, output_attentions=self._wants_weights(kwargs))
+            hidden_states = layer(hidden_states, **shared, output_attentions=wants_weights)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=shared["past_key_values"]
         )
 
     def _refuse_text(self, input_ids: Any, inputs_embeds: Any, past_key_values: Any):
-        refuse(
-            "image",
-            "`pixel_values`",
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-        )
+        unwanted = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
+        refuse("image", "`pixel_values`", **unwanted)
 
-    def _image_inputs(
-        self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Tokens of images, `[B, L, C]`, and what every layer needs beside them."""
+    def _image_pairs(self, pixel_values: Tensor, attention_mask: Tensor | None, like: Tensor) -> dict[str, Any]:
+        """The pairs of an image, and those that a mask hides; `like` has the type of hidden states."""
         config = self.config
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        layout = self._image_layout(*self.embeddings.grid(*pixel_values.shape[2:]))
-        check_mask(attention_mask, hidden_states.shape[0], config.num_attention_heads, layout, layout.num_tokens)
-        mask = make_mask(attention_mask, layout, hidden_states)
-        rotation = self._rotation(hidden_states, layout)
-        return hidden_states, {"layout": layout, "mask": mask, "rotation": rotation, "past_key_values": None}
-
-    def _image_layout(self, height: int, width: int) -> PairLayout:
-        share_far = self.config.far_offsets == "shared"
-        return PairLayout.for_image(height, width, height, width, self.config.max_relative_distance, share_far)
-
-    def _text_inputs(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        wants_weights: bool,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Tokens of texts, `[B, L, C]`, and what every layer needs beside them."""
-        shared = self._text_pairs(
-            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
-        )
-        hidden_states, position_ids = self._embed_positions(
-            inputs_embeds, attention_mask, position_ids, shared["layout"]
-        )
-        rotation = self._rotation(hidden_states, shared["layout"], position_ids)
-        return hidden_states, {**shared, "rotation": rotation}
+        patches = zip(pixel_values.shape[2:], config.patch_height_width, strict=True)
+        height, width = (side // patch for side, patch in patches)
+        distance, share_far = config.max_relative_distance, config.far_offsets == "shared"
+        layout = PairLayout.for_image(height, width, height, width, distance, share_far)
+        check_mask(attention_mask, pixel_values.shape[0], config.num_attention_heads, layout, layout.num_tokens)
+        return {"layout": layout, "mask": make_mask(attention_mask, layout, like), "past_key_values": None}
 
     def _text_pairs(
         self,
@@ -493,7 +457,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
         kwargs.pop("output_attentions", None)
         if self.config.modality == "image":
             self._refuse_text(input_ids, inputs_embeds, past_key_values)
-            inputs, past_key_values = self._trunk_image(pixel_values, attention_mask, interpolate_pos_encoding), None
+            check_pixels(pixel_values, self.config.image_height_width, interpolate_pos_encoding)
+            inputs = self._image_pairs(pixel_values, attention_mask, pixel_values)
+            past_key_values = inputs.pop("past_key_values")
+            inputs.update(pixel_values=pixel_values, **image_options(self.trunk, interpolate_pos_encoding))
         else:
             refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
@@ -517,23 +484,6 @@ class TranslutionModel(TranslutionPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=last, past_key_values=past_key_values, hidden_states=states, attentions=weights
         )
-
-    def _trunk_image(
-        self, pixel_values: Tensor | None, attention_mask: Tensor | None, interpolate_pos_encoding: bool
-    ) -> dict[str, Any]:
-        """What the trunk of another model needs of images."""
-        config = self.config
-        check_pixels(pixel_values, config.image_height_width, interpolate_pos_encoding)
-        layout = self._image_layout(
-            *(side // patch for side, patch in zip(pixel_values.shape[2:], config.patch_height_width, strict=True))
-        )
-        check_mask(attention_mask, pixel_values.shape[0], config.num_attention_heads, layout, layout.num_tokens)
-        inputs = {
-            "pixel_values": pixel_values,
-            "layout": layout,
-            "mask": make_mask(attention_mask, layout, pixel_values),
-        }
-        return {**inputs, **image_options(self.trunk, interpolate_pos_encoding)}
 
     def _wants_weights(self, kwargs: dict[str, Any]) -> bool:
         wanted = kwargs.get("output_attentions")
@@ -613,7 +563,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         config, dtype = self.config, hidden_states.dtype
         if not self.has_rotary_layers:
             return None
-        if position_ids is not None:
+        if layout.causal:
             return text_rotation(position_ids, config.head_dim, config.rope_theta, dtype)
         return image_rotation(
             layout.height, layout.width, config.head_dim, config.rope_theta, dtype, hidden_states.device

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .basis import OffsetBasis
 from .heads import repeat_features
+from .pair_autograd import accumulation_dtype
 from .pair_layout import StepLayout
 from .rotary import rotate
 
@@ -49,8 +50,7 @@ def pair_scores(
         turns = [part.permute(2, 0, 1, 3) for part in rotation]
         query = rotate(query, tuple(part[-1:] for part in turns)).to(query.dtype)
         key = rotate(key, tuple(part.index_select(0, order) for part in turns)).to(key.dtype)
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    scores = (query * key).sum(-1, dtype=wide)  # [distances, B, A]
+    scores = (query * key).sum(-1, dtype=accumulation_dtype(query.dtype))  # [distances, B, A]
     return scores.index_select(0, layout.slot_distances(query.device)).permute(1, 2, 0).unsqueeze(2)
 
 

@@ -14,7 +14,7 @@
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
 | | `reference` | `reference.py` | images whose projections by a bank are rotated |
-| | `streamed` | `streamed.py` | full Translution, not rotated, nothing masked, no attention dropout, no cached tokens |
+| | `streamed` | `streamed.py` | full Translution, not rotated, nothing masked, no attention dropout, no cached tokens, in text no pairs as far as the distance |
 | | `grouped` | `grouped.py` | everything else |
 | attention, relative bias | `reference` | the mixer | `attn_implementation="eager"`, or attention weights are asked for; relative bias in an exported model |
 | | `sdpa` | PyTorch | everything else |
@@ -43,7 +43,6 @@ from transformers.utils import logging
 
 from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
-from .fused_attention import has_fused
 from .local import local_attention
 from .pair_layout import PairLayout, StepLayout
 
@@ -159,10 +158,10 @@ def _choose_path(call: Call) -> Choice:
         obstacle = _tuple_obstacle(call.device, call.dtype, call.head_size)
         # Who insists on the kernels gets others where this one cannot serve.
         if not (obstacle and _insists(call.wish)):
-            if _kernels_serve(call, obstacle):
-                return Choice("local_kernel", "near pairs by a CUDA kernel, far ones by one attention")
-            reason = kernel_obstacle(call, obstacle)
-            return Choice("local", f"near pairs by offset, far ones by one attention; no CUDA kernel: {reason}")
+            obstacle = kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, obstacle)
+            if obstacle:
+                return Choice("local", f"near pairs by offset, far ones by one attention; no CUDA kernel: {obstacle}")
+            return Choice("local_kernel", "near pairs by a CUDA kernel, far ones by one attention")
     obstacle = ""
     if call.layout.share_far:
         obstacle = "far offsets share one matrix, which the kernels do not know"
@@ -173,10 +172,12 @@ def _choose_path(call: Call) -> Choice:
             obstacle = "attention dropout is on, and a fused kernel never holds what it would drop"
         elif call.cached and call.layout.clamp:
             obstacle = "a cache with `max_relative_distance` keeps far keys and values apart from near ones"
-        if _kernels_serve(call, obstacle):
-            return Choice("basis_kernel", "one CUDA kernel does the whole attention")
-        return Choice("basis", f"no CUDA kernel: {kernel_obstacle(call, obstacle)}")
-    if _kernels_serve(call, obstacle):
+    obstacle = kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, obstacle)
+    if call.kind == "basis":
+        if obstacle:
+            return Choice("basis", f"no CUDA kernel: {obstacle}")
+        return Choice("basis_kernel", "one CUDA kernel does the whole attention")
+    if not obstacle:
         return Choice("pair_kernels", "the CUDA kernels serve")
     if call.rotated and not call.layout.causal:
         return Choice("reference", "no other path rotates what banks project")
@@ -190,7 +191,7 @@ def _reference(call: Call) -> Choice:
     reason = "attention weights are asked for, which the readable reference returns"
     if call.kind in ("full", "low_rank", "basis"):
         # Whoever insists on the kernels is to know.
-        _kernels_serve(call, reason)
+        kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, reason)
     return Choice("reference", reason)
 
 
@@ -228,24 +229,16 @@ def _streaming_obstacle(call: Call) -> str:
         return "what banks project is rotated"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
-    if layout.causal and layout.has_far_pairs and not has_fused(call.device, call.dtype):
-        return "PyTorch has no attention for this device and type that returns the log-sum-exp, which far pairs need"
+    if layout.causal and layout.has_far_pairs:
+        return "far pairs are one product of their own"
     return ""
 
 
-class PairOperators(NamedTuple):
-    """The two functions over pairs, with the signatures of `reference.py`."""
-
-    pair_scores: Callable[..., Tensor]
-    pair_values: Callable[..., Tensor]
-
-
-def pair_operators(path: str) -> PairOperators:
-    """The functions of a path that holds the square of scores."""
+def pair_operators(path: str) -> Any:
+    """What has `pair_scores` and `pair_values`, see `reference.py`, of a path that holds the square of scores."""
     if path == "pair_kernels":
-        return PairOperators(*kernels()[:2])
-    module = {"reference": reference, "decode": decode, "gathered": gathered, "basis": basis, "grouped": grouped}[path]
-    return PairOperators(module.pair_scores, module.pair_values)
+        return kernels()
+    return {"reference": reference, "decode": decode, "gathered": gathered, "basis": basis, "grouped": grouped}[path]
 
 
 def local_operator(path: str) -> Callable[..., Tensor]:
@@ -254,13 +247,6 @@ def local_operator(path: str) -> Callable[..., Tensor]:
 
 
 # The CUDA kernels
-
-
-class Verdict(NamedTuple):
-    """Whether the kernels can serve, and the reason where they cannot."""
-
-    ok: bool
-    reason: str = ""
 
 
 class Kernels(NamedTuple):
@@ -275,8 +261,8 @@ class Kernels(NamedTuple):
 _loaded: list[Kernels] = []
 
 
-def can_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> Verdict:
-    """Whether the kernels can compute pairs of tokens.
+def device_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """Why the kernels cannot compute pairs of tokens; empty where they can.
 
     Args:
         device, dtype: of the tokens.
@@ -284,51 +270,48 @@ def can_serve(device: torch.device, dtype: torch.dtype, head_size: int) -> Verdi
     """
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
-        return Verdict(False, f"the tensors are on {device.type!r}, and the kernels need a GPU")
+        return f"the tensors are on {device.type!r}, and the kernels need a GPU"
     if find_spec("triton") is None:
-        return Verdict(False, "Triton is not installed (`pip install triton`)")
+        return "Triton is not installed (`pip install triton`)"
     if head_size > MAX_HEAD_SIZE:
-        return Verdict(False, f"heads of {head_size} features are larger than {MAX_HEAD_SIZE}")
-    if interpreted:
-        return Verdict(True)
-    if dtype not in DTYPES:
-        return Verdict(False, f"the kernels compute in float32, bfloat16 and float16, not {dtype}")
-    if torch.version.hip is None:
+        return f"heads of {head_size} features are larger than {MAX_HEAD_SIZE}"
+    if not interpreted and dtype not in DTYPES:
+        return f"the kernels compute in float32, bfloat16 and float16, not {dtype}"
+    if not interpreted and torch.version.hip is None:
         (major, minor), least = torch.cuda.get_device_capability(device), 8 if dtype == torch.bfloat16 else 7
         if major < least:
-            return Verdict(False, f"{dtype} needs compute capability {least}.0, and {device} has {major}.{minor}")
-    return Verdict(True)
+            return f"{dtype} needs compute capability {least}.0, and {device} has {major}.{minor}"
+    return ""
 
 
 @torch.compiler.assume_constant_result
-def use_kernels(
+def kernel_obstacle(
     implementation: str, device: torch.device, dtype: torch.dtype, head_size: int, obstacle: str = ""
-) -> bool:
-    """Whether the kernels shall serve a call. Where a GPU has to do without them, the reason is logged once.
+) -> str:
+    """Why the kernels do not serve a call; empty where they shall. Where a GPU has to do without them, this is logged once.
 
     On a CPU, interpreted, they run only where they are insisted on.
 
     Args:
         implementation: `"auto"` or `"triton"`.
-        device, dtype, head_size: see `can_serve`.
+        device, dtype, head_size: see `device_obstacle`.
         obstacle: what the call itself has that the kernels cannot serve.
 
     Raises:
         ValueError: if the kernels are insisted on and cannot serve, or for an unknown value of the variable.
     """
-    verdict = can_serve(device, dtype, head_size)
-    if verdict.ok and obstacle:
-        verdict = Verdict(False, obstacle)
+    obstacle = device_obstacle(device, dtype, head_size) or obstacle
     wish, insists = _variable(), _insists(implementation)
-    if insists and not verdict.ok:
+    if insists and obstacle:
         source = f"`attn_implementation={TRITON!r}`" if implementation == TRITON else f"`{VARIABLE}={wish}`"
-        raise ValueError(f"{source} cannot be met: {verdict.reason}. Without it plain PyTorch runs.")
-    if device.type == "cuda" and not verdict.ok:
-        logger.warning_once(f"Translution runs without its CUDA kernels: {verdict.reason}.")
-    chosen = insists or (verdict.ok and device.type == "cuda" and wish not in FORBID)
-    if chosen:
+        raise ValueError(f"{source} cannot be met: {obstacle}. Without it plain PyTorch runs.")
+    if device.type == "cuda" and obstacle:
+        logger.warning_once(f"Translution runs without its CUDA kernels: {obstacle}.")
+    if not obstacle and not insists and (device.type != "cuda" or wish in FORBID):
+        obstacle = "they are not asked for"
+    if not obstacle:
         _load()
-    return chosen
+    return obstacle
 
 
 def _variable() -> str:
@@ -347,7 +330,7 @@ def _insists(implementation: str) -> bool:
 @torch.compiler.assume_constant_result
 def _tuple_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """What keeps a kernel from taking tuples, where kernels can serve at all; empty where nothing does."""
-    if not can_serve(device, dtype, head_size).ok:
+    if device_obstacle(device, dtype, head_size):
         return ""
     import triton
 
@@ -355,21 +338,9 @@ def _tuple_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) ->
     return "" if has_tuples else f"it needs Triton 3.4, and {triton.__version__} is installed"
 
 
-def kernel_obstacle(call: Call, obstacle: str = "") -> str:
-    """Why the kernels do not serve a call."""
-    if torch.compiler.is_compiling():
-        return ""
-    verdict = can_serve(call.device, call.dtype, call.head_size)
-    return verdict.reason or obstacle or "they are not asked for"
-
-
 def kernels() -> Kernels:
     """The kernels, where `choose_path` chose them."""
     return _loaded[0]
-
-
-def _kernels_serve(call: Call, obstacle: str = "") -> bool:
-    return use_kernels(call.wish, call.device, call.dtype, call.head_size, obstacle)
 
 
 def _load() -> None:
@@ -425,12 +396,11 @@ __all__ = [
     "TRITON",
     "Call",
     "Choice",
-    "Verdict",
-    "can_serve",
     "choose_path",
+    "device_obstacle",
     "explain_dispatch",
+    "kernel_obstacle",
     "kernels",
     "local_operator",
     "pair_operators",
-    "use_kernels",
 ]

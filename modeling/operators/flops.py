@@ -4,7 +4,7 @@
         model(**inputs).loss.backward()
 
 A formula is pairs times the products of one pair, as `reference.py` says them: of full Translution, each pair that exists has
-projections of its own, also where the grouped operators share those of clamped offsets. Otherwise PyTorch's rules hold: a
+projections of its own. Otherwise PyTorch's rules hold: a
 multiplication and an addition are two operations, only matrix and inner products count, and a backward pass has one more product
 for each that it has to compute again.
 
@@ -47,11 +47,10 @@ def pair_values(probabilities: Shape, value: Shape, value_bank: Shape, layout: l
 
 
 def streamed_attention(query: Shape, key: Shape, value: Shape, *rest: Any) -> int:
-    """As scores and values together. Pairs of a text beyond its distance have no matrices of their own."""
+    """As scores and values together."""
     banks, layout = rest[:3], rest[-1]
     vectors = (banks[0] or query)[-1] + (banks[2] or value)[-1]
-    near, every = _num_pairs(layout, key[1]), _num_pairs(layout, key[1], whole=True)
-    return 2 * query[0] * (near * sum(map(_matrix, banks)) + every * vectors)
+    return 2 * query[0] * _num_pairs(layout, key[1]) * (sum(map(_matrix, banks)) + vectors)
 
 
 def streamed_attention_backward(
@@ -66,8 +65,7 @@ def streamed_attention_backward(
     matrices += 2 * sum(need * size for need, size in zip(needed, sizes, strict=True))
     vectors = features[0] + need_scores * features[2]
     vectors += sum(need * size for need, size in zip(needed, features, strict=True))
-    near, every = _num_pairs(layout, key[1]), _num_pairs(layout, key[1], whole=True)
-    return 2 * query[0] * (near * matrices + every * vectors)
+    return 2 * query[0] * _num_pairs(layout, key[1]) * (matrices + vectors)
 
 
 def basis_products(pairs: Shape, keys: Shape, weights: Shape) -> int:
@@ -148,13 +146,13 @@ def _matrix(bank: Bank) -> int:
     return 0 if bank is None else bank[-2] * bank[-1]
 
 
-def _num_pairs(layout: list[int], num_tokens: int, whole: bool = False) -> int:
-    """The pairs of a packed layout; `whole` for a text without its band."""
+def _num_pairs(layout: list[int], num_tokens: int) -> int:
+    """The pairs of a packed layout."""
     causal, past, band = layout[3], layout[7], layout[8]
     if not causal:
         return num_tokens**2
     pairs = _triangle(num_tokens) - _triangle(past)
-    if whole or band < 0:
+    if band < 0:
         return pairs
     return pairs - _triangle(max(num_tokens - band, 0)) + _triangle(max(past - band, 0))
 

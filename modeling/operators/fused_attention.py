@@ -137,12 +137,6 @@ def fused(device: torch.device, dtype: torch.dtype, size: int, biased: bool = Fa
     return _EFFICIENT if capability >= (8 if dtype == torch.bfloat16 else 7) else None
 
 
-@torch.compiler.assume_constant_result
-def has_fused(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is any, for heads of any size, biased or not."""
-    return fused(device, dtype, 1, biased=True) is not None
-
-
 def _fused_for(query: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Fused | None, int]:
     """What serves, and how many features it is to be given."""
     size = max(query.shape[-1], value.shape[-1])
@@ -241,4 +235,4 @@ def _scores(query: Tensor, key: Tensor, scale: float, causal: bool, bias: Tensor
     return scores if bias is None else scores + bias[:, :, rows]
 
 
-__all__ = ["attention", "attention_backward", "has_fused"]
+__all__ = ["attention", "attention_backward"]

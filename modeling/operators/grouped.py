@@ -11,7 +11,7 @@ Each of the three projections is the plain input where its bank is `None`.
 Memory: projections live in a workspace of bounded size and are computed again in the backward pass. Nothing of size
 `[B, L, L, C']` and no matrix per pair exists. Scores and probabilities, `[B, A, L, L]`, do.
 
-Inside this file tokens come first, `[L, B, C]`, see `runs.py`. The readable definition is in `reference.py`.
+Inside this file tokens come first, `[L, B, C]`, see `offset_blocks.py`. The readable definition is in `reference.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `P` pairs.
 """
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .class_token import add_class_gradients, add_class_values, write_class_scores
+from .offset_blocks import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
-from .runs import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
 
 
 def _to_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
@@ -45,8 +45,8 @@ def _from_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
 def _scores(
     query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
 ) -> Tensor:
-    query_side = Side(tokens_first(query), query_bank, layout, is_query=True, reverse=True)
-    key_side = Side(tokens_first(key), key_bank, layout, is_query=False, reverse=False)
+    query_side = Side(tokens_first(query), query_bank, layout, is_query=True)
+    key_side = Side(tokens_first(key), key_bank, layout, is_query=False)
     batch, features = query_side.batch, query_side.features
     wide = accumulation_dtype(query.dtype)
     num_pairs = layout.pair_order()[0].numel()
@@ -67,8 +67,6 @@ def _scores(
             right = key_side.project(block, key_space[: end - place].split(block.sizes))
             heads.inner_products(*((right, left) if query_bank is None else (left, right)), product, flat[place:end])
             place = end
-        query_side.end_shift()
-        key_side.end_shift()
     scores = _from_grouped(grouped, layout)
     write_class_scores(scores, query, key, query_bank, key_bank, layout)
     return scores
@@ -84,8 +82,8 @@ def _scores_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query_side = Side(tokens_first(query), query_bank, layout, is_query=True, reverse=True)
-    key_side = Side(tokens_first(key), key_bank, layout, is_query=False, reverse=False)
+    query_side = Side(tokens_first(query), query_bank, layout, is_query=True)
+    key_side = Side(tokens_first(key), key_bank, layout, is_query=False)
     batch, features, num_heads = query_side.batch, query_side.features, gradient.shape[1]
     grouped = _to_grouped(gradient.to(query.dtype), layout)
     flat = grouped.view(-1, num_heads)
@@ -118,8 +116,8 @@ def _scores_backward(
                     torch._foreach_mul_(pieces, weights)
                     side.accumulate(block, pieces)
             place = end
-        query_side.end_shift(need_query)
-        key_side.end_shift(need_key)
+        for side, _ in sides:
+            side.end_shift()
     gradients = [None, None, None, None]
     if need_query:
         gradients[:2] = query_side.token_gradient.transpose(0, 1), query_side.bank_gradient
@@ -133,7 +131,7 @@ def _scores_backward(
 
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-    key_side = Side(tokens_first(value), value_bank, layout, is_query=False, reverse=False)
+    key_side = Side(tokens_first(value), value_bank, layout, is_query=False)
     batch, features, num_heads = key_side.batch, key_side.features, probabilities.shape[1]
     wide = accumulation_dtype(value.dtype)
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
@@ -145,7 +143,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     place = 0
     for shift in layout.column_shifts():
         key_side.start_shift(shift)
-        received = columns_of(output, layout, shift.query_start, shift.num_columns)
+        received = columns_of(output, layout, shift.queries)
         targets = received if heads.narrow else heads.apart(received)
         for block in blocks(shift, batch, features):
             end = place + block.num_rows
@@ -157,8 +155,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
                 weights, pieces = heads.apart(weights), heads.apart(projected).split(block.sizes)
             add_weighted_each(at(targets, block.queries), pieces, weights.split(block.sizes))
             place = end
-        put_columns(output, received, layout, shift.query_start, shift.num_columns)
-        key_side.end_shift()
+        put_columns(output, received, layout, shift.queries)
     output = output.transpose(0, 1)
     add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype).contiguous()

@@ -21,7 +21,7 @@ from .far_blocks import FarBlock, far_blocks
 from .fused_attention import attention, attention_backward
 from .heads import split_heads
 from .pair_autograd import accumulation_dtype, pack, unpack
-from .pair_layout import NearOffset, PairLayout
+from .pair_layout import OffsetPairs, PairLayout
 from .registration import define, register_once
 
 
@@ -100,11 +100,11 @@ def far_gradients(
     return gradients
 
 
-def near_terms(layout: PairLayout, count: int) -> tuple[NearOffset, ...]:
+def near_terms(layout: PairLayout, count: int) -> tuple[OffsetPairs, ...]:
     """The near offsets, and once more all queries, where there is a term for a key of no place in the grid."""
     offsets = layout.near_offsets()
     everything = (slice(0, layout.height - layout.past), slice(0, layout.width))
-    return (*offsets, *[NearOffset(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
+    return (*offsets, *[OffsetPairs(0, 0, 0, 0, everything, everything)] * (count - len(offsets)))
 
 
 class _Grid:

@@ -163,19 +163,8 @@ def pack(layout: PairLayout) -> list[int]:
 
 def unpack(layout: list[int]) -> PairLayout:
     """The layout that was packed."""
-    height, width, class_token, causal, bank_height, bank_width, clamp, past, band, share_far = layout
-    return PairLayout(
-        height,
-        width,
-        bool(class_token),
-        bool(causal),
-        bank_height,
-        bank_width,
-        bool(clamp),
-        past,
-        None if band < 0 else band,
-        bool(share_far),
-    )
+    *sizes, band, share_far = layout
+    return PairLayout(*sizes, None if band < 0 else band, share_far)
 
 
 __all__ = ["accumulation_dtype", "pack", "register_pair_operators", "unpack"]

@@ -19,45 +19,12 @@ CLASS_TO_CLASS, CLASS_FROM_PATCH, PATCH_FROM_CLASS = 0, 1, 2
 NUM_CLASS_ROWS = 3
 
 
-@dataclass(frozen=True)
-class OffsetRun:
-    """The pairs of one grid offset `(row_offset, column_offset)`: query `(x, y)` and key `(x - row_offset, y - column_offset)`.
+@dataclass(frozen=True, eq=False)
+class OffsetPairs:
+    """The pairs of one grid offset: query `(x, y)` and key `(x - row_offset, y - column_offset)`.
 
-    Queries are rows `query_start` to `query_start + num_rows` of the columns that `column_offset` leaves, keys likewise;
-    both sets are rectangles of the same shape. `row` and `reverse_row` index the banks of keys and values, and of queries.
-    """
-
-    query_start: int
-    key_start: int
-    num_rows: int
-    row: int
-    reverse_row: int
-
-
-@dataclass(frozen=True)
-class ColumnShift:
-    """All offsets that share the column offset `column_offset`: `num_columns` columns take part, and one run per row offset."""
-
-    query_start: int
-    key_start: int
-    num_columns: int
-    runs: tuple[OffsetRun, ...]
-
-    @property
-    def num_pairs(self) -> int:
-        return self.num_columns * sum(run.num_rows for run in self.runs)
-
-    @property
-    def offset(self) -> int:
-        """The column offset, `column_offset`."""
-        return self.query_start - self.key_start
-
-
-@dataclass(frozen=True)
-class NearOffset:
-    """A grid offset with a matrix of its own: the rows and columns of its queries and of their keys, in the grids of both.
-
-    `row` and `reverse_row` index the banks of keys and values, and of queries.
+    `queries` and `keys` are rows and columns in the grids of both, rectangles of the same shape. `row` and `reverse_row` index the
+    banks of keys and values, and of queries.
     """
 
     row_offset: int
@@ -67,9 +34,38 @@ class NearOffset:
     queries: tuple[slice, slice]
     keys: tuple[slice, slice]
 
+    @property
+    def num_rows(self) -> int:
+        return self.queries[0].stop - self.queries[0].start
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnShift:
+    """All offsets that share a column offset: the columns of their queries and keys, and one offset per row offset."""
+
+    queries: slice
+    keys: slice
+    offsets: tuple[OffsetPairs, ...]
+
+    @property
+    def num_columns(self) -> int:
+        return self.queries.stop - self.queries.start
+
+
+class _Distances:
+    """The largest distances that a bank of `bank_height × bank_width` tells apart."""
+
+    @property
+    def max_row_distance(self) -> int:
+        return self.bank_height - 1
+
+    @property
+    def max_column_distance(self) -> int:
+        return self.bank_width - 1
+
 
 @dataclass(frozen=True)
-class PairLayout:
+class PairLayout(_Distances):
     """Geometry of the pairs of one sequence of tokens.
 
     Images are a `height × width` grid in row-major order, after a class token where `class_token` is set. Text is a grid of
@@ -190,16 +186,6 @@ class PairLayout:
         """Rows of a bank."""
         return self.num_grid_offsets + (NUM_CLASS_ROWS if self.class_token else 0)
 
-    @property
-    def max_row_distance(self) -> int:
-        """Largest row distance that a bank tells apart."""
-        return self.bank_height - 1
-
-    @property
-    def max_column_distance(self) -> int:
-        """Largest column distance that a bank tells apart."""
-        return self.bank_width - 1
-
     def row(self, row_offset: int, column_offset: int) -> int:
         """Bank row of the grid offset `(row_offset, column_offset)`, or of what it shares one with."""
         max_row_distance, max_column_distance = self.max_row_distance, self.max_column_distance
@@ -250,7 +236,7 @@ class PairLayout:
         """The grid's pairs grouped by offset: by column offset, then by row offset."""
         return _column_shifts(self)
 
-    def near_offsets(self) -> tuple[NearOffset, ...]:
+    def near_offsets(self) -> tuple[OffsetPairs, ...]:
         """The offsets with a matrix of their own: of a text those of `near`, of an image those no further than the bank.
 
         Clamped offsets of an image share matrices with far ones in their direction: there are none then.
@@ -258,7 +244,7 @@ class PairLayout:
         return _near_offsets(self) if self.causal or self.share_far else ()
 
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the grouped order keeps each pair of the grid: by column shift, run, query row, query column.
+        """Where the grouped order keeps each pair of the grid: by column shift, offset, query row, query column.
 
         Returns:
             `order`, `[pairs]`: the flat index `i · L + j` of each pair in grouped order, `i` counting queries, and `position`,
@@ -269,7 +255,7 @@ class PairLayout:
 
 
 @dataclass(frozen=True)
-class StepLayout:
+class StepLayout(_Distances):
     """The pairs of new tokens with the slots of a cache, some of which may not be filled yet.
 
     One new token is what `decode.py` serves. There are several where a graph has to serve every position.
@@ -291,16 +277,6 @@ class StepLayout:
     num_queries: int = 1
     # Lives as long as a forward pass.
     known: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
-
-    @property
-    def max_row_distance(self) -> int:
-        """See `PairLayout.max_row_distance`."""
-        return self.bank_height - 1
-
-    @property
-    def max_column_distance(self) -> int:
-        """See `PairLayout.max_column_distance`."""
-        return self.bank_width - 1
 
     def near(self, past: int) -> StepLayout | PairLayout:
         """See `PairLayout.near`."""
@@ -375,65 +351,42 @@ def bank_layout(config) -> PairLayout:
 def _column_shifts(layout: PairLayout) -> tuple[ColumnShift, ...]:
     shifts = []
     for column_offset in range(1 - layout.width, layout.width):
-        if layout.causal:
-            runs = []
-            for row_offset in range(layout.num_distances):
-                first = max(row_offset, layout.past)
-                row = layout.row(row_offset, column_offset)
-                runs.append(OffsetRun(first - layout.past, first - row_offset, layout.height - first, row, row))
-        else:
-            runs = [
-                OffsetRun(
-                    max(row_offset, 0),
-                    max(-row_offset, 0),
-                    layout.height - abs(row_offset),
-                    layout.row(row_offset, column_offset),
-                    layout.row(-row_offset, -column_offset),
-                )
-                for row_offset in range(1 - layout.height, layout.height)
-            ]
-        shifts.append(
-            ColumnShift(max(column_offset, 0), max(-column_offset, 0), layout.width - abs(column_offset), tuple(runs))
-        )
+        columns = _overlap(column_offset, layout.width)
+        offsets = []
+        for row_offset in range(0 if layout.causal else 1 - layout.height, layout.num_distances):
+            queries, keys = _overlap(row_offset, layout.height, layout.past)
+            row = layout.row(row_offset, column_offset)
+            reverse_row = row if layout.causal else layout.row(-row_offset, -column_offset)
+            places = ((queries, columns[0]), (keys, columns[1]))
+            offsets.append(OffsetPairs(row_offset, column_offset, row, reverse_row, *places))
+        shifts.append(ColumnShift(*columns, tuple(offsets)))
     return tuple(shifts)
 
 
+def _overlap(offset: int, size: int, past: int = 0) -> tuple[slice, slice]:
+    """The queries and keys of an axis that are `offset` apart; `past` keys come before the first query."""
+    first, last = max(offset, past), size + min(offset, 0)
+    return slice(first - past, last - past), slice(first - offset, last - offset)
+
+
 @lru_cache(maxsize=64)
-def _near_offsets(layout: PairLayout) -> tuple[NearOffset, ...]:
-    offsets = []
-    for shift in layout.column_shifts():
-        for run in shift.runs:
-            row_offset = run.query_start + layout.past - run.key_start
-            if layout.causal or max(abs(row_offset), abs(shift.offset)) < layout.bank_height:
-                rows, columns = run.num_rows, shift.num_columns
-                offsets.append(
-                    NearOffset(
-                        row_offset,
-                        shift.offset,
-                        run.row,
-                        run.reverse_row,
-                        (_part(run.query_start, rows), _part(shift.query_start, columns)),
-                        (_part(run.key_start, rows), _part(shift.key_start, columns)),
-                    )
-                )
-    return tuple(offsets)
-
-
-def _part(start: int, size: int) -> slice:
-    return slice(start, start + size)
+def _near_offsets(layout: PairLayout) -> tuple[OffsetPairs, ...]:
+    return tuple(
+        offset
+        for shift in layout.column_shifts()
+        for offset in shift.offsets
+        if layout.causal or max(abs(offset.row_offset), abs(offset.column_offset)) < layout.bank_height
+    )
 
 
 @lru_cache(maxsize=16)
 def _pair_order(layout: PairLayout) -> tuple[np.ndarray, np.ndarray]:
     tokens, first = layout.num_tokens, int(layout.class_token)
     pieces = []
+    grid = first + np.arange(layout.height * layout.width).reshape(layout.height, layout.width)
     for shift in layout.column_shifts():
-        column = np.arange(shift.num_columns)
-        for run in shift.runs:
-            row = np.arange(run.num_rows)[:, None]
-            query = first + (row + run.query_start) * layout.width + column + shift.query_start
-            key = first + (row + run.key_start) * layout.width + column + shift.key_start
-            pieces.append((query * tokens + key).ravel())
+        for offset in shift.offsets:
+            pieces.append((grid[offset.queries] * tokens + grid[offset.keys]).ravel())
     order = np.concatenate(pieces).astype(np.int64)
     position = np.full(layout.num_queries * tokens, order.size, dtype=np.int64)
     position[order] = np.arange(order.size)
@@ -445,7 +398,6 @@ __all__ = [
     "CLASS_TO_CLASS",
     "NUM_CLASS_ROWS",
     "PATCH_FROM_CLASS",
-    "NearOffset",
     "PairLayout",
     "StepLayout",
     "bank_layout",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pair_autograd import accumulation_dtype
+
 
 def text_rotation(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `[B, L]` positions, each `[B, 1, L, d]` of `dtype`."""
@@ -61,7 +63,7 @@ def rotate_bank(bank: Tensor, rotation: tuple[Tensor, Tensor], num_heads: int) -
 
 def _frequencies(count: int, span: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Angles of long texts do not fit half precision, so they are never computed in less than float32.
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     # PyTorch takes no integer of more than 64 bits.
     return float(theta) ** (-2 * torch.arange(count, dtype=wide, device=device) / span)
 

@@ -2,40 +2,24 @@
 
     out_i = Σ_j softmax_j(scale <q_ij, k_ij>) v_ij        per head, each of q, k, v projected by a bank, or as it is
 
-Pairs come in runs that share an offset, see `runs.py`. For each query the running maximum of the scores, the sum of
+Pairs come in blocks of offsets, see `offset_blocks.py`. For each query the running maximum of the scores, the sum of
 exponentials and the weighted sum of values are kept, and rescaled where a greater score comes (Milakov and Gimelshein 2018; Dao
 et al. 2022). The backward pass computes scores again from the logarithm of that sum. So nothing of size `[B, A, L, L]` exists
-at any time, and nothing that belongs to pairs outlives its run.
-
-Text with a distance `D` has far pairs, which share one matrix, so that a far query, key or value belongs to a token: PyTorch's
-own causal attention, of tokens shifted by `D`, is where the pass over the near pairs starts from. Time and memory of the
-projections grow with `L·D`.
-
-A class token's pairs are where the pass over a grid starts from, and with a distance the pairs of `far_columns.py`.
+at any time, and nothing that belongs to pairs outlives its block. A class token's pairs are where the pass over a grid starts
+from.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` output size per head, `w` columns of a shift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .class_token import class_blocks
-from .far_columns import (
-    accumulate_far_columns,
-    add_far_columns,
-    has_far_columns,
-    near_shifts,
-)
-from .fused_attention import attention, attention_backward
-from .online_softmax import OnlineSoftmax, by_head
-from .pair_autograd import accumulation_dtype, pack, unpack
-from .pair_layout import PairLayout
-from .registration import define, register_once
-from .runs import (
+from .offset_blocks import (
     Block,
     Heads,
     Side,
@@ -44,15 +28,58 @@ from .runs import (
     at,
     blocks,
     columns_of,
-    maximum_each,
     put_columns,
     tokens_first,
     workspace,
 )
+from .pair_autograd import accumulation_dtype, pack, unpack
+from .pair_layout import PairLayout
+from .registration import define, register_once
 
 
 # Scores between two updates of the softmax: many, since each update touches the output once.
 GROUP_ELEMENTS = 1 << 17
+
+
+class OnlineSoftmax:
+    """Softmax that is finished before all scores are known: of each query the running maximum, the running sum of exponentials
+    and the weighted sum of values, tokens first.
+    """
+
+    def __init__(self, query: Tensor, num_heads: int, features: int):
+        wide = accumulation_dtype(query.dtype)
+        shape = (query.shape[1], query.shape[0], num_heads)
+        self.running_max = query.new_full(shape, torch.finfo(wide).min, dtype=wide)
+        self.running_sum = query.new_zeros(shape, dtype=wide)
+        self.output = query.new_zeros(*shape[:2], features, dtype=wide)
+
+    def add(self, queries: slice, scores: Tensor, values: Tensor) -> None:
+        """Adds pairs of one query and many keys, or of many queries with one key each.
+
+        Args:
+            scores: `[pairs, B, A]`.
+            values: `[pairs or 1, B, A·e]`.
+        """
+        old, running_sum, output = (part[queries] for part in (self.running_max, self.running_sum, self.output))
+        together = old.shape[0] < scores.shape[0]
+        running_max = torch.maximum(old, scores.amax(0, keepdim=True) if together else scores)
+        decay, weight = (old - running_max).exp(), (scores - running_max).exp()
+        given = by_head(values, weight) * weight.unsqueeze(-1)
+        if together:
+            weight, given = weight.sum(0, keepdim=True), given.sum(0, keepdim=True)
+        running_sum.mul_(decay).add_(weight)
+        by_head(output, decay).mul_(decay.unsqueeze(-1)).add_(given)
+        old.copy_(running_max)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The output, `[L, B, A·e]`, and the logarithm of the sum of exponentials, `[L, B, A]`."""
+        by_head(self.output, self.running_sum).div_(self.running_sum.unsqueeze(-1))
+        return self.output, self.running_sum.log_().add_(self.running_max)
+
+
+def by_head(tokens: Tensor, like: Tensor) -> Tensor:
+    """`[…, A·e]` to `[…, A, e]`, with the heads of `[…, A]`."""
+    return tokens.unflatten(-1, (like.shape[-1], -1))
 
 
 def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
@@ -75,16 +102,15 @@ def _sides(
     key = query if tensors[1] is tensors[0] else tokens_first(tensors[1])
     value = key if tensors[2] is tensors[1] else tokens_first(tensors[2])
     return (
-        Side(query, banks[0], layout, is_query=True, reverse=True),
-        Side(key, banks[1], layout, is_query=False, reverse=False),
-        Side(value, banks[2], layout, is_query=False, reverse=False),
+        Side(query, banks[0], layout, is_query=True),
+        Side(key, banks[1], layout, is_query=False),
+        Side(value, banks[2], layout, is_query=False),
     )
 
 
 def _forward(
     tensors: tuple[Tensor, Tensor, Tensor],
     banks: tuple[Tensor | None, Tensor | None, Tensor | None],
-    far: tuple[Tensor, Tensor, Tensor] | None,
     num_heads: int,
     scale: float,
     layout: PairLayout,
@@ -95,20 +121,16 @@ def _forward(
     heads = Heads(num_heads, query.features, tensors[0])
     value_heads = Heads(num_heads, features, tensors[2])
     widest = max(query.features, features)
-    if far is not None:
-        softmax.start_far(*attention(*_shifted(far, layout.band), scale, causal=True), layout.band)
     for queries, keys, row, reverse in class_blocks(layout):
         product = query.project_tokens(queries, reverse) * key.project_tokens(keys, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.running_sum.dtype) * scale
         softmax.add(queries, scores, value.project_tokens(keys, row).to(scores.dtype))
-    if has_far_columns(layout, tensors[0]):
-        add_far_columns((query, key, value), softmax, scale, layout)
     space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
-    for shift in near_shifts(layout, tensors[0]):
+    for shift in layout.column_shifts():
         query.start_shift(shift)
         key.start_shift(shift)
         value.start_shift(shift, like=key)
-        place = (layout, shift.query_start, shift.num_columns)
+        place = (layout, shift.queries)
         running_max, running_sum, output = (
             columns_of(part, *place) for part in (softmax.running_max, softmax.running_sum, softmax.output)
         )
@@ -125,7 +147,7 @@ def _forward(
                 heads.inner_products(*((k, q) if query.bank is None else (q, k)), product, out)
             scores *= scale
             old, running_max_rows = running_max.clone(), at(running_max, places)
-            maximum_each(running_max_rows, scores.split(sizes))
+            torch._foreach_maximum_(running_max_rows, scores.split(sizes))
             decay = old.sub_(running_max).exp_()
             scores.sub_(torch.cat(running_max_rows)).exp_()
             add_each(at(running_sum.mul_(decay), places), scores.split(sizes))
@@ -146,8 +168,6 @@ def _forward(
             (softmax.output, output),
         ):
             put_columns(part, columns, *place)
-        for side in (query, key, value):
-            side.end_shift()
     output, logsumexp = softmax.finish()
     return output.transpose(0, 1).to(tensors[2].dtype).contiguous(), logsumexp
 
@@ -158,15 +178,14 @@ def _backward(
     logsumexp: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor],
     banks: tuple[Tensor | None, Tensor | None, Tensor | None],
-    far: tuple[Tensor, Tensor, Tensor] | None,
     num_heads: int,
     scale: float,
     layout: PairLayout,
     needed: tuple[bool, bool, bool],
 ) -> list[Tensor]:
-    """Gradients of query, key, value, their banks, and far query, key, value; empty for what is not needed."""
+    """Gradients of query, key, value and their banks; empty for what is not needed."""
     query, key, value = sides = _sides(tensors, banks, layout)
-    received = Side(tokens_first(gradient), None, layout, is_query=True, reverse=True)
+    received = Side(tokens_first(gradient), None, layout, is_query=True)
     wide = logsumexp.dtype
     # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
     delta = (by_head(gradient, logsumexp).to(wide) * by_head(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
@@ -178,10 +197,10 @@ def _backward(
     need_scores = needed[0] or needed[1]
     widest = max(query.features, value.features)
     spaces = [workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(3)]
-    for shift in near_shifts(layout, tensors[0]):
+    for shift in layout.column_shifts():
         for side in (*sides, received):
             side.start_shift(shift, side in wanted, like=key if side is value else None)
-        place = (layout, shift.query_start, shift.num_columns)
+        place = (layout, shift.queries)
         logsumexp_columns, delta_columns = (columns_of(part, *place) for part in (logsumexp, delta))
         for block in blocks(shift, query.batch, widest):
             scores, weight_gradient = (logsumexp.new_empty(block.num_rows, num_heads) for _ in range(2))
@@ -215,83 +234,40 @@ def _backward(
                 changed, by = (weights, other) if other_side.bank is None else (other, weights)
                 torch._foreach_mul_(changed, by)
                 side.accumulate(block, changed)
-        for side in sides:
-            side.end_shift(side in wanted)
-    for queries, keys, row, reverse in class_blocks(layout):
-        _class_gradients(query, key, value, received, needed, queries, keys, row, reverse, logsumexp, delta, scale)
-    if has_far_columns(layout, gradient):
-        accumulate_far_columns(sides, needed, received.tokens, tokens_first(output), logsumexp, scale, layout)
-    far_gradients = [gradient.new_empty(0) for _ in range(3)]
-    if far is not None:
-        far_gradients = _far_gradients(gradient, output, logsumexp, far, scale, layout.band)
+        for side in wanted:
+            side.end_shift()
+    _add_class_gradients(sides, received, needed, logsumexp, delta, scale)
     token_gradients, bank_gradients = [], []
     for side, need in zip(sides, needed, strict=True):
         both = side.gradients() if need else (gradient.new_empty(0), gradient.new_empty(0))
         token_gradients.append(both[0])
         bank_gradients.append(both[1])
-    return [*token_gradients, *bank_gradients, *far_gradients]
+    return [*token_gradients, *bank_gradients]
 
 
-def _class_gradients(
-    query: Side,
-    key: Side,
-    value: Side,
+def _add_class_gradients(
+    sides: tuple[Side, Side, Side],
     received: Side,
     needed: tuple[bool, bool, bool],
-    queries: slice,
-    keys: slice,
-    row: int,
-    reverse: int,
     logsumexp: Tensor,
     delta: Tensor,
     scale: float,
 ) -> None:
     """Adds what the pairs of a class token contribute."""
-    q, k, v = (
-        query.project_tokens(queries, reverse),
-        key.project_tokens(keys, row),
-        value.project_tokens(keys, row),
-    )
-    gradient = received.tokens[queries]
     wide = logsumexp.dtype
-    q, k, v, gradient = (by_head(part, logsumexp) for part in (q, k, v, gradient))
-    weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[queries]).exp()
-    score_gradient = ((gradient * v).sum(-1, dtype=wide) - delta[queries]) * weights * scale
-    score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
-    pieces = ((query, queries, reverse, score_gradient * k), (key, keys, row, score_gradient * q))
-    pieces += ((value, keys, row, weights * gradient),)
-    for (side, tokens, side_row, piece), need in zip(pieces, needed, strict=True):
-        if need:
-            one = side.tokens[tokens].shape[0] < piece.shape[0]
-            piece = piece.sum(0, keepdim=True) if one else piece
-            side.accumulate_tokens(tokens, side_row, piece.flatten(-2))
-
-
-def _shifted(far: tuple[Tensor, Tensor, Tensor], distance: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Far pairs as a causal square: queries from `distance` on, and the keys and values that many tokens before."""
-    query, key, value = far
-    last = key.shape[2] - distance
-    return query[:, :, distance:], key[:, :, :last], value[:, :, :last]
-
-
-def _far_gradients(
-    gradient: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    far: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    distance: int,
-) -> list[Tensor]:
-    # With the output and the log-sum-exp of all pairs, PyTorch's backward pass gives the share of the far ones.
-    received, whole = (by_head(part, logsumexp).transpose(1, 2)[:, :, distance:] for part in (gradient, output))
-    far_logsumexp = logsumexp.permute(1, 2, 0)[:, :, distance:].contiguous()
-    pieces = attention_backward(
-        received.contiguous(), *_shifted(far, distance), whole.contiguous(), far_logsumexp, scale, causal=True
-    )
-    gradients = [torch.zeros_like(part, memory_format=torch.contiguous_format) for part in far]
-    for target, piece in zip(_shifted(tuple(gradients), distance), pieces, strict=True):
-        target.copy_(piece)
-    return gradients
+    for queries, keys, row, reverse in class_blocks(received.layout):
+        places = ((queries, reverse), (keys, row), (keys, row))
+        projected = (side.project_tokens(*place) for side, place in zip(sides, places, strict=True))
+        q, k, v, gradient = (by_head(part, logsumexp) for part in (*projected, received.tokens[queries]))
+        weights = ((q * k).sum(-1, dtype=wide) * scale - logsumexp[queries]).exp()
+        score_gradient = ((gradient * v).sum(-1, dtype=wide) - delta[queries]) * weights * scale
+        score_gradient, weights = (part.unsqueeze(-1).to(q.dtype) for part in (score_gradient, weights))
+        pieces = (score_gradient * k, score_gradient * q, weights * gradient)
+        for side, (tokens, side_row), piece, need in zip(sides, places, pieces, needed, strict=True):
+            if need:
+                one = side.tokens[tokens].shape[0] < piece.shape[0]
+                piece = piece.sum(0, keepdim=True) if one else piece
+                side.accumulate_tokens(tokens, side_row, piece.flatten(-2))
 
 
 def _room(space: Tensor, block: Block, features: int) -> Tensor:
@@ -310,21 +286,15 @@ def _register() -> None:
         query_bank: Tensor | None,
         key_bank: Tensor | None,
         value_bank: Tensor | None,
-        far_query: Tensor | None,
-        far_key: Tensor | None,
-        far_value: Tensor | None,
         num_heads: int,
         scale: float,
         layout: list[int],
     ) -> tuple[Tensor, Tensor]:
-        far = None if far_query is None else (far_query, far_key, far_value)
         banks = (query_bank, key_bank, value_bank)
-        return _forward((query, key, value), banks, far, num_heads, scale, unpack(layout))
+        return _forward((query, key, value), banks, num_heads, scale, unpack(layout))
 
     @operator.register_fake
-    def _(
-        query, key, value, query_bank, key_bank, value_bank, far_query, far_key, far_value, num_heads, scale, layout
-    ):
+    def _(query, key, value, query_bank, key_bank, value_bank, num_heads, scale, layout):
         features = value.shape[-1] if value_bank is None else value_bank.shape[-1]
         logsumexp = query.new_empty(query.shape[1], query.shape[0], num_heads, dtype=accumulation_dtype(query.dtype))
         return value.new_empty(*query.shape[:2], features), logsumexp
@@ -340,9 +310,6 @@ def _register() -> None:
         query_bank: Tensor | None,
         key_bank: Tensor | None,
         value_bank: Tensor | None,
-        far_query: Tensor | None,
-        far_key: Tensor | None,
-        far_value: Tensor | None,
         num_heads: int,
         scale: float,
         layout: list[int],
@@ -350,18 +317,17 @@ def _register() -> None:
         need_key: bool,
         need_value: bool,
     ) -> list[Tensor]:
-        far = None if far_query is None else (far_query, far_key, far_value)
         banks, needed = (query_bank, key_bank, value_bank), (need_query, need_key, need_value)
         tensors = (query, key, value)
-        return _backward(gradient, output, logsumexp, tensors, banks, far, num_heads, scale, unpack(layout), needed)
+        return _backward(gradient, output, logsumexp, tensors, banks, num_heads, scale, unpack(layout), needed)
 
     @backward_operator.register_fake
     def _(
-        gradient, output, logsumexp, query, key, value, query_bank, key_bank, value_bank, far_query, far_key, far_value,
-        num_heads, scale, layout, need_query, need_key, need_value,
+        gradient, output, logsumexp, query, key, value, query_bank, key_bank, value_bank, num_heads, scale, layout,
+        need_query, need_key, need_value,
     ):  # fmt: skip
-        needed = (need_query, need_key, need_value) * 2 + (True,) * 3
-        tensors = (query, key, value, query_bank, key_bank, value_bank, far_query, far_key, far_value)
+        needed = (need_query, need_key, need_value) * 2
+        tensors = (query, key, value, query_bank, key_bank, value_bank)
         return [
             torch.empty_like(tensor, memory_format=torch.contiguous_format)
             if need and tensor is not None
@@ -370,8 +336,8 @@ def _register() -> None:
         ]
 
     def save(ctx, inputs, output):
-        ctx.save_for_backward(*output, *inputs[:9])
-        ctx.settings = inputs[9:]
+        ctx.save_for_backward(*output, *inputs[:6])
+        ctx.settings = inputs[6:]
 
     def differentiate(ctx, gradient, _):
         output, logsumexp, *tensors = ctx.saved_tensors
@@ -397,7 +363,6 @@ def streamed_attention(
     num_heads: int,
     scale: float,
     layout: PairLayout,
-    far: Sequence[Tensor | None] = (None, None, None),
 ) -> Tensor:
     """Attention over all pairs of a layout, without a mask: `[B, L, A·e]` of the values' dtype.
 
@@ -406,27 +371,9 @@ def streamed_attention(
         query_bank, key_bank, value_bank: `[num_offsets, in, A·e]` or `None`.
         num_heads: `A`.
         scale: what scores are multiplied by before softmax.
-        layout: the pairs; all tokens are queries. Of a text with a distance, the layout of all pairs.
-        far: what queries, keys and values bring to the pairs of a text as far as the distance or further, `[B, A, L, e]`
-            each: projections by the last matrix, or plain ones. Read for texts with a distance alone.
+        layout: the pairs; all tokens are queries.
     """
-    if not (layout.causal and layout.has_far_pairs):
-        far = (None, None, None)
-    if layout.causal and layout.clamp:
-        layout = layout.near(0)
-    output, _ = _operator(
-        query,
-        key,
-        value,
-        query_bank,
-        key_bank,
-        value_bank,
-        *far,
-        num_heads,
-        scale,
-        pack(layout),
-    )
-    return output
+    return _operator(query, key, value, query_bank, key_bank, value_bank, num_heads, scale, pack(layout))[0]
 
 
 __all__ = ["streamed_attention"]

@@ -8,8 +8,6 @@ longer than `--patience` seconds or its memory would pass `--memory` MiB.
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn
+from benchmarks.measuring import BOTH, FORWARD, measure, step, stop_if_wrong
 from benchmarks.models import make_mixer, mix, path_error
 from benchmarks.operator import products_of
 from translution import TranslutionConfig
@@ -99,9 +97,8 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
                 runs |= floors(mixers[DISTANT][0], length, backward)
             if not runs:
                 return
-            memory, counts = {}, {}
+            counts = {}
             for name, run in runs.items():
-                memory[name] = peak_memory(run)
                 start = time.perf_counter()
                 run()
                 seconds = time.perf_counter() - start
@@ -110,16 +107,12 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
                 )
                 if seconds > options.patience:
                     growing[name] = False
-            times = time_in_turn(runs, counts, warm_up=())
-            medians = {name: statistics.median(values) for name, values in times.items()}
+            case = f"text, L {length}, C {HIDDEN}, B 1, kv"
+            rows, medians = measure(case, BOTH if backward else FORWARD, runs, counts)
             floor = sum(value for name, value in medians.items() if name.startswith("floor"))
-            for name, values in times.items():
+            for name, row in rows.items():
                 yield {
-                    "case": f"text, L {length}, C {HIDDEN}, B 1, kv",
-                    "implementation": name,
-                    "passes": BOTH if backward else FORWARD,
-                    **spread(values),
-                    "peak_mib": memory[name],
+                    **row,
                     "times_attention": medians[name] / medians["attention"] if "attention" in medians else None,
                     "times_floor": medians[name] / floor if name == DISTANT and floor else None,
                     "error": errors.get(name),
@@ -129,22 +122,19 @@ def length_suite(options: argparse.Namespace) -> Iterator[dict]:
 
 def draw(results: Path, picture: Path) -> None:
     """Time and memory of a forward and backward pass over the length, from the rows of a CSV."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    with results.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["suite"] == "length" and row["passes"] == BOTH]
+    rows = pd.read_csv(results)
+    rows = rows[(rows["suite"] == "length") & (rows["passes"] == BOTH)]
+    rows.index = rows["case"].str.extract(r"L (\d+)", expand=False).astype(int)
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for name in VARIANTS:
-        points = [
-            (int(row["case"].split("L ")[1].split(",")[0]), float(row["median_ms"]), float(row["peak_mib"] or "nan"))
-            for row in rows
-            if row["implementation"] == name
-        ]
-        if points:
-            lengths, times, memory = zip(*points, strict=True)
-            axes[0].plot(lengths, times, marker="o", label=name)
-            axes[1].plot(lengths, memory, marker="o", label=name)
+        ours = rows[rows["implementation"] == name]
+        if len(ours):
+            axes[0].plot(ours["median_ms"], marker="o", label=name)
+            axes[1].plot(ours["peak_mib"], marker="o", label=name)
     for axis, title in zip(axes, ("milliseconds", "peak MiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"forward and backward, {title}")
         axis.set_xticks(LENGTHS, map(str, LENGTHS), minor=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.generation import generate, verify_generation
-from benchmarks.measuring import BOTH, peak_memory, spread, stop_if_wrong, time_in_turn, train_step, worst_error
+from benchmarks.measuring import BOTH, measure, stop_if_wrong, train_step, worst_error
 from benchmarks.operator import weighted_sum
 from translution import TranslutionConfig
 
@@ -98,29 +97,27 @@ def compare(case: str, variants: dict[str, dict[str, Any]], batch: int, repeats:
         name: partial(train_step, model.train(), make_inputs(variants[name], batch))
         for name, (model, _) in made.items()
     }
-    memory = {name: peak_memory(step) for name, step in steps.items()}
-    yield from rows(case, BOTH, {name: (steps[name], *made[name], memory[name]) for name in made}, repeats)
+    yield from rows(case, BOTH, steps, made, repeats)
 
 
 def rows(
     case: str,
     passes: str,
-    runs: dict[str, tuple[Callable[[], object], PreTrainedModel, float | None, float | None]],
+    runs: dict[str, Callable[[], object]],
+    made: dict[str, tuple[PreTrainedModel, float | None]],
     repeats: int,
     tokens: int | None = None,
 ) -> Iterator[dict]:
-    times = time_in_turn({name: run for name, (run, *_) in runs.items()}, dict.fromkeys(runs, repeats), warm_up=())
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, (_, model, error, memory) in runs.items():
+    measured, medians = measure(case, passes, runs, dict.fromkeys(runs, repeats))
+    for name, (model, error) in made.items():
+        # Generation takes too little memory for a quotient to say something.
+        memory = measured[name]["peak_mib"] if tokens is None else None
         yield {
-            "case": case,
-            "implementation": name,
-            "passes": passes,
-            **spread(times[name]),
+            **measured[name],
             "parameters": model.num_parameters(),
             "peak_mib": memory,
             "times_rotary": medians[name] / medians[RIVAL],
-            "times_rotary_memory": None if memory is None else memory / runs[RIVAL][-1],
+            "times_rotary_memory": None if memory is None else memory / measured[RIVAL]["peak_mib"],
             "tokens_per_second": None if tokens is None else tokens / medians[name] * 1e3,
             "error": error,
         }
@@ -137,16 +134,13 @@ def local_suite(options: argparse.Namespace) -> Iterator[dict]:
             yield from compare(case, with_rival(image_fields(side, far_offsets)), batch, options.repeats)
     variants = with_rival(text_fields(PROMPT + NEW_TOKENS))
     models = {name: make_model(name, fields)[0].eval() for name, fields in variants.items()}
-    errors = {name: verify_generation(name, model, VOCABULARY) for name, model in models.items()}
+    made = {name: (model, verify_generation(name, model, VOCABULARY)) for name, model in models.items()}
     for cache in ("dynamic", "static"):
         for batch in (1, 8):
             prompt = torch.randint(1, VOCABULARY, (batch, PROMPT))
             wanted = {} if cache == "dynamic" else {"cache_implementation": "static"}
             runs = {
-                name: (partial(generate, model, prompt, NEW_TOKENS, True, **wanted), model, errors[name], None)
-                for name, model in models.items()
+                name: partial(generate, model, prompt, NEW_TOKENS, True, **wanted) for name, model in models.items()
             }
-            for run, *_ in runs.values():
-                run()
             case = f"{SIZE} {cache} cache, prompt {PROMPT}, new {NEW_TOKENS}, B {batch}"
-            yield from rows(case, "generate", runs, options.repeats, batch * NEW_TOKENS)
+            yield from rows(case, "generate", runs, made, options.repeats, batch * NEW_TOKENS)

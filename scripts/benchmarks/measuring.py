@@ -76,6 +76,19 @@ def spread(times: list[float]) -> dict[str, float | int]:
     }
 
 
+def measure(
+    case: str, passes: str, runs: dict[str, Callable[[], object]], repeats: dict[str, int]
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """The columns that all suites share, by the name of a run, and the median times. What measures memory warms up."""
+    memory = {name: peak_memory(run) for name, run in runs.items()}
+    times = time_in_turn(runs, repeats, warm_up=())
+    rows = {
+        name: {"case": case, "implementation": name, "passes": passes, **spread(each), "peak_mib": memory[name]}
+        for name, each in times.items()
+    }
+    return rows, {name: row["median_ms"] for name, row in rows.items()}
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """`|value - expected| / |expected|`, in float64."""
     expected = expected.double()

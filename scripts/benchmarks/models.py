@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import (
     BOTH,
     FORWARD,
+    measure,
     peak_memory,
     spread,
     step,
@@ -121,19 +122,13 @@ def layer_suite(options: argparse.Namespace) -> Iterator[dict]:
                 for name, mixer in mixers.items()
             }
             runs |= {f"{name}, floor": partial(floor, backward) for name, floor in floors.items()}
-            memory = {name: peak_memory(run) for name, run in runs.items()}
-            times = time_in_turn(
-                runs, dict.fromkeys(runs, min(options.repeats, 5) if size == "base" else options.repeats)
-            )
-            medians = {name: statistics.median(values) for name, values in times.items()}
-            for name, values in times.items():
+            repeats = min(options.repeats, 5) if size == "base" else options.repeats
+            case = f"{size}, {grid}x{grid}, C {hidden}, B {batch}"
+            rows, medians = measure(case, BOTH if backward else FORWARD, runs, dict.fromkeys(runs, repeats))
+            for name, row in rows.items():
                 bound = None if name not in floors else 2 * (medians["attention"] + medians[f"{name}, floor"])
                 yield {
-                    "case": f"{size}, {grid}x{grid}, C {hidden}, B {batch}",
-                    "implementation": name,
-                    "passes": BOTH if backward else FORWARD,
-                    **spread(values),
-                    "peak_mib": memory[name],
+                    **row,
                     "times_attention": medians[name] / medians["attention"],
                     "times_bound": None if bound is None else medians[name] / bound,
                     "times_floor": None if name not in floors else medians[name] / medians[f"{name}, floor"],

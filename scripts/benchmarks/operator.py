@@ -13,7 +13,6 @@ Implementations:
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import BOTH, FORWARD, peak_memory, spread, step, stop_if_wrong, time_in_turn, worst_error
+from benchmarks.measuring import BOTH, FORWARD, measure, step, stop_if_wrong, worst_error
 from translution.modeling.operators import grouped, reference
 from translution.modeling.operators.pair_layout import PairLayout
 from translution.modeling.operators.streamed import streamed_attention
@@ -46,7 +45,6 @@ CASES = (
     Case("image 14x14", PairLayout.for_image(14, 14, 14, 14), 192, 8, "qkv"),
     Case("image 14x14", PairLayout.for_image(14, 14, 14, 14), 192, 8, "qkv", torch.bfloat16),
     Case("image 20x20", PairLayout.for_image(20, 20, 20, 20), 192, 2, "kv"),
-    Case("image 20x20, D 3", PairLayout.for_image(20, 20, 20, 20, 3), 192, 2, "kv"),
     Case("text 256", PairLayout.for_text(256, 256), 192, 4, "kv"),
     Case("text 256", PairLayout.for_text(256, 256), 192, 4, "kv", torch.bfloat16),
     Case("image 4x4", PairLayout.for_image(4, 4, 4, 4), 48, 50, "kv"),
@@ -224,18 +222,13 @@ def operator_suite(options: argparse.Namespace) -> Iterator[dict]:
             for one in names:
                 run = partial(IMPLEMENTATIONS[one], tokens, banks, layout)
                 runs[one] = step(run, [tokens, *banks.values()], backward)
-            memory = {one: peak_memory(run) for one, run in runs.items()}
             counts = {one: options.repeats if one in ("floor", *FAST) else min(options.repeats, 3) for one in runs}
-            times = time_in_turn(runs, counts)
-            medians = {one: statistics.median(values) for one, values in times.items()}
-            for one, values in times.items():
+            case = f"{name}, C {hidden}, B {batch}, {projections}"
+            rows, medians = measure(case, BOTH if backward else FORWARD, runs, counts)
+            for one, row in rows.items():
                 yield {
-                    "case": f"{name}, C {hidden}, B {batch}, {projections}",
-                    "implementation": one,
-                    "passes": BOTH if backward else FORWARD,
+                    **row,
                     "dtype": str(dtype).removeprefix("torch."),
-                    **spread(values),
-                    "peak_mib": memory[one],
                     "times_floor": medians[one] / medians["floor"],
                     "times_gather": medians["gather"] / medians[one] if gathers else None,
                     "times_published": medians["gather-matmul"] / medians[one] if gathers else None,

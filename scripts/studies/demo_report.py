@@ -14,22 +14,31 @@ from transformers import PreTrainedModel
 from studies.settings import COMPARISONS
 
 
-def image_table(rows: list[dict[str, Any]]) -> str:
-    """Size, seconds of both trainings, and accuracies."""
+def print_report(report: dict[str, Any], prompt: str, folder: Path) -> None:
+    """Prints the tables: size, seconds of training, and accuracies or perplexity; the sample; and where the files are."""
+    images, text = report["images"], report["text"]
+    print(f"\n== Results\n\nAccuracy on {images['test_digits']} held-out digits (trained → tested)\n", flush=True)
     cells = [
         [row["model"], f"{row['parameters']:,}", f"{sum(row['seconds'].values()):.0f}"]
         + [f"{row['accuracy'][name]:.1f} %" for name in COMPARISONS]
-        for row in rows
+        for row in images["models"]
     ]
-    return markdown(["model", "parameters", "seconds", *COMPARISONS], cells)
-
-
-def text_table(rows: list[dict[str, Any]]) -> str:
-    """Size, seconds of training, and perplexity."""
+    print(markdown(["model", "parameters", "seconds", *COMPARISONS], cells))
+    print(
+        f"\nOn dynamic digits local Translution is {images['points_above_attention']:.1f} points above rotary attention of as "
+        f"many parameters. The best model is {images['best']}."
+    )
+    print("\nPerplexity on held-out files\n")
     cells = [
-        [row["model"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", f"{row['perplexity']:.1f}"] for row in rows
+        [row["model"], f"{row['parameters']:,}", f"{row['seconds']:.0f}", f"{row['perplexity']:.1f}"]
+        for row in text["models"]
     ]
-    return markdown(["model", "parameters", "seconds", "perplexity"], cells)
+    print(markdown(["model", "parameters", "seconds", "perplexity"], cells))
+    print(f"\nThe best one continues {prompt!r}:\n")
+    print("\n".join(f"    {line}" for line in text["sample"].splitlines()))
+    print(f"\n{report['seconds']:.0f} seconds in all. Written to {folder}:")
+    for path in sorted(folder.iterdir()):
+        print(f"    {path.name}{'/' if path.is_dir() else ''}")
 
 
 def draw(

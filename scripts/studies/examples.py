@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from training.digits import DigitCanvases, Digits, digits_split
 from training.standard_library import read_texts, split_files, standard_library_files
 from training.tokenizer import train_tokenizer
@@ -55,49 +54,45 @@ def text_tokens(settings: Settings) -> tuple[Tensor, Tensor]:
     longest = max(settings.text_lengths)
     tokenizer = train_tokenizer(texts, settings.vocab_size, longest)
     held_out = read_texts(held_out_paths[: settings.held_out_files])
-    return tuple(token_blocks(part, tokenizer, longest).blocks.flatten() for part in (texts, held_out))
+    return tuple(token_blocks(part, tokenizer, longest).flatten() for part in (texts, held_out))
 
 
-def held_out_blocks(tokens: Tensor, length: int, stage: str, settings: Settings) -> TokenBlocks:
+def held_out_blocks(tokens: Tensor, length: int, stage: str, settings: Settings) -> Tensor:
     """Blocks spread evenly over the held-out files. All lengths measure on the same text, tuning on another part of it."""
     longest = max(settings.text_lengths)
-    blocks = TokenBlocks(tokens, longest).blocks
+    blocks = cut(tokens, longest)
     is_test = torch.arange(len(blocks)) % TUNING_SHARE != 0
     blocks = blocks[is_test if stage == "test" else ~is_test]
     count = max(1, settings.held_out_blocks * settings.text_lengths[0] // longest)
     chosen = blocks[:: max(1, len(blocks) // count)][:count]
-    return TokenBlocks(chosen.flatten(), length)
+    return cut(chosen.flatten(), length)
 
 
-def text_batches(blocks: TokenBlocks, seed: int, steps: int, batch: int) -> Iterator[dict[str, Tensor]]:
-    """Blocks in a new order every time all have been seen."""
+def text_batches(blocks: Tensor, seed: int, steps: int, batch: int) -> Iterator[dict[str, Tensor]]:
+    """Blocks `[N, L]` in a new order every time all have been seen, for a causal model: `labels` are the tokens themselves."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(order) < batch:
             order = torch.cat((order, torch.randperm(len(blocks), generator=generator)))
-        chosen, order = blocks.blocks[order[:batch]], order[batch:]
+        chosen, order = blocks[order[:batch]], order[batch:]
         yield {"input_ids": chosen, "labels": chosen}
 
 
-class TokenBlocks(Dataset):
-    """Blocks of `length` tokens, `[N, L]`, for a causal model: `labels` are the tokens themselves."""
+def cut(tokens: Tensor, length: int) -> Tensor:
+    """Blocks of `length` tokens, `[N, L]`.
 
-    def __init__(self, tokens: Tensor, length: int):
-        count = len(tokens) // length
-        if count == 0:
-            raise ValueError(f"A block needs {length} tokens, there are {len(tokens)} in all.")
-        self.blocks = tokens[: count * length].view(count, length)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
+    Raises:
+        ValueError: if there are too few for one.
+    """
+    count = len(tokens) // length
+    if count == 0:
+        raise ValueError(f"A block needs {length} tokens, there are {len(tokens)} in all.")
+    return tokens[: count * length].view(count, length)
 
 
-def token_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int) -> TokenBlocks:
-    """The texts one after the other, with an end-of-text token after each, cut into blocks."""
+def token_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Tensor:
+    """The texts one after the other, with an end-of-text token after each, cut into blocks `[N, L]`."""
     encodings = tokenizer.backend_tokenizer.encode_batch(list(texts))
     ids = [token for encoding in encodings for token in (*encoding.ids, tokenizer.eos_token_id)]
-    return TokenBlocks(torch.tensor(ids), length)
+    return cut(torch.tensor(ids), length)

@@ -28,14 +28,9 @@ STYLES = {
     "attention, rotary": {"fmt": "s-", "color": "black"},
     "attention, relative bias": {"fmt": "D--", "color": "gray"},
     "attention, relative vector": {"fmt": "^", "color": "gray"},
-    "convolution": {"fmt": "o", "color": "tab:olive"},
-    "ACmix": {"fmt": "o", "color": "tab:brown"},
-    "full": {"fmt": "o", "color": "tab:blue"},
-    "LoR": {"fmt": "o", "color": "tab:orange"},
-    "basis": {"fmt": "o", "color": "tab:red"},
-    "hybrid": {"fmt": "o", "color": "tab:purple"},
-    "local": {"fmt": "o", "color": "tab:green"},
 }
+COLOURS = {"convolution": "olive", "ACmix": "brown", "full": "blue", "LoR": "orange", "basis": "red", "hybrid": "purple", "local": "green"}  # fmt: skip
+STYLES |= {name: {"fmt": "o", "color": f"tab:{colour}"} for name, colour in COLOURS.items()}
 
 
 @dataclass(frozen=True)

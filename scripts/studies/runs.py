@@ -22,14 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training.digits import PLACEMENTS, DigitCanvases, digits_split
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
-from studies.examples import (
-    TokenBlocks,
-    digits_of,
-    held_out_blocks,
-    image_batches,
-    text_batches,
-    text_tokens,
-)
+from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches, text_tokens
 from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, Settings
 from studies.variants import VARIANTS, Variant, build, model_fields
 
@@ -186,10 +179,10 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, blocks: TokenBlocks) -> float:
+def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
     """Perplexity of the tokens of all blocks but the first ones of each, which have no context."""
     losses = []
-    for batch in blocks.blocks.split(32):
+    for batch in blocks.split(32):
         losses.append(model(input_ids=batch, labels=batch).loss.double() * len(batch))
     return math.exp(sum(losses).item() / len(blocks))
 
@@ -235,7 +228,7 @@ def run_text(run: Run) -> dict[str, Any]:
     tokens, held_out = text_tokens(settings)
     set_seed(run.seed)
     model = build(run.fields())
-    batches = text_batches(TokenBlocks(tokens, run.length), run.seed, run.steps, run.batch)
+    batches = text_batches(cut(tokens, run.length), run.seed, run.steps, run.batch)
     seconds, cpu_seconds = train(model, batches, run.steps, run.learning_rate, settings)
     return {
         "train_seconds": seconds,

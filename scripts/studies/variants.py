@@ -98,15 +98,9 @@ LOCAL_IMAGE_VARIANTS = [
     Variant("convolution, then rotary", "hybrid", {"mixer_types": ["convolution"] + ["rope_attention"] * 2}),
     *(
         widened("rotary", f"local {name}")
-        for name in (
-            "kv, D 1, shared",
-            "kv, D 1, clamped",
-            "kv, D 2, shared",
-            "v, D 1, shared",
-            "kv, D 1, shared, first layer",
-        )
+        for name in ("kv, D 1, shared", "kv, D 1, clamped", "kv, D 2, shared", "v, D 1, shared", "kv, D 1, shared, first layer")
     ),
-]
+]  # fmt: skip
 LOCAL_TEXT_VARIANTS = [
     attention("rotary"),
     local("kv, D 3, rotary", "kv", 3, **ROTARY),
@@ -118,32 +112,19 @@ LOCAL_TEXT_VARIANTS = [
     local("kv, D 3, rotary, first layer", "kv", 3, mixer_types=["rope_translution", "rope_attention"]),
     *(
         widened("rotary", f"local {name}")
-        for name in (
-            "kv, D 3, rotary",
-            "kv, D 1, rotary",
-            "kv, D 7, rotary",
-            "v, D 3, rotary",
-            "basis 4 kv, D 4, rotary",
-        )
+        for name in ("kv, D 3, rotary", "kv, D 1, rotary", "kv, D 7, rotary", "v, D 3, rotary", "basis 4 kv, D 4, rotary", "kv, D 3, rotary, first layer")
     ),
-    widened("rotary", "local kv, D 3, rotary, first layer"),
-]
+]  # fmt: skip
 # Of each study, the variants of each task.
 STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text": LOCAL_TEXT_VARIANTS}}
-
-
-def task_fields(task: str, length: int | None, vocab_size: int) -> dict[str, Any]:
-    """What the configs of all models of a task share."""
-    if task == "images":
-        return dict(IMAGE_FIELDS)
-    return {**TEXT_FIELDS, "vocab_size": vocab_size, "max_position_embeddings": length}
 
 
 def model_fields(
     task: str, variant: Variant, length: int | None = None, vocab_size: int = SETTINGS.vocab_size
 ) -> dict:
     """All fields of a variant's config."""
-    fields = {**task_fields(task, length, vocab_size), **variant.fields}
+    of_text = {**TEXT_FIELDS, "vocab_size": vocab_size, "max_position_embeddings": length}
+    fields = {**(IMAGE_FIELDS if task == "images" else of_text), **variant.fields}
     if variant.widened_to is None:
         return fields
     known = [other for variants in STUDIES.values() for other in variants[task]]

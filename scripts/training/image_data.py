@@ -39,21 +39,17 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyD
         ValueError: if there are no data, no pictures, no such split or column, fewer than two classes, or pictures that are
             not in the folder of a class.
     """
+    loading.require_one(args, ("dataset_name", "train_dir"))
     if args.dataset_name is None:
-        loading.require_one(args, ("dataset_name", "train_dir"))
         folders = {"train": args.train_dir, "validation": args.validation_dir}
         data_files = {split: _pictures(folder, split) for split, folder in folders.items() if folder is not None}
         # A folder with a single class would otherwise lose its label, and with it the error below.
         drop_labels = None if _has_metadata(folders.values()) else False
         splits = loading.load_splits("imagefolder", args, data_files=data_files, drop_labels=drop_labels)
     elif args.dataset_name == DIGITS:
-        loading.require_one(args, ("dataset_name", "train_dir"))
         splits = loading.as_streams(digits_dataset(args.dataset_config_name or "static"), args)
     else:
-        loading.require_one(args, ("dataset_name", "train_dir"))
-        splits = loading.load_splits(
-            args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision
-        )
+        splits = loading.load_from_hub(args)
     train, evaluation = loading.choose_splits(splits, args, evaluates)
     image = loading.find_column(train, args.image_column, "image_column", datasets.Image, ("image", "img"))
     label = loading.find_column(
@@ -66,9 +62,7 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyD
         raise ValueError(f"`{label}` must have at least 2 classes, got {names}.")
     if evaluation is None and evaluates:
         train, evaluation = loading.hold_out(train, args, stratify_by_column="label")
-    return loading.first_samples(train, args.max_train_samples), loading.first_samples(
-        evaluation, args.max_eval_samples
-    )
+    return loading.first_samples(train, evaluation, args)
 
 
 def _pictures(folder: str, split: str) -> list[str]:

@@ -45,6 +45,10 @@ def load_splits(path: str, args: DataArguments, **options: object) -> DatasetDic
         raise ValueError(f"The data cannot be read: {error.__cause__ or error}") from error
 
 
+def load_from_hub(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+    return load_splits(args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision)
+
+
 def as_streams(splits: DatasetDict, args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if not args.streaming:
         return splits
@@ -95,7 +99,12 @@ def hold_out(data: AnyDataset, args: DataArguments, stratify_by_column: str | No
     return parts["train"], parts["test"]
 
 
-def first_samples(data: AnyDataset | None, count: int | None) -> AnyDataset | None:
-    if data is None or count is None:
-        return data
-    return data.take(count) if isinstance(data, IterableDataset) else data.select(range(min(count, len(data))))
+def first_samples(
+    train: AnyDataset, evaluation: AnyDataset | None, args: DataArguments
+) -> tuple[AnyDataset, AnyDataset | None]:
+    def first(data: AnyDataset | None, count: int | None) -> AnyDataset | None:
+        if data is None or count is None:
+            return data
+        return data.take(count) if isinstance(data, IterableDataset) else data.select(range(min(count, len(data))))
+
+    return first(train, args.max_train_samples), first(evaluation, args.max_eval_samples)

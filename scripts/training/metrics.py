@@ -53,13 +53,9 @@ def perplexity(loss: float, tokens: int) -> float:
     return math.inf if mean > 709 else math.exp(mean)
 
 
-def text_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
+def text_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Perplexity, and the share of tokens that are predicted right, of `token_losses`."""
-
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        losses, right = (part[:, 0] for part in prediction.predictions)
-        tokens = int((prediction.label_ids[:, 1:] != IGNORED).sum())
-        accuracy = float(right.sum() / tokens) if tokens else math.nan
-        return {"perplexity": perplexity(math.fsum(losses), tokens), "accuracy": accuracy}
-
-    return compute
+    losses, right = (part[:, 0] for part in prediction.predictions)
+    tokens = int((prediction.label_ids[:, 1:] != IGNORED).sum())
+    accuracy = float(right.sum() / tokens) if tokens else math.nan
+    return {"perplexity": perplexity(math.fsum(losses), tokens), "accuracy": accuracy}

@@ -75,9 +75,7 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[loading.AnyDat
     elif args.dataset_name == STANDARD_LIBRARY:
         splits = loading.as_streams(standard_library_dataset(), args)
     else:
-        splits = loading.load_splits(
-            args.dataset_name, args, name=args.dataset_config_name, revision=args.dataset_revision
-        )
+        splits = loading.load_from_hub(args)
     train, evaluation = loading.choose_splits(splits, args, evaluates)
     pair = []
     for data in (train, evaluation):
@@ -92,9 +90,7 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[loading.AnyDat
     train, evaluation = pair
     if evaluation is None and evaluates and (args.streaming or len(train) > 1):
         train, evaluation = loading.hold_out(train, args)
-    return loading.first_samples(train, args.max_train_samples), loading.first_samples(
-        evaluation, args.max_eval_samples
-    )
+    return loading.first_samples(train, evaluation, args)
 
 
 def _holds_text(data: Dataset, args: TextDataArguments) -> bool:
