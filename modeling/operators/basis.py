@@ -119,9 +119,9 @@ def _chunks(keys: Tensor, num_queries: int) -> Iterator[tuple[slice, int, slice]
 
 def _chunk_shape(keys: Tensor, num_queries: int) -> tuple[int, int]:
     """Inputs and queries of a chunk: several inputs only where all queries of one fit."""
-    per_receiver = max(keys.shape[2] * keys.shape[3], 1)
-    size = min(max(CHUNK_ELEMENTS // per_receiver, 1), max(num_queries, 1))
-    return max(CHUNK_ELEMENTS // (per_receiver * max(num_queries, 1)), 1), size
+    per_query = max(keys.shape[2] * keys.shape[3], 1)
+    size = min(max(CHUNK_ELEMENTS // per_query, 1), max(num_queries, 1))
+    return max(CHUNK_ELEMENTS // (per_query * max(num_queries, 1)), 1), size
 
 
 def _space(keys: Tensor, num_queries: int) -> Tensor:

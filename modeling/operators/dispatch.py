@@ -4,12 +4,12 @@
 
 | layer | path | where | condition |
 | --- | --- | --- | --- |
-| Translution | `local_step` | `mixers/local.py` | one new token with a cache and a distance, not 0 and not more than the cache has slots; full, keys and values relative; a basis only where it is rotated; no attention dropout |
-| | `decode` | `decode.py` | one new token with a cache |
+| Translution | `local_step` | `mixers/local.py` | as `decode`, with a distance, not 0 and not more than the cache has slots; full, keys and values relative; a basis only where it is rotated; no attention dropout |
+| | `decode` | `decode.py` | one new token with a cache; neither `"eager"` nor attention weights, which a compiled step with a static cache leaves out |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `local_kernel` | `triton_local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs are further apart; queries not relative where images clamp offsets; no attention dropout; the CUDA kernels can serve |
-| | `local` | `local.py` | the same where the CUDA kernels cannot serve |
+| | `local_kernel` | `triton_local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs as far apart as the distance (text) or further (images); queries not relative where images clamp offsets; no attention dropout; the CUDA kernels can serve |
+| | `local` | `operators/local.py` | the same where the CUDA kernels cannot serve |
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache; neither rotated nor shared far offsets |
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
@@ -57,7 +57,7 @@ FORBID, INSIST = ("0", "false", "off", "no"), ("1", "true", "on", "yes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A head is never split between programs.
 MAX_HEAD_SIZE = 256
-# Off, `grouped` takes the place of `streamed`: a switch for tests and benchmarks.
+# Off, `grouped` takes the place of `streamed`: a switch for tests.
 STREAM = True
 # Off, the paths that treat all pairs alike take the place of `local`.
 LOCAL = True
@@ -156,7 +156,7 @@ def _choose_path(call: Call) -> Choice:
         return _reference(call)
     if _local_serves(call):
         obstacle = _tuple_obstacle(call.device, call.dtype, call.head_size)
-        # Who insists on the kernels gets others where this one cannot serve.
+        # Where the kernels are insisted on and this one cannot serve, others may.
         if not (obstacle and _insists(call.wish)):
             obstacle = kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, obstacle)
             if obstacle:
@@ -190,7 +190,7 @@ def _reference(call: Call) -> Choice:
         return Choice("reference", f"`attn_implementation={EAGER!r}`")
     reason = "attention weights are asked for, which the readable reference returns"
     if call.kind in ("full", "low_rank", "basis"):
-        # Whoever insists on the kernels is to know.
+        # Raises an error where the kernels are insisted on.
         kernel_obstacle(call.wish, call.device, call.dtype, call.head_size, reason)
     return Choice("reference", reason)
 
@@ -221,14 +221,14 @@ def _streaming_obstacle(call: Call) -> str:
         return "streaming is switched off"
     if call.kind == "low_rank":
         return "low-rank scores are mostly dense, and one product makes their square"
-    if call.masked:
-        return "a mask hides pairs"
     if call.drops:
         return "attention dropout needs the square of weights"
     if call.rotated:
         return "what banks project is rotated"
     if layout.past > 0:
         return "a cache has tokens before the new ones"
+    if call.masked:
+        return "a mask hides pairs"
     if layout.causal and layout.has_far_pairs:
         return "far pairs are one product of their own"
     return ""

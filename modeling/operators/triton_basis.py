@@ -331,7 +331,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx, output_gradient, dense_output_gradient, normaliser_gradient):
+def _differentiate(ctx, output_gradient, dense_output_gradient, logsumexp_gradient):
     *tensors, mask, output, dense_output, logsumexp = ctx.saved_tensors
     gradients = _backward_operator(
         output_gradient, dense_output_gradient, output, dense_output, logsumexp, *tensors, mask, ctx.scale, ctx.layout

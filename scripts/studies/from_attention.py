@@ -18,7 +18,7 @@ from torch import Tensor
 from training.digits import DigitCanvases
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, ViTConfig, ViTForImageClassification, set_seed
 
-from studies.examples import TokenBlocks, digits_of, held_out_blocks, image_batches, text_batches, text_tokens
+from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches, text_tokens
 from studies.rows import read_rows
 from studies.runs import FIRST_TUNING_SEED, accuracy, classify, perplexity, stamped, train
 from studies.settings import IMAGE_FIELDS, TEXT_FIELDS, Settings
@@ -88,7 +88,7 @@ class Text:
 
     def __init__(self, stage: str, settings: Settings):
         tokens, held_out = text_tokens(settings)
-        self.blocks, self.held_out = TokenBlocks(tokens, BLOCK), held_out_blocks(held_out, BLOCK, stage, settings)
+        self.blocks, self.held_out = cut(tokens, BLOCK), held_out_blocks(held_out, BLOCK, stage, settings)
         self.vocab_size = settings.vocab_size
 
     def source(self) -> PreTrainedModel:
