@@ -251,6 +251,10 @@ def test_explain_dispatch_of_a_step():
     cache = StaticCache(config=model.config, max_cache_len=8)
     assert "decode" not in explain_dispatch(model, torch.tensor([[1, 2]]), past_key_values=cache)
     assert "decode: one new token" in explain_dispatch(model, torch.tensor([[3]]), past_key_values=cache)
+    told = explain_dispatch(model, torch.tensor([[3]]), past_key_values=cache, output_attentions=True)
+    assert "reference: attention weights" in told
+    model.set_attn_implementation(EAGER)
+    assert "reference: `attn_implementation" in explain_dispatch(model, torch.tensor([[3]]), past_key_values=cache)
 
 
 @pytest.mark.parametrize("variant", ["attention", "rope", "relative-bias", "convolution", "acmix"])
