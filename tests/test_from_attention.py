@@ -395,6 +395,15 @@ def test_caches_keep_heads_grouped(case):
         assert stored == tokens.numel() * (2 * 4 + values)
 
 
+def test_assists_itself_with_its_first_layers():
+    source = make_source("llama")
+    inputs = {name: value[:1] for name, value in make_inputs(source, "llama").items() if name == "input_ids"}
+    expected = source.generate(**inputs, max_new_tokens=6, do_sample=False)
+    converted = convert(source, "llama")
+    for options in ({"assistant_early_exit": 1}, {}):
+        assert torch.equal(converted.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
+
+
 def test_kernels():
     case = "llama-value"
     source = make_source(case, EXACT)

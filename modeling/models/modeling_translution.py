@@ -475,6 +475,8 @@ class TranslutionModel(TranslutionPreTrainedModel):
             )
         last, states, weights = run_trunk(
             self.trunk,
+            # Generation that assists itself runs fewer layers for a while.
+            self.config.num_hidden_layers,
             wants_weights,
             self.config.output_hidden_states if wants_states is None else wants_states,
             attention_mask=attention_mask,

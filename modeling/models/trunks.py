@@ -317,12 +317,13 @@ def resize_trunk(
 
 
 def run_trunk(
-    trunk: PreTrainedModel, wants_weights: bool, wants_states: Any, **inputs: Any
+    trunk: PreTrainedModel, num_layers: int, wants_weights: bool, wants_states: Any, **inputs: Any
 ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """The last hidden states of a trunk, `[B, L, C]`, the hidden states of all layers, and the weights of all layers.
 
     Args:
         trunk: its layers hand what they do not know on to their attention.
+        num_layers: how many of its layers are run, where it can leave some out.
         wants_weights, wants_states: what to return besides; `output_hidden_states` of Transformers.
         inputs: of the trunk's forward pass, and of `ConvertedAttention`.
     """
@@ -330,6 +331,8 @@ def run_trunk(
     # Transformers sets all parts of a model to what the whole is set to, which here belongs to Translution.
     if trunk.config._attn_implementation != implementation:
         trunk.config._attn_implementation = implementation
+    if trunk.config.num_hidden_layers != num_layers:
+        trunk.config.num_hidden_layers = num_layers
     weights: list[Tensor] = []
     hooks = []
     if wants_weights:

@@ -149,7 +149,7 @@ def train(
     model: PreTrainedModel, batches: Iterable[dict[str, Tensor]], steps: int, learning_rate: float, settings: Settings
 ) -> tuple[float, float]:
     """Trains as `Trainer` does, without its overhead, which would count as a model's cost; returns wall-clock and CPU seconds."""
-    # As in `Trainer`, biases and norms have no weight decay.
+    # Vectors, which most biases and all norms are, have no weight decay.
     decay = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
