@@ -4,13 +4,14 @@
     python scripts/convert_attention_to_translution.py --model user/name --output DIR --max_relative_distance 3
     python scripts/convert_attention_to_translution.py --model FOLDER --output DIR --layers 0 1 --far_offsets shared
 
-The model's trunk stays, and its attention is replaced. Tokenizer or image processor, generation config, and the card's base
-model and licence are copied.
+The model's trunk stays, and its attention is replaced. Tokenizer or image processor, generation config, the card's base model
+and licence, and the licence's text in a folder are copied.
 """
 
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -18,9 +19,8 @@ from typing import Any
 
 from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, require_least, run_command
-from common.saved_files import CARD, RUN, check_model_name, write_json
-from huggingface_hub import ModelCard
-from training.model_card import write_model_card
+from common.saved_files import CARD, LICENSES, RUN, check_model_name, write_json
+from training.model_card import LICENSE, origin_of, write_model_card
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -79,6 +79,9 @@ def convert(
         converted.save_pretrained(folder, max_shard_size=max_shard_size)
         if find(model, file, **where) is not None:
             processor_class.from_pretrained(model, **where).save_pretrained(folder)
+        if Path(model).is_dir():
+            for text in filter(Path.is_file, Path(model).glob(LICENSES)):
+                shutil.copyfile(text, folder / text.name)
         write_json(folder / RUN, run_of(model, modality, command, **where))
         write_model_card(folder, output.name)
     return converted
@@ -86,15 +89,14 @@ def convert(
 
 def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict[str, Any]:
     """What the card of the converted model says of where it is from."""
-    card = find(model, CARD, **where)
-    data = {} if card is None else ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    data = origin_of(find(model, CARD, **where))
     # A folder's name is no name on the Hub, and what it holds may be from there.
     base = data.get("base_model") if Path(model).is_dir() else model
     return {
         "task": TASKS[modality],
         "converted_from": base if isinstance(base, str) else Path(model).name,
         "base_model": base,
-        "license": data.get("license"),
+        **{name: data.get(name) for name in LICENSE},
         "command": command,
         "date": date.today().isoformat(),
     }

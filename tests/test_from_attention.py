@@ -593,7 +593,14 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     source = make_source("vit-shared", torch.float32)
     source.save_pretrained(tmp_path / "source")
     ViTImageProcessorPil(size={"height": 9, "width": 15}).save_pretrained(tmp_path / "source")
-    card = "---\nlicense: mit\nbase_model: user/base\n---\n# A model\n"
+    origin = {
+        "license": "other",
+        "license_name": "some-licence",
+        "license_link": "LICENSE.txt",
+        "base_model": "user/base",
+    }
+    card = "\n".join(["---", *(f"{name}: {value}" for name, value in origin.items()), "---", "# A model"])
+    (tmp_path / "source" / "LICENSE.txt").write_text("You may.", encoding="utf-8")
     (tmp_path / "source" / "README.md").write_text(card, encoding="utf-8")
     output = tmp_path / "converted"
     arguments = ["--model", str(tmp_path / "source"), "--output", str(output), "--layers", "1"]
@@ -608,8 +615,9 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     inputs = make_inputs(source, "vit-shared")
     assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
     assert AutoImageProcessor.from_pretrained(output).size["width"] == 15
-    data = ModelCard.load(output / "README.md").data
-    assert (data.license, data.base_model) == ("mit", "user/base")
+    data = ModelCard.load(output / "README.md").data.to_dict()
+    assert {name: data.get(name) for name in origin} == origin
+    assert (output / "LICENSE.txt").read_text(encoding="utf-8") == "You may."
     assert "Converted from `user/base`" in (output / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="--overwrite"):
         convert_attention_to_translution.main(arguments)

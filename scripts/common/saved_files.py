@@ -15,6 +15,8 @@ from translution.modeling.models.weight_files import read_index
 
 
 RUN, CARD = "run.json", "README.md"
+# Texts of licences, to which the card may link.
+LICENSES = "LICENSE*"
 WEIGHTS, WEIGHTS_INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
 
 
