@@ -21,7 +21,14 @@ from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, require_least, run_command
 from common.saved_files import CARD, LICENSES, RUN, check_model_name, write_json
 from training.model_card import LICENSE, origin_of, write_model_card
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from translution import TranslutionForCausalLM, TranslutionForImageClassification
@@ -31,10 +38,14 @@ from translution.modeling.models.trunks import family_of
 
 MODELS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
 TASKS = {"image": "image-classification", "text": "text-generation"}
-# What turns data into tokens, and the file that says so.
+# What turns data into tokens, its name, and the files that it is loaded from, each of which may be the only one.
 PROCESSORS = {
-    "image": (AutoImageProcessor, "preprocessor_config.json"),
-    "text": (AutoTokenizer, "tokenizer_config.json"),
+    "image": (AutoImageProcessor, "image processor", ("preprocessor_config.json", "processor_config.json")),
+    "text": (
+        AutoTokenizer,
+        "tokenizer",
+        ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"),
+    ),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -73,18 +84,28 @@ def convert(
     check_model_name(model)
     where = {} if revision is None else {"revision": revision}
     modality = family_of(AutoConfig.from_pretrained(model, **where).model_type).modality
+    processor = load_processor(model, modality, **where)
     converted = MODELS[modality].from_attention(model, dtype=dtype, **options, **where)
-    processor_class, file = PROCESSORS[modality]
     with written_whole(output) as folder:
         converted.save_pretrained(folder, max_shard_size=max_shard_size)
-        if find(model, file, **where) is not None:
-            processor_class.from_pretrained(model, **where).save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
         if Path(model).is_dir():
             for text in filter(Path.is_file, Path(model).glob(LICENSES)):
                 shutil.copyfile(text, folder / text.name)
         write_json(folder / RUN, run_of(model, modality, command, **where))
         write_model_card(folder, output.name)
     return converted
+
+
+def load_processor(model: str, modality: str, **where: Any) -> PreTrainedTokenizerBase | BaseImageProcessor | None:
+    """The tokenizer or image processor of a model; without one, None and a printed line."""
+    processor_class, name, files = PROCESSORS[modality]
+    # Asked first: of a model type that has one class of tokenizers, an empty tokenizer would be loaded.
+    if any(find(model, file, **where) is not None for file in files):
+        return processor_class.from_pretrained(model, **where)
+    print(f"{model} has no {name}, the converted model has none either: there is no {' or '.join(files)}", flush=True)
+    return None
 
 
 def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict[str, Any]:
