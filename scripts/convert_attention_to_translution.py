@@ -11,7 +11,6 @@ and licence, and the licence's text in a folder are copied.
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, require_least, run_command
-from common.saved_files import CARD, LICENSES, RUN, check_model_name, write_json
+from common.saved_files import CARD, RUN, check_model_name, copy_licenses, write_json
 from training.model_card import LICENSE, origin_of, write_model_card
 from transformers import (
     AutoConfig,
@@ -90,9 +89,7 @@ def convert(
         converted.save_pretrained(folder, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
-        if Path(model).is_dir():
-            for text in filter(Path.is_file, Path(model).glob(LICENSES)):
-                shutil.copyfile(text, folder / text.name)
+        copy_licenses(Path(model), folder)
         write_json(folder / RUN, run_of(model, modality, command, **where))
         write_model_card(folder, output.name)
     return converted
