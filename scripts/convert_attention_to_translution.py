@@ -4,8 +4,8 @@
     python scripts/convert_attention_to_translution.py --model user/name --output DIR --max_relative_distance 3
     python scripts/convert_attention_to_translution.py --model FOLDER --output DIR --layers 0 1 --far_offsets shared
 
-The model's trunk stays, and its attention is replaced. Tokenizer or image processor, generation config, and the card's base
-model and licence are copied.
+The model's trunk stays, and its attention is replaced. Tokenizer or image processor, generation config, the card's base model
+and licence, and the licence's text in a folder are copied.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from typing import Any
 
 from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, require_least, run_command
-from common.saved_files import CARD, RUN, check_model_name, write_json
-from huggingface_hub import ModelCard
-from training.model_card import write_model_card
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from common.saved_files import CARD, RUN, check_model_name, copy_licenses, write_json
+from training.model_card import LICENSE, origin_of, write_model_card
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from translution import TranslutionForCausalLM, TranslutionForImageClassification
@@ -31,10 +37,14 @@ from translution.modeling.models.trunks import family_of
 
 MODELS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
 TASKS = {"image": "image-classification", "text": "text-generation"}
-# What turns data into tokens, and the file that says so.
+# What turns data into tokens, its name, and the files that it is loaded from, each of which may be the only one.
 PROCESSORS = {
-    "image": (AutoImageProcessor, "preprocessor_config.json"),
-    "text": (AutoTokenizer, "tokenizer_config.json"),
+    "image": (AutoImageProcessor, "image processor", ("preprocessor_config.json", "processor_config.json")),
+    "text": (
+        AutoTokenizer,
+        "tokenizer",
+        ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"),
+    ),
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -73,28 +83,38 @@ def convert(
     check_model_name(model)
     where = {} if revision is None else {"revision": revision}
     modality = family_of(AutoConfig.from_pretrained(model, **where).model_type).modality
+    processor = load_processor(model, modality, **where)
     converted = MODELS[modality].from_attention(model, dtype=dtype, **options, **where)
-    processor_class, file = PROCESSORS[modality]
     with written_whole(output) as folder:
         converted.save_pretrained(folder, max_shard_size=max_shard_size)
-        if find(model, file, **where) is not None:
-            processor_class.from_pretrained(model, **where).save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        copy_licenses(Path(model), folder)
         write_json(folder / RUN, run_of(model, modality, command, **where))
         write_model_card(folder, output.name)
     return converted
 
 
+def load_processor(model: str, modality: str, **where: Any) -> PreTrainedTokenizerBase | BaseImageProcessor | None:
+    """The tokenizer or image processor of a model; without one, None and a printed line."""
+    processor_class, name, files = PROCESSORS[modality]
+    # Asked first: of a model type that has one class of tokenizers, an empty tokenizer would be loaded.
+    if any(find(model, file, **where) is not None for file in files):
+        return processor_class.from_pretrained(model, **where)
+    print(f"{model} has no {name}, the converted model has none either: there is no {' or '.join(files)}", flush=True)
+    return None
+
+
 def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict[str, Any]:
     """What the card of the converted model says of where it is from."""
-    card = find(model, CARD, **where)
-    data = {} if card is None else ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    data = origin_of(find(model, CARD, **where))
     # A folder's name is no name on the Hub, and what it holds may be from there.
     base = data.get("base_model") if Path(model).is_dir() else model
     return {
         "task": TASKS[modality],
         "converted_from": base if isinstance(base, str) else Path(model).name,
         "base_model": base,
-        "license": data.get("license"),
+        **{name: data.get(name) for name in LICENSE},
         "command": command,
         "date": date.today().isoformat(),
     }

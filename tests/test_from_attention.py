@@ -602,7 +602,14 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     source = make_source("vit-shared", torch.float32)
     source.save_pretrained(tmp_path / "source")
     ViTImageProcessorPil(size={"height": 9, "width": 15}).save_pretrained(tmp_path / "source")
-    card = "---\nlicense: mit\nbase_model: user/base\n---\n# A model\n"
+    origin = {
+        "license": "other",
+        "license_name": "some-licence",
+        "license_link": "LICENSE.txt",
+        "base_model": "user/base",
+    }
+    card = "\n".join(["---", *(f"{name}: {value}" for name, value in origin.items()), "---", "# A model"])
+    (tmp_path / "source" / "LICENSE.txt").write_text("You may.", encoding="utf-8")
     (tmp_path / "source" / "README.md").write_text(card, encoding="utf-8")
     output = tmp_path / "converted"
     arguments = ["--model", str(tmp_path / "source"), "--output", str(output), "--layers", "1"]
@@ -617,8 +624,9 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     inputs = make_inputs(source, "vit-shared")
     assert_close_in_rounding(converted(**inputs).logits, source(**inputs).logits, roundings=1000)
     assert AutoImageProcessor.from_pretrained(output).size["width"] == 15
-    data = ModelCard.load(output / "README.md").data
-    assert (data.license, data.base_model) == ("mit", "user/base")
+    data = ModelCard.load(output / "README.md").data.to_dict()
+    assert {name: data.get(name) for name in origin} == origin
+    assert (output / "LICENSE.txt").read_text(encoding="utf-8") == "You may."
     assert "Converted from `user/base`" in (output / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="--overwrite"):
         convert_attention_to_translution.main(arguments)
@@ -643,6 +651,42 @@ def test_converts_a_text_model_with_its_tokenizer(tmp_path):
         path = name.removeprefix("model.trunk.").replace("mixer.", "").replace("_bank", "_proj.weight")
         assert all(torch.equal(matrix, weights.get_parameter(path).t()) for matrix in bank)
     assert len(banks) == 4
+
+
+def gpt2_files(folder):
+    (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+
+
+def tokenizer_file(folder):
+    Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("write", [gpt2_files, tokenizer_file, None])
+def test_a_tokenizer_without_a_config(write, tmp_path, capsys):
+    source, output = tmp_path / "source", tmp_path / "converted"
+    make_source("gpt2", torch.float32).save_pretrained(source)
+    if write is not None:
+        write(source)
+    convert_attention_to_translution.convert(str(source), output)
+    told = "has no tokenizer" in capsys.readouterr().out
+    assert told == (write is None)
+    assert (output / "tokenizer_config.json").is_file() == (write is not None)
+    if write is not None:
+        # What the merge makes of the letters.
+        assert AutoTokenizer.from_pretrained(output)("abba")["input_ids"] == [2, 1, 0]
+
+
+def test_an_image_processor_in_the_file_of_a_processor(tmp_path, capsys):
+    source = tmp_path / "source"
+    make_source("vit-shared", torch.float32).save_pretrained(source)
+    convert_attention_to_translution.convert(str(source), tmp_path / "without", max_relative_distance=1)
+    assert "has no image processor" in capsys.readouterr().out
+    processor = ViTImageProcessorPil(size={"height": 9, "width": 15}).to_dict()
+    (source / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    convert_attention_to_translution.convert(str(source), tmp_path / "with", max_relative_distance=1)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "with").size["width"] == 15
+    assert not capsys.readouterr().out
 
 
 # Prints the most memory that converting, saving and loading take besides what was there, as multiples of the new model.

@@ -57,6 +57,7 @@ def save_run(folder: Path, seed: int = 0) -> TranslutionForCausalLM:
     (folder / "run.json").write_text(json.dumps(RUN))
     (folder / "README.md").write_text("the folder's own card")
     (folder / "eval_results.json").write_text("{}")
+    (folder / "LICENSE").write_text("You may.")
     # A stock Trainer leaves pickles beside the weights; they stay at home.
     for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json", "arguments.json"):
         (folder / name).write_text("private")
@@ -103,7 +104,7 @@ def test_push_list_and_load_by_name(hub, run, capsys):
     assert contents(run) == before
     files = set(HfApi().list_repo_files(NAME))
     wanted = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "run.json", "README.md"}
-    assert wanted | {"modeling_translution.py", "eval_results.json"} <= files
+    assert wanted | {"modeling_translution.py", "eval_results.json", "LICENSE"} <= files
     assert not any(
         name.startswith(("training_args", "optimizer", "rng_state", "trainer_state", "checkpoint", "arg"))
         for name in files

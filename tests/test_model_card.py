@@ -12,7 +12,7 @@ import yaml
 from common.command import run_command
 from huggingface_hub import ModelCard
 from model_card import main
-from training.model_card import describe, model_card, write_model_card
+from training.model_card import describe, model_card, origin_of, write_model_card
 
 from translution import TranslutionConfig
 
@@ -138,6 +138,29 @@ def test_only_names_of_the_hub_are_linked(dataset, is_id, tmp_path):
     kinds = {one.dataset_type for one in card.data.eval_results}
     assert (kinds == {dataset}) == is_id
     assert f"## Data\n\n{dataset}." in card.text
+
+
+def test_a_licence_of_its_own_and_several_bases(tmp_path):
+    origin = {
+        "license": "other",
+        "license_name": "some-licence",
+        "license_link": "LICENSE",
+        "base_model": ["a/b", "c/d"],
+    }
+    write_model_card(save(tmp_path / "digits", {**RUN, **origin}))
+    card = ModelCard.load(tmp_path / "digits" / "README.md")
+    assert {name: card.data.to_dict().get(name) for name in origin} == origin
+    assert "## Licence\n\n[some-licence](LICENSE)\n" in card.text
+    assert "Fine-tuned from `a/b`, `c/d`." in card.text
+    assert origin_of(tmp_path / "digits" / "README.md") == origin
+
+
+@pytest.mark.parametrize("content", [b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", b"\xff", b"---\n1: 2\n---\n"])
+def test_a_card_that_cannot_be_read_is_named(content, tmp_path, capsys):
+    (tmp_path / "README.md").write_bytes(content)
+    assert origin_of(tmp_path / "README.md") == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'README.md'} cannot be read")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("Pic [a] %23 ü", "pic-a-23"), ("ü", "data"), ("ü.ü", "data")])

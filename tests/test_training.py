@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
@@ -214,8 +214,11 @@ def test_streamed_pictures_and_a_folder_to_evaluate(images, pictures):
     assert read(folder)["metrics"]["accuracy"] >= 0
 
 
-def test_a_checkpoint_gets_a_new_head(images, pictures):
+def test_a_checkpoint_gets_a_new_head_and_keeps_its_origin(images, pictures):
     first = images("--train_dir", str(pictures))
+    origin = {"license": "other", "license_name": "some-licence", "license_link": "LICENSE", "base_model": "user/base"}
+    ModelCard(f"---\n{ModelCardData(**origin)}\n---\n# A model\n").save(first / "README.md")
+    (first / "LICENSE").write_text("You may.")
     scratch = SMALL_IMAGES.index("--config_overrides")
     options = ["--dataset_name", "digits", "--max_train_samples", "8", "--max_eval_samples", "4"]
     main = importlib.import_module("run_image_classification").main
@@ -225,6 +228,35 @@ def test_a_checkpoint_gets_a_new_head(images, pictures):
     before, after = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert after["classifier.weight"].shape == (10, 8)
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("classifier"))
+    assert (second / "LICENSE").read_text() == "You may."
+    card = ModelCard.load(second / "README.md").data.to_dict()
+    for found in (read(second), card):
+        assert {name: found.get(name) for name in origin} == origin
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "found"),
+    [
+        ("source", [], {"license": "other", "license_name": "some-licence", "base_model": "user/base"}),
+        ("source", ["--license", "mit"], {"license": "mit", "base_model": "user/base"}),
+        ("bare", ["--license", "mit"], {"license": "mit"}),
+        ("bare", [], {}),
+        ("user/name", ["--license", "mit"], {"license": "mit", "base_model": "user/name"}),
+        (None, [], {}),
+    ],
+)
+def test_where_a_model_is_from(scripts, model, options, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("source", "bare"):
+        (tmp_path / name).mkdir()
+    card = "---\nlicense: other\nlicense_name: some-licence\nbase_model: user/base\ntags: [mine]\n---\n# A model\n"
+    (tmp_path / "source" / "README.md").write_text(card)
+    run, data = scripts("training.run"), scripts("training.data_arguments")
+    arguments = ["--output_dir", "out", "--dataset_name", "digits", "--use_cpu", "true", *options]
+    arguments += [] if model is None else ["--model_name_or_path", model]
+    parsed = run.Run.parse("run_clm.py", "text-generation", data.DataArguments, (), arguments, "")
+    fields = ("base_model", "license", "license_name", "license_link")
+    assert parsed.origin() == {name: found.get(name) for name in fields}
 
 
 def test_a_folder_of_text_becomes_a_generator(text, texts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from translution.modeling.models.weight_files import read_index
 
 
 RUN, CARD = "run.json", "README.md"
+# Texts of licences, to which the card may link.
+LICENSES = "LICENSE*"
 WEIGHTS, WEIGHTS_INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"
 
 
@@ -28,6 +31,13 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f".{path.name}")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def copy_licenses(source: Path, target: Path) -> None:
+    """Copies the texts of licences from one folder, if it is there, to another; those that the other has stay."""
+    for text in source.glob(LICENSES):
+        if text.is_file() and not (target / text.name).exists():
+            shutil.copyfile(text, target / text.name)
 
 
 def shards(folder: Path) -> list[str]:

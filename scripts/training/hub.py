@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from common.command import EXPECTED
-from common.saved_files import CARD, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
+from common.saved_files import CARD, LICENSES, RUN, WEIGHTS, WEIGHTS_INDEX, check_readable, shards
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
@@ -24,7 +24,7 @@ except ImportError:
 
 
 # The model and its documentation. Checkpoints and what only a resumed run needs are not pushed.
-SHARED = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.txt", "*.png", "*.py")
+SHARED = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.txt", "*.png", "*.py", LICENSES)
 PRIVATE = ("*/*", ".*", "trainer_state.json", "training_args.json", "arguments.json")
 # Weights that run code when they are loaded.
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "*.ckpt", "*.pkl")

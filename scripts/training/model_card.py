@@ -19,6 +19,9 @@ TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
 TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
 # Types of metrics on the Hub; those of other metrics are their names.
 METRIC_TYPES = {"top_5_accuracy": "accuracy"}
+# Fields of a card's metadata, the same in `run.json`: the Hub wants the last two beside the licence `other`.
+LICENSE = ("license", "license_name", "license_link")
+ORIGIN = ("base_model", *LICENSE)
 # Config fields in the card's table.
 FIELDS = (
     "modality",
@@ -77,6 +80,23 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
     )
 
 
+def origin_of(card: str | Path | None) -> dict[str, Any]:
+    """What a card says of where its model is from: those fields of `ORIGIN` that it has, none without a card.
+
+    A card that cannot be read is named in one printed line: it is no reason to lose a model that is trained.
+    """
+    if card is None or not Path(card).is_file():
+        return {}
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        print(
+            f"{card} cannot be read, base model and licence are left out: {' '.join(str(error).split())}", flush=True
+        )
+        return {}
+    return {name: data[name] for name in ORIGIN if name in data}
+
+
 def bibtex() -> str:
     """The paper's entry of `CITATION.cff`."""
     paper = yaml.safe_load(CITATION.read_text(encoding="utf-8"))["references"][0]
@@ -129,8 +149,7 @@ def _metadata(name: str, run: dict[str, Any]) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=run["task"],
-        license=run.get("license"),
-        base_model=run.get("base_model"),
+        **{name: run.get(name) for name in ORIGIN},
         # Only names on the Hub: a folder's name may be that of another dataset there.
         datasets=[dataset_id] if dataset_id else None,
         metrics=list(dict.fromkeys(METRIC_TYPES.get(metric, metric) for metric in metrics)) or None,

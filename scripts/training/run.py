@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from common.hardware import hardware
-from common.saved_files import RUN, write_json
+from common.saved_files import CARD, RUN, copy_licenses, write_json
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
 
 import translution
@@ -28,7 +28,7 @@ from training.arguments import (
 from training.checkpoints import TRAINER_STATE, newest_checkpoint
 from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
 from training.messages import describe_end, describe_start
-from training.model_card import write_model_card
+from training.model_card import LICENSE, ORIGIN, origin_of, write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
 from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
 from training.weights import has_weights, load_weights
@@ -202,12 +202,23 @@ class Run:
         takes_best = self.training.load_best_model_at_end and has_weights(best)
         load_weights(trainer.model, best if takes_best else checkpoint)
 
+    def origin(self) -> dict[str, Any]:
+        """The base model and the licence, for the card: a name on the Hub, or what the card of a local folder says."""
+        base = self.model.model_name_or_path
+        found = {"base_model": base}
+        if base is not None and Path(base).exists():
+            # A folder's name is no name on the Hub, and what it holds may be from there.
+            found = origin_of(Path(base) / CARD)
+        if self.run.license is not None:
+            # Name and link are those of the other licence.
+            found = {**found, **dict.fromkeys(LICENSE), "license": self.run.license}
+        return {name: found.get(name) for name in ORIGIN}
+
     def write(self, metrics: dict[str, float], seconds: float | None):
         """Writes `run.json` and the model card."""
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         timing = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         machine, data = hardware(), self.data
-        base = self.model.model_name_or_path
         report = {
             "task": self.task,
             "dataset": {
@@ -230,12 +241,13 @@ class Run:
             "seconds": seconds,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "co2_grams": self.run.co2_grams,
-            "license": self.run.license,
-            "base_model": None if base is None or Path(base).exists() else base,
+            **self.origin(),
             "command": self.command,
         }
         write_json(self.folder / RUN, report)
         write_model_card(self.folder)
+        if self.model.model_name_or_path is not None and self.run.license is None:
+            copy_licenses(Path(self.model.model_name_or_path), self.folder)
 
 
 def say(trainer: Trainer, text: str) -> None:
