@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 
-from .trunks import check_source, convert_config, replace_attention
+from .trunks import check_modules, check_source, convert_config, is_of_peft, replace_attention
 
 
 # The classes that models are converted from, by the class of their config.
@@ -53,7 +53,7 @@ class FromAttention:
 
         Args:
             model: a folder or a name on the Hub, or a model, whose modules become parts of the new one: it must not be used
-                afterwards. Nothing but the new banks takes memory besides.
+                afterwards. Nothing but the new banks takes memory besides. Adapters of PEFT have to be merged first.
             relative_projections, max_relative_distance, far_offsets, relative_rank, offset_basis: of `TranslutionConfig`. A
                 model with rotary positions needs a `max_relative_distance`, a `relative_rank`, or `relative_projections`
                 `"v"`. What is new and random with a `relative_rank` or an `offset_basis` is drawn by PyTorch's generator.
@@ -64,7 +64,7 @@ class FromAttention:
                 `attn_implementation` is that of the new model.
 
         Raises:
-            ValueError: for a model that is not supported; the message names the field that says so.
+            ValueError: for a model or an argument that is not supported; the message names it. The source is as it was.
             huggingface_hub.errors.StrictDataclassError: for fields that contradict each other.
         """
         if freeze not in (None, *FREEZE):
@@ -77,9 +77,16 @@ class FromAttention:
             "relative_rank": relative_rank,
             "offset_basis": offset_basis,
         }
-        layers = None if layers is None else list(layers)
+        if layers is not None:
+            try:
+                # An iterator would be used up by the first look at it.
+                layers = list(layers)
+            except TypeError:
+                raise ValueError(
+                    f"`layers` must be None or indices of layers, such as [0, 1], got {layers!r}."
+                ) from None
+        options = {"layers": layers, "attn_implementation": implementation, "freeze": freeze, **fields}
         modality = "image" if cls.main_input_name == "pixel_values" else "text"
-        auto_class = AutoModelForImageClassification if modality == "image" else AutoModelForCausalLM
         if isinstance(model, PreTrainedModel):
             if from_pretrained_arguments:
                 raise ValueError(
@@ -87,17 +94,50 @@ class FromAttention:
                     f"{', '.join(sorted(from_pretrained_arguments))}."
                 )
             source = model
-        else:
+            converted = cls._without_weights(source, **options)
+        elif isinstance(model, str | os.PathLike):
             where = {k: v for k, v in from_pretrained_arguments.items() if k in HUB_ARGUMENTS}
             # What is wrong is said before any weight is downloaded.
             source_config = AutoConfig.from_pretrained(model, **where)
             check_source(source_config, modality)
-            convert_config(cls.config_class, source_config, layers, **fields)
+            with torch.device("meta"):
+                outline = HEADS_OF_SOURCES[modality][type(source_config)](source_config)
+            cls._without_weights(outline, **options)
+            auto_class = AutoModelForImageClassification if modality == "image" else AutoModelForCausalLM
             source = auto_class.from_pretrained(model, **from_pretrained_arguments)
+            converted = cls._without_weights(source, **options)
+        else:
+            hint = ": merge its adapters first, `merge_and_unload()` returns the model" if is_of_peft(model) else ""
+            raise ValueError(
+                "`model` must be a name on the Hub, a folder, or a `PreTrainedModel` of Transformers, got "
+                f"{type(model).__name__}{hint}."
+            )
+        trunk = source.base_model
+        replace_attention(trunk, converted.config)
+        trunk.set_attn_implementation("sdpa")
+        converted.model.trunk = trunk
+        converted._take_head(source)
+        converted.config._name_or_path = source.config._name_or_path
+        if freeze is not None:
+            converted.freeze_all_but_offsets()
+        return converted.train(source.training)
+
+    @classmethod
+    def _without_weights(
+        cls,
+        source: PreTrainedModel,
+        layers: list[int] | None,
+        attn_implementation: str | None,
+        freeze: str | None,
+        **fields: Any,
+    ) -> Any:
+        """The converted model on the `meta` device. All that can be refused is refused here, where `source` is not changed."""
+        modality = "image" if cls.main_input_name == "pixel_values" else "text"
         check_source(source.config, modality)
         head = HEADS_OF_SOURCES[modality][type(source.config)]
         if not isinstance(source, head):
             raise ValueError(f"`model` must be a {head.__name__}, got a {type(source).__name__}.")
+        check_modules(source)
         if len(set(getattr(source, "hf_device_map", {}).values())) > 1:
             raise ValueError(
                 "`device_map` must name one device, got several: load the converted model by `from_pretrained` for that."
@@ -106,17 +146,11 @@ class FromAttention:
         config.dtype = source.dtype
         with torch.device("meta"):
             converted = cls(config)
-        trunk = source.base_model
-        trunk.set_attn_implementation("sdpa")
-        replace_attention(trunk, config)
-        converted.model.trunk = trunk
-        converted._take_head(source)
-        converted.config._name_or_path = source.config._name_or_path
-        if implementation is not None:
-            converted.set_attn_implementation(implementation)
+        if attn_implementation is not None:
+            converted.set_attn_implementation(attn_implementation)
         if freeze is not None:
             converted.freeze_all_but_offsets()
-        return converted.train(source.training)
+        return converted
 
 
 __all__ = ["FREEZE", "FromAttention"]
