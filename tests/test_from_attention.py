@@ -49,6 +49,7 @@ from translution import (
     explain_dispatch,
 )
 from translution.modeling.mixers.mixer import Mixer
+from translution.modeling.models import from_attention
 
 
 # Sizes that are odd, and not multiples of each other where they need not be.
@@ -843,6 +844,10 @@ def test_refuses_fields_that_do_not_fit():
         TranslutionForCausalLM.from_attention(source, max_relative_distance=1, revision="main")
 
 
+def warnings_of_size(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == from_attention.__name__]
+
+
 @pytest.mark.parametrize("added", ["by the model", "by peft"])
 def test_refuses_adapters_that_are_not_merged(added):
     source = make_source("llama")
@@ -933,3 +938,38 @@ def test_refuses_weights_that_pytorch_quantised():
         with pytest.raises(ValueError, match=rf"no quantised weights, .*quantized.*Linear at '{name}'"):
             TranslutionForCausalLM.from_attention(quantised, **DISTANCE)
         assert_close_in_rounding(quantised(**inputs).logits, expected)
+
+
+def test_warns_of_a_large_model_before_weights_are_read(tmp_path, caplog):
+    """GPT-2 as it is: 124 million parameters, and a matrix and a bias of keys and values for each of 1024 offsets."""
+    config = AutoConfig.for_model("gpt2")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named"):
+        TranslutionForCausalLM.from_attention(tmp_path)
+    parameters = 124_439_808
+    new = parameters + 12 * 2 * 1023 * (768 * 768 + 768)
+    (message,) = warnings_of_size(caplog)
+    for word in (f"{new:,} parameters", f"its source {parameters:,}", "`max_relative_distance` None", "1,024 offsets"):
+        assert word in message
+
+
+def test_warns_once_of_a_large_model(tmp_path, caplog, monkeypatch):
+    source = make_source("gpt2", torch.float32)
+    source.save_pretrained(tmp_path)
+    TranslutionForCausalLM.from_attention(tmp_path, **DISTANCE)
+    assert not warnings_of_size(caplog)
+    TranslutionForCausalLM.from_attention(tmp_path)
+    assert len(warnings_of_size(caplog)) == 1
+    expected = sum(parameter.numel() for parameter in source.parameters())
+    converted = TranslutionForCausalLM.from_attention(copy.deepcopy(source))
+    large = sum(parameter.numel() for parameter in converted.parameters())
+    assert large > 4 * expected
+    assert f"{large:,} parameters, and its source {expected:,}" in warnings_of_size(caplog)[1]
+
+    def no_memory(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(from_attention, "replace_attention", no_memory)
+    with pytest.raises(MemoryError):
+        TranslutionForCausalLM.from_attention(source)
+    assert len(warnings_of_size(caplog)) == 3

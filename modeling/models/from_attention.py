@@ -15,15 +15,22 @@ from transformers import (
     AutoModelForImageClassification,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
+from ..operators.pair_layout import bank_layout
 from .trunks import check_modules, check_source, convert_config, is_of_peft, replace_attention
 
+
+logger = logging.get_logger(__name__)
 
 # The classes that models are converted from, by the class of their config.
 HEADS_OF_SOURCES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
 
 # What may be frozen: everything that attention has as well.
 FREEZE = ("all_but_offsets",)
+
+# How many times the parameters of its source a converted model may have without a warning.
+MOST_TIMES_LARGER = 4
 
 # Arguments of `from_pretrained` that say where a config is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -95,14 +102,15 @@ class FromAttention:
                 )
             source = model
             converted = cls._without_weights(source, **options)
+            _warn_if_large(source, converted)
         elif isinstance(model, str | os.PathLike):
             where = {k: v for k, v in from_pretrained_arguments.items() if k in HUB_ARGUMENTS}
-            # What is wrong is said before any weight is downloaded.
+            # What is wrong, and how large the result will be, is said before any weight is downloaded.
             source_config = AutoConfig.from_pretrained(model, **where)
             check_source(source_config, modality)
             with torch.device("meta"):
                 outline = HEADS_OF_SOURCES[modality][type(source_config)](source_config)
-            cls._without_weights(outline, **options)
+            _warn_if_large(outline, cls._without_weights(outline, **options))
             auto_class = AutoModelForImageClassification if modality == "image" else AutoModelForCausalLM
             source = auto_class.from_pretrained(model, **from_pretrained_arguments)
             converted = cls._without_weights(source, **options)
@@ -151,6 +159,16 @@ class FromAttention:
         if freeze is not None:
             converted.freeze_all_but_offsets()
         return converted
+
+
+def _warn_if_large(source: PreTrainedModel, converted: PreTrainedModel) -> None:
+    before, after = (sum(parameter.numel() for parameter in model.parameters()) for model in (source, converted))
+    if after > MOST_TIMES_LARGER * before:
+        logger.warning(
+            f"The converted model has {after:,} parameters, and its source {before:,}: with `max_relative_distance` "
+            f"{converted.config.max_relative_distance} a bank has {bank_layout(converted.config).num_offsets:,} offsets. "
+            "Setting `max_relative_distance`, or a smaller one, makes it smaller."
+        )
 
 
 __all__ = ["FREEZE", "FromAttention"]
