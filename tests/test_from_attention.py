@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import convert_attention_to_translution
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close_in_rounding
@@ -47,6 +49,7 @@ from translution import (
     explain_dispatch,
 )
 from translution.modeling.mixers.mixer import Mixer
+from translution.modeling.models import from_attention
 
 
 # Sizes that are odd, and not multiples of each other where they need not be.
@@ -892,3 +895,134 @@ def test_refuses_fields_that_do_not_fit():
         TranslutionForCausalLM.from_attention(source, max_relative_distance=1)
     with pytest.raises(ValueError, match="revision"):
         TranslutionForCausalLM.from_attention(source, max_relative_distance=1, revision="main")
+
+
+def warnings_of_size(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == from_attention.__name__]
+
+
+@pytest.mark.parametrize("added", ["by the model", "by peft"])
+def test_refuses_adapters_that_are_not_merged(added):
+    source = make_source("llama")
+    lora = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = None
+    if added == "by the model":
+        source.add_adapter(lora)
+    else:
+        adapted = get_peft_model(source, lora)
+        with pytest.raises(ValueError, match=r"`model` must be .*got PeftModelForCausalLM: .*merge_and_unload"):
+            TranslutionForCausalLM.from_attention(adapted, **DISTANCE)
+    tokens = make_inputs(source, "llama")["input_ids"]
+    expected = source(tokens).logits
+    with pytest.raises(
+        ValueError, match=r"no adapters of PEFT, got .*q_proj': merge them first, by `merge_and_unload"
+    ):
+        TranslutionForCausalLM.from_attention(source, **DISTANCE)
+    assert_close_in_rounding(source(tokens).logits, expected)
+    if adapted is not None:
+        merged = TranslutionForCausalLM.from_attention(adapted.merge_and_unload(), **DISTANCE)
+        assert_close_in_rounding(merged(tokens).logits, expected, roundings=1000)
+
+
+@pytest.mark.parametrize("model", [None, 3, nn.Linear(2, 2)], ids=lambda model: type(model).__name__)
+def test_refuses_what_is_no_model(model):
+    allowed = r"`model` must be a name on the Hub, a folder, or a `PreTrainedModel` of Transformers, got "
+    with pytest.raises(ValueError, match=allowed + type(model).__name__ + r"\."):
+        TranslutionForCausalLM.from_attention(model, **DISTANCE)
+
+
+REFUSED_ARGUMENTS = {
+    "attn_implementation": ({"attn_implementation": "fast"}, r"`attn_implementation` must be one of .*got 'fast'"),
+    "nothing to train": ({"layers": [], "freeze": "all_but_offsets"}, "`freeze_all_but_offsets` needs a layer"),
+    "freeze": ({"freeze": "all"}, "`freeze` must be None or .*got 'all'"),
+    "one layer": ({"layers": 1}, r"`layers` must be None or indices of layers, such as \[0, 1\], got 1"),
+    "a tensor of one layer": ({"layers": torch.tensor(1)}, r"`layers` must be None or .*got tensor\(1\)"),
+    "layers that are no integers": ({"layers": [1.0]}, "`layers` must be integers .*got 1.0"),
+    "a mask of layers": ({"layers": torch.tensor([True, False])}, r"`layers` must be integers .*got tensor\(True\)"),
+    "layers of a text": ({"layers": "01"}, "`layers` must be integers .*got '0'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ARGUMENTS)
+def test_a_source_works_after_a_refusal(case, tmp_path):
+    fields, message = REFUSED_ARGUMENTS[case]
+    source = make_source("gpt2")
+    inputs = make_inputs(source, "gpt2")
+    expected = source(**inputs).logits
+    # A folder without weights: arguments are checked before they are read.
+    source.config.save_pretrained(tmp_path)
+    for model in (source, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            TranslutionForCausalLM.from_attention(model, **{**DISTANCE, **fields})
+    assert_close_in_rounding(source(**inputs).logits, expected)
+    assert source.config._attn_implementation == "sdpa"
+
+
+def test_no_layer_is_replaced_if_one_is_refused():
+    source = make_source("vit")
+    first, second = (layer.attention for layer in source.vit.layers)
+    del second.q_proj
+    with pytest.raises(ValueError, match="'q_proj'"):
+        TranslutionForImageClassification.from_attention(source)
+    assert source.vit.layers[0].attention is first
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [np.array([1]), torch.tensor([1]), [np.int64(1)], iter([1])],
+    ids=["an array", "a tensor", "a list", "an iterator"],
+)
+def test_layers_are_any_integers(layers, tmp_path):
+    converted = TranslutionForCausalLM.from_attention(make_source("llama"), layers=layers, **DISTANCE)
+    assert converted.config.mixer_types == ["rope_attention", "rope_translution"]
+    converted.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.mixer_types == converted.config.mixer_types
+
+
+def test_refuses_weights_that_pytorch_quantised():
+    for model_type, name in (("llama", "model.layers.0.self_attn.q_proj"), ("gpt2", "lm_head")):
+        source = make_source(model_type, torch.float32)
+        with warnings.catch_warnings():
+            # `torch.ao.quantization` says that it is deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            quantised = torch.ao.quantization.quantize_dynamic(source, {nn.Linear})
+        inputs = make_inputs(source, model_type)
+        expected = quantised(**inputs).logits
+        with pytest.raises(ValueError, match=rf"no quantised weights, .*quantized.*Linear at '{name}'"):
+            TranslutionForCausalLM.from_attention(quantised, **DISTANCE)
+        assert_close_in_rounding(quantised(**inputs).logits, expected)
+
+
+def test_warns_of_a_large_model_before_weights_are_read(tmp_path, caplog):
+    """GPT-2 as it is: 124 million parameters, and a matrix and a bias of keys and values for each of 1024 offsets."""
+    config = AutoConfig.for_model("gpt2")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no file named"):
+        TranslutionForCausalLM.from_attention(tmp_path)
+    parameters = 124_439_808
+    new = parameters + 12 * 2 * 1023 * (768 * 768 + 768)
+    (message,) = warnings_of_size(caplog)
+    for word in (f"{new:,} parameters", f"its source {parameters:,}", "`max_relative_distance` None", "1,024 offsets"):
+        assert word in message
+
+
+def test_warns_once_of_a_large_model(tmp_path, caplog, monkeypatch):
+    source = make_source("gpt2", torch.float32)
+    source.save_pretrained(tmp_path)
+    TranslutionForCausalLM.from_attention(tmp_path, **DISTANCE)
+    assert not warnings_of_size(caplog)
+    TranslutionForCausalLM.from_attention(tmp_path)
+    assert len(warnings_of_size(caplog)) == 1
+    expected = sum(parameter.numel() for parameter in source.parameters())
+    converted = TranslutionForCausalLM.from_attention(copy.deepcopy(source))
+    large = sum(parameter.numel() for parameter in converted.parameters())
+    assert large > 4 * expected
+    assert f"{large:,} parameters, and its source {expected:,}" in warnings_of_size(caplog)[1]
+
+    def no_memory(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(from_attention, "replace_attention", no_memory)
+    with pytest.raises(MemoryError):
+        TranslutionForCausalLM.from_attention(source)
+    assert len(warnings_of_size(caplog)) == 3

@@ -6,6 +6,7 @@ else of a model is known here: embeddings, norms, MLPs and the order of a block 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,6 +174,43 @@ def check_source(config: PreTrainedConfig, modality: str) -> Family:
     return family
 
 
+def is_of_peft(module: Any) -> bool:
+    """Whether PEFT made a module, a layer with adapters or a whole model. PEFT need not be installed."""
+    return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
+
+
+def check_modules(source: PreTrainedModel) -> None:
+    """Whether all modules of a model to convert hold their weights themselves.
+
+    Raises:
+        ValueError: for adapters of PEFT, and for weights that PyTorch quantised; the message names the module.
+    """
+    for name, module in source.named_modules():
+        if is_of_peft(module):
+            raise ValueError(
+                f"`model` must have no adapters of PEFT, got {type(module).__name__} at {name!r}: merge them first, by "
+                "`merge_and_unload()` of a `PeftModel`."
+            )
+        # Modules that `torch.ao.quantization` makes unpack their weights when asked.
+        if callable(getattr(module, "weight", None)):
+            raise ValueError(
+                "`model` must have no quantised weights, which cannot be made into banks, got "
+                f"{type(module).__module__}.{type(module).__name__} at {name!r}; quantise the converted model instead."
+            )
+
+
+def _layer_index(layer: Any, count: int) -> int:
+    """An integer, of NumPy and PyTorch as well; a mask of booleans is none."""
+    try:
+        if not isinstance(layer, bool) and getattr(layer, "dtype", None) != torch.bool:
+            index = operator.index(layer)
+            if 0 <= index < count:
+                return index
+    except TypeError:
+        pass
+    raise ValueError(f"`layers` must be integers of at least 0 and less than {count}, got {layer!r}.")
+
+
 def convert_config(
     config_class: type[TranslutionConfig], source: PreTrainedConfig, layers: Iterable[int] | None, **fields: Any
 ) -> TranslutionConfig:
@@ -188,10 +226,7 @@ def convert_config(
         ValueError: for layers that the source does not have.
     """
     family, count = FAMILIES[source.model_type], source.num_hidden_layers
-    chosen = list(range(count)) if layers is None else list(layers)
-    for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
-            raise ValueError(f"`layers` must be integers of at least 0 and less than {count}, got {layer!r}.")
+    chosen = range(count) if layers is None else [_layer_index(layer, count) for layer in layers]
     prefix = "rope_" if family.rotary else ""
     kept = {"trunk_config": {k: v for k, v in source.to_dict().items() if k not in NOT_OF_TRUNK}}
     names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "intermediate_size"]
@@ -259,19 +294,29 @@ def replace_attention(trunk: PreTrainedModel, config: TranslutionConfig) -> None
     Raises:
         ValueError: if this version of Transformers makes the attention of a family of other parts.
     """
-    family = FAMILIES[trunk.config.model_type]
-    for index, layer in enumerate(layers_of(trunk)):
-        if config.mixer_types[index].endswith("translution"):
-            attention = getattr(layer, family.attention)
-            try:
-                parts = family.parts(attention)
-            except AttributeError as error:
-                raise ValueError(
-                    f"Attention of `model_type` {trunk.config.model_type!r} must be made as in Transformers 5.23, got that of "
-                    f"{transformers_version}: {error}."
-                ) from error
-            converted = ConvertedAttention(config, index, parts)
-            setattr(layer, family.attention, converted.train(attention.training))
+    name = FAMILIES[trunk.config.model_type].attention
+    layers = [
+        (index, layer)
+        for index, layer in enumerate(layers_of(trunk))
+        if config.mixer_types[index].endswith("translution")
+    ]
+    for _, layer in layers:
+        # Before the first is replaced: a trunk that is refused stays as it was. Parts are not kept, which would keep memory.
+        _parts_of(trunk, getattr(layer, name))
+    for index, layer in layers:
+        attention = getattr(layer, name)
+        converted = ConvertedAttention(config, index, _parts_of(trunk, attention))
+        setattr(layer, name, converted.train(attention.training))
+
+
+def _parts_of(trunk: PreTrainedModel, attention: nn.Module) -> AttentionParts:
+    try:
+        return FAMILIES[trunk.config.model_type].parts(attention)
+    except AttributeError as error:
+        raise ValueError(
+            f"Attention of `model_type` {trunk.config.model_type!r} must be made as in Transformers 5.23, got that of "
+            f"{transformers_version}: {error}."
+        ) from error
 
 
 def input_embedding_name(trunk: PreTrainedModel) -> str:
@@ -353,11 +398,13 @@ __all__ = [
     "Family",
     "attention_of",
     "build_trunk",
+    "check_modules",
     "check_source",
     "convert_config",
     "family_of",
     "image_options",
     "input_embedding_name",
+    "is_of_peft",
     "layers_of",
     "replace_attention",
     "resize_trunk",
