@@ -282,15 +282,14 @@ class TranslutionMixer(Mixer):
         attention_mask: Tensor | None,
     ) -> Tensor:
         """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
-        inputs, coefficients, beside = [], [], []
-        for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True):
+        parts = [
             # Ordinary projections are those of one factor without coefficients.
-            factors = (heads[:, :, None], None)
-            if side is not None:
-                factors = project_factors(side.tokens, side.bank, self.num_heads)
-            inputs.append(factors[0])
-            coefficients.append(factors[1])
-            beside.append(None if side is None else heads)
+            (heads[:, :, None], None, None)
+            if side is None
+            else (*project_factors(side.tokens, side.bank, self.num_heads), heads)
+            for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True)
+        ]
+        inputs, coefficients, beside = zip(*parts, strict=True)
         scale = self.scaling if beside[0] is None else self.scaling / 2
         output, dense_output = kernels().basis_attention(
             *inputs, *coefficients, *beside, attention_mask, scale, pairs.layout
