@@ -228,7 +228,7 @@ class NearAndFarPairs(AllPairs):
             self.query = self.query._replace(bank=rotate_bank(self.query.bank, (cos, sin), self.num_heads))
         else:
             # The key is rotated back by its distance from the query.
-            self.key = self.key._replace(bank=rotate_bank(self.key.bank, (cos, -sin), self.num_heads))
+            self.key = self.key._replace(bank=rotate_bank(self.key.bank, (cos, -sin), self.num_heads // self.groups))
 
     def remember(
         self, cache: Cache | None, layer_idx: int, dense_key: Tensor | None, dense_value: Tensor | None
