@@ -10,34 +10,20 @@ The model is a folder, or a name on the Hub.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from common.command import ArgumentParser, run_command
 from common.pictures import FORMATS, open_picture, read_picture
-from common.saved_files import check_model_name, misshapen
+from common.saved_models import damage, load_model
 from PIL import UnidentifiedImageError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    Pipeline,
-    pipeline,
-    set_seed,
-)
+from transformers import Pipeline, pipeline, set_seed
 from transformers.utils import logging
 
-import translution  # noqa: F401 (registers the Auto classes)
 
-
-# Task of the pipeline, Auto class, and preprocessor.
-TASKS = {
-    "TranslutionForImageClassification": ("image-classification", AutoModelForImageClassification, "image_processor"),
-    "TranslutionForCausalLM": ("text-generation", AutoModelForCausalLM, "tokenizer"),
-}
+# Task of the pipeline, and preprocessor.
+TASKS = {"image": ("image-classification", "image_processor"), "text": ("text-generation", "tokenizer")}
 
 
 def load(name: str, revision: str | None = None) -> Pipeline:
@@ -48,46 +34,10 @@ def load(name: str, revision: str | None = None) -> Pipeline:
         ValueError: if it is no Translution model with a head, its config or what makes its inputs is damaged, or its weights are
             not those of its config.
     """
-    check_model_name(name)
-    try:
-        with damage(f"the config of {name}"):
-            config = AutoConfig.from_pretrained(name, revision=revision)
-    except OSError as error:
-        if os.path.isdir(name):
-            raise
-        raise OSError(f"there is no folder {name!r}, and as a name on the Hub it does not load: {error}") from error
-    found = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
-    if found not in TASKS:
-        raise ValueError(f"`architectures` of {name} must be one of {', '.join(TASKS)}, got {found}.")
-    task, auto_class, preprocessor = TASKS[found]
-    # Misshapen tensors are found with the others below, in one error.
-    model, report = auto_class.from_pretrained(
-        name, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    require_whole(name, report)
+    model = load_model(name, revision)
+    task, preprocessor = TASKS[model.config.modality]
     with damage(f"the {preprocessor.replace('_', ' ')} of {name}"):
         return pipeline(task, model, revision=revision, **{preprocessor: name})
-
-
-@contextlib.contextmanager
-def damage(what: str) -> Iterator[None]:
-    """Names the damaged file: Transformers raises errors of any kind for a wrong value in it."""
-    try:
-        yield
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        # The config's own errors are wrapped.
-        raise ValueError(f"{what} is damaged: {error.__cause__ or error}") from error
-
-
-def require_whole(name: str, report: dict[str, Any]):
-    """Refuses missing and unknown weights, for which Transformers only warns."""
-    problems = [f"{key} is missing" for key in sorted(report["missing_keys"])]
-    problems += [f"{key} is unknown" for key in sorted(report["unexpected_keys"])]
-    problems += misshapen(report)
-    if problems:
-        raise ValueError(f"the weights of {name} do not fit its config: {'; '.join(problems)}")
 
 
 def classify(classifier: Pipeline, pictures: Sequence[str], top_k: int) -> Iterator[tuple[str, list[dict]]]:
