@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
-from common.pictures import PICTURE_ENDINGS
+from common.pictures import PICTURE_ENDINGS, pictures_below
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 
 from training import loading
@@ -67,17 +67,15 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyD
 
 def _pictures(folder: str, split: str) -> list[str]:
     option = f"{split}_dir"
-    files = (path for path in loading.require_folder(folder, option).rglob("*") if path.is_file())
-    pictures = [path.relative_to(folder) for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    pictures = pictures_below(loading.require_folder(folder, option))
     if not pictures:
         raise ValueError(f"`{option}` must hold pictures, {', '.join(PICTURE_ENDINGS)}; there is none in {folder}.")
     if not _has_metadata([folder]):
-        for path in sorted(pictures):
-            # `datasets` takes the name of the innermost folder for the class. It passes over hidden files and `__MACOSX`.
-            hidden = path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parts[:-1])
-            if len(path.parts) != 2 and not hidden:
+        for path in pictures:
+            # `datasets` takes the name of the innermost folder for the class. It passes over hidden files, too.
+            if path.parent.parent != Path(folder):
                 raise ValueError(
-                    f"`{option}` must have one folder for each class, and its pictures right in it, got {Path(folder) / path}."
+                    f"`{option}` must have one folder for each class, and its pictures right in it, got {path}."
                 )
     # The pattern keeps `datasets` from reading splits out of the classes' names.
     return [f"{glob.escape(str(Path(folder)))}/**"]
