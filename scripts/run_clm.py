@@ -58,16 +58,16 @@ def main(arguments: Sequence[str]):
     run = Run.parse(
         "run_clm.py", "text-generation", TextDataArguments, [BlockArguments], arguments, __doc__.splitlines()[0]
     )
-    model_args, data_args, training, (block_args,) = run.model, run.data, run.training, run.others
+    data_args, training, (block_args,) = run.data, run.training, run.others
     if training.label_smoothing_factor:
         # The Trainer shifts labels only for the model classes of Transformers.
         raise ValueError(f"`label_smoothing_factor` must be 0 for text, got {training.label_smoothing_factor}.")
     with training.main_process_first(desc="reading the text"):
-        train, evaluation = load_texts(data_args, training.do_eval)
+        train, evaluation = load_texts(data_args, training.do_eval, not run.only_evaluates)
     checkpoint = run.start()
     with training.main_process_first(desc="training the tokenizer"):
-        tokenizer = load_tokenizer(block_args, model_args, train, run.folder / LEFT_BEHIND)
-    model = load_model(model_args, block_args, tokenizer)
+        tokenizer = load_tokenizer(block_args, run.model, train, run.folder / LEFT_BEHIND)
+    model = load_model(run.model, block_args, tokenizer)
     length = block_args.block_size or model.config.max_position_embeddings
     tokenizer.model_max_length = length
     packer = Packer(tokenizer, length)

@@ -16,9 +16,9 @@ from datasets import IterableDataset
 from training.arguments import ModelArguments, new_config, refuse_new_model_options
 from training.augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
 from training.data_arguments import ImageDataArguments
-from training.image_data import load_images
+from training.image_data import load_images, with_classes
 from training.loading import AnyDataset
-from training.metrics import image_metrics, likeliest_classes
+from training.metrics import CONFUSION, evaluation_metrics, image_metrics, likeliest_classes
 from training.run import Run
 from training.trainer import ImageTrainer
 from training.weights import load_checkpoint
@@ -41,14 +41,16 @@ class ImageArguments:
 
 
 def load_model(
-    args: ModelArguments, image: ImageArguments, names: list[str]
+    args: ModelArguments, image: ImageArguments, names: list[str] | None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A model whose classes are `names`, and its image processor.
+    """A model whose classes are `names`, for None those of the checkpoint, and its image processor.
 
     Raises:
         ValueError: for options that contradict each other, the config, or the checkpoint.
     """
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels = {}
+    if names is not None:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if args.model_name_or_path is None:
         asked = {"image_size": image.image_size, "patch_size": image.patch_size}
         config = new_config(args, {"modality": "image", **labels}, asked)
@@ -89,15 +91,18 @@ def main(arguments: Sequence[str]):
     run = Run.parse(
         "run_image_classification.py", "image-classification", ImageDataArguments, own, arguments, description
     )
-    model_args, data_args, training, (image_args, augmentation) = run.model, run.data, run.training, run.others
+    data_args, training, (image_args, augmentation) = run.data, run.training, run.others
     with training.main_process_first(desc="reading the pictures"):
-        train, evaluation = load_images(data_args, training.do_eval)
+        train, evaluation = load_images(data_args, training.do_eval, not run.only_evaluates)
     checkpoint = run.start()
-    names = train.features["label"].names
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=training.seed, buffer_size=data_args.shuffle_buffer)
-    model, processor = load_model(model_args, image_args, names)
+    model, processor = load_model(run.model, image_args, None if train is None else train.features["label"].names)
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    if train is None:
+        evaluation = with_classes(evaluation, names, "model")
     transform = ImageTransform(processor, augmentation)
+    metrics = image_metrics(len(names)) if training.do_train else evaluation_metrics(names, run.folder / CONFUSION)
     trainer = ImageTrainer(
         model,
         training,
@@ -105,7 +110,7 @@ def main(arguments: Sequence[str]):
         train_dataset=samples(train, transform, training.seed),
         eval_dataset=samples(evaluation, transform, None),
         processing_class=processor,
-        compute_metrics=image_metrics(len(names)),
+        compute_metrics=metrics,
         preprocess_logits_for_metrics=likeliest_classes,
     )
     run.finish(trainer, checkpoint)

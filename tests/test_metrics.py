@@ -1,12 +1,15 @@
 """The metrics against scikit-learn, and against arithmetic of their own, without a network."""
 
 import importlib
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score, top_k_accuracy_score
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
@@ -26,6 +29,35 @@ def test_accuracy_is_scikit_learns(metrics, classes):
         expected = top_k_accuracy_score(labels, logits, k=5, labels=range(classes))
         assert found.pop("top_5_accuracy") == pytest.approx(expected, abs=1e-12)
     assert found == {}
+
+
+def test_an_evaluation_has_macro_f1_and_a_confusion_matrix(metrics, tmp_path, monkeypatch):
+    names = ["cat", "$a$ $", "dog", "never"]
+    labels, guesses = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 2, 0, 2])
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *rest, **options: (drawn.append(self), save(self, *rest, **options))
+    )
+    compute = metrics.evaluation_metrics(names, tmp_path / "confusion.png")
+    found = compute(EvalPrediction(np.stack((guesses, 3 - guesses), 1), labels))
+    assert found == {
+        "accuracy": pytest.approx(accuracy_score(labels, guesses), abs=1e-12),
+        "macro_f1": pytest.approx(f1_score(labels, guesses, average="macro"), abs=1e-12),
+    }
+    (figure,) = drawn
+    counts = [int(cell.get_text()) for cell in figure.axes[0].texts]
+    assert counts == [1, 1, 0, 0, 1, 0, 1, 0, 2]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", r"\$a\$ \$", "dog"]
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.format == "PNG"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_confusion_matrix_of_many_classes(metrics):
+    """It stays a picture of bearable size."""
+    classes = np.arange(300)
+    picture = Image.open(io.BytesIO(metrics.confusion_matrix(classes, classes, list(map(str, classes)))))
+    assert max(picture.size) <= 5000
 
 
 def test_perplexity_counts_every_token_once(metrics):

@@ -1,7 +1,9 @@
 """`scripts/predict.py` against the model asked directly."""
 
+import csv
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -133,9 +135,10 @@ def test_errors_say_what_is_wrong(classifier, writer, tmp_path, capsys):
     content = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "short.png").write_bytes(content[: len(content) // 2])
     assert "short.png' cannot be read: " in fails(capsys, classifier, str(tmp_path / "short.png"))
-    assert f"{str(tmp_path)!r} cannot be read: " in fails(capsys, classifier, str(tmp_path))
+    assert f"there is none in {classifier!r}" in fails(capsys, classifier, classifier)
     assert "whole.png' is a picture; the model goes on with text" in fails(capsys, writer, str(tmp_path / "whole.png"))
     assert "`top_k` must be at least 1, got 0" in fails(capsys, classifier, "x", "--top_k", "0")
+    assert "`batch_size` must be at least 1, got 0" in fails(capsys, classifier, "x", "--batch_size", "0")
     assert "`top_p` must be greater than 0 and at most 1, got 2.0" in fails(capsys, writer, "x", "--top_p", "2")
     assert "`temperature` must be at least 0, got -1.0" in fails(capsys, writer, "x", "--temperature", "-1")
     empty = tmp_path / "empty"
@@ -178,3 +181,89 @@ def test_a_picture_that_pillow_chokes_on(classifier, tmp_path, capsys):
     content[20] ^= 1  # the height, so that the checksum is wrong
     (tmp_path / "picture.png").write_bytes(content)
     assert f"{str(tmp_path / 'picture.png')!r} " in fails(capsys, classifier[2], str(tmp_path / "picture.png"))
+
+
+@pytest.fixture
+def folder_of_pictures(tmp_path):
+    """Five pictures, and what is none."""
+    folder = tmp_path / "pictures"
+    for index, name in enumerate(("b.png", "a/2.PNG", "a/1.png", "a/b/c.png", "z.png")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name, "PNG")
+    for name in ("notes.txt", "a/._1.png", "__MACOSX/1.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+def test_a_folder_becomes_rows(classifier, folder_of_pictures, batch_size, capsys):
+    model, processor, saved = classifier
+    names = [str(folder_of_pictures / name) for name in ("a/1.png", "a/2.PNG", "a/b/c.png", "b.png", "z.png")]
+    outputs = [folder_of_pictures / "rows.json", folder_of_pictures / "rows.csv"]
+    options = ["--top_k", "2", "--batch_size", str(batch_size), "--json", str(outputs[0]), "--csv", str(outputs[1])]
+    predict.main([saved, str(folder_of_pictures), names[0], *options])
+    assert capsys.readouterr().out == ""
+    rows = json.loads(outputs[0].read_text(encoding="utf-8"))
+    assert [row["file"] for row in rows] == [name for name in (*names, names[0]) for _ in range(2)]
+    for name, first, second in zip((*names, names[0]), rows[::2], rows[1::2], strict=True):
+        with Image.open(name) as picture:
+            probabilities = model(**processor(picture, return_tensors="pt")).logits.softmax(-1)[0]
+        order = probabilities.argsort(descending=True)
+        assert [first["label"], second["label"]] == [NAMES[i] for i in order[:2]]
+        # Processors work in float32, whatever the number of pictures, and the model in float64.
+        assert [first["probability"], second["probability"]] == pytest.approx(
+            probabilities[order[:2]].tolist(), abs=1e-6
+        )
+    with outputs[1].open(newline="", encoding="utf-8") as file:
+        assert [{**row, "probability": float(row["probability"])} for row in csv.DictReader(file)] == rows
+
+
+def test_rows_of_text_on_standard_output(writer, capsys):
+    options = ["the cat", 'a "mat",\nthe', "--max_new_tokens", "4"]
+    predict.main([writer[2], *options])
+    printed = capsys.readouterr().out
+    predict.main([writer[2], *options, "--json", "-"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["prompt"] for row in rows] == options[:2]
+    assert "".join(row["prompt"] + row["continuation"] + "\n" for row in rows) == printed
+    predict.main([writer[2], *options, "--csv", "-"])
+    assert list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline=""))) == rows
+
+
+def test_a_failed_run_leaves_the_rows_of_the_last_one(classifier, folder_of_pictures, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "rows" / "rows.csv"
+    target.parent.mkdir()
+    arguments = [classifier[2], str(folder_of_pictures), "--csv", str(target)]
+    predict.main(arguments)
+    before = target.read_bytes()
+    (folder_of_pictures / "z.png").write_text("no picture")
+    assert "z.png' is no picture" in fails(capsys, *arguments, "--batch_size", "2")
+    (folder_of_pictures / "z.png").unlink()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert "No space left" in fails(capsys, *arguments)
+    assert {path: path.read_bytes() for path in target.parent.iterdir()} == {target: before}
+
+
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "load", lambda *_: pytest.fail("a model was loaded"))
+    for options, words in (
+        (["--json", str(tmp_path)], f"`json` must be a file, or - for standard output, got {tmp_path}"),
+        (["--csv", str(tmp_path / "no" / "x.csv")], f"`csv` must be in a folder that is there, got {tmp_path}"),
+        (["--json", "-", "--csv", "-"], "`json` and `csv` must be two outputs, got - for both"),
+    ):
+        assert words in fails(capsys, "model", "x", *options)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_a_name_that_is_not_utf8(classifier, folder_of_pictures, tmp_path, capsys):
+    (folder_of_pictures / "z.png").rename(folder_of_pictures / "a" / "b" / os.fsdecode(b"caf\xe9.png"))
+    target = tmp_path / "rows.json"
+    predict.main([classifier[2], str(folder_of_pictures / "a" / "b"), "--top_k", "1", "--json", str(target)])
+    found = [Path(row["file"]).name for row in json.loads(target.read_text(encoding="utf-8"))]
+    assert found == ["c.png", "caf\\udce9.png"]

@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import pipeline
 
 import translution
@@ -463,6 +464,7 @@ def test_evaluation_alone_changes_nothing(images, pictures, monkeypatch):
     loss = pytest.approx(read(folder)["metrics"]["loss"], rel=ROUNDING)
     assert read(folder, found.name)["eval_loss"] == loss
     found.unlink()
+    (folder / "confusion.png").unlink()
     assert contents(folder) == before
     # Without a model it is the newest checkpoint.
     (folder / "model.safetensors").unlink()
@@ -478,6 +480,92 @@ def test_evaluation_alone_changes_nothing(images, pictures, monkeypatch):
     for option in ("overwrite_output_dir", "push_to_hub"):
         with pytest.raises(ValueError, match=f"`{option}` must be false where nothing is trained"):
             images(*arguments, "--do_train", "false", f"--{option}", "true", "--hub_token", "none")
+
+
+ALONE = ["--do_train", "false", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+
+def test_pictures_to_evaluate_alone(scripts, images, pictures, tmp_path):
+    folder = images("--train_dir", str(pictures), "--learning_rate", "0.01")
+    before, other = contents(folder), tmp_path / "other"
+    # Among themselves the classes have other numbers than in the model.
+    for name in ("cat", "zebra [x]"):
+        shutil.copytree(pictures / name, other / name)
+    paths = sorted(map(str, other.glob("*/*.png")))
+    found = pipeline("image-classification", model=str(folder), device="cpu")(paths, top_k=3)
+    names, scores = (
+        [Path(path).parent.name for path in paths],
+        [{i["label"]: i["score"] for i in row} for row in found],
+    )
+    guesses = [max(row, key=row.get) for row in scores]
+    loss = -np.mean([np.log(row[name]) for row, name in zip(scores, names, strict=True)])
+    main = scripts("run_image_classification").main
+    options = [*ALONE, "--validation_dir", str(other)]
+    fresh = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path / "fresh")]
+    for more in (["--output_dir", str(folder)], fresh, [*fresh, "--streaming", "true"]):
+        main([*options, *more])
+        target = Path(more[-1]) if "--streaming" not in more else tmp_path / "fresh"
+        figures = read(target, "evaluation_results.json")
+        assert figures["eval_loss"] == pytest.approx(loss, rel=ROUNDING)
+        assert figures["eval_accuracy"] == pytest.approx(accuracy_score(names, guesses), abs=1e-12)
+        assert figures["eval_macro_f1"] == pytest.approx(f1_score(names, guesses, average="macro"), abs=1e-12)
+        with Image.open(target / "confusion.png") as picture:
+            assert picture.format == "PNG"
+        for name in ("evaluation_results.json", "confusion.png"):
+            (target / name).unlink()
+    assert contents(folder) == before
+    # What is given must still be the model's.
+    with pytest.raises(ValueError, match="`patch_size` must be 4 as before, got 2"):
+        main([*options, "--output_dir", str(folder), "--patch_size", "2"])
+    with pytest.raises(ValueError, match="`config_overrides` shapes a new model"):
+        main([*options, *fresh, "--config_overrides", MODEL])
+    with pytest.raises(FileNotFoundError, match="neither model nor checkpoint"):
+        main([*options, "--output_dir", str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="Exactly one of `dataset_name`, `validation_dir` must be given, got none"):
+        main([*ALONE, *fresh])
+    (other / "cat").rename(other / "lion")
+    with pytest.raises(ValueError, match=r"must have classes of the model, cat, train, zebra \[x\]; got lion\."):
+        main([*options, *fresh])
+
+
+def test_text_to_evaluate_alone(scripts, text, texts, tmp_path):
+    folder, other = text("--train_dir", str(texts)), tmp_path / "other"
+    other.mkdir()
+    rows = datasets.Dataset.from_dict({"text": ["9 and 3 and 7 " * 9]})
+    (other / "one.txt").write_text(rows["text"][0])
+    rows.to_parquet(str(tmp_path / "hub" / "data" / "test-00000-of-00001.parquet"))
+    saved = pipeline("text-generation", model=str(folder), device="cpu")
+    ids = [*saved.tokenizer(rows["text"][0]).input_ids, saved.tokenizer.eos_token_id]
+    losses = []
+    for start in range(0, len(ids), 16):
+        block = torch.tensor([ids[start : start + 16]])
+        with torch.no_grad():
+            logits = saved.model(block).logits[0, :-1].double()
+        losses += torch.nn.functional.cross_entropy(logits, block[0, 1:], reduction="none").tolist()
+    main, fresh = scripts("run_clm").main, tmp_path / "fresh"
+    for data in (
+        ["--validation_dir", str(other)],
+        ["--validation_file", str(other / "one.txt")],
+        # There is no split to train on.
+        ["--dataset_name", str(tmp_path / "hub"), "--validation_split", "test"],
+    ):
+        for target, model in ((folder, []), (fresh, ["--model_name_or_path", str(folder)])):
+            main([*ALONE, *data, *model, "--output_dir", str(target)])
+            figure = read(target, "evaluation_results.json")["eval_perplexity"]
+            assert np.log(figure) == pytest.approx(np.mean(losses), rel=ROUNDING)
+            (target / "evaluation_results.json").unlink()
+    with pytest.raises(ValueError, match="`validation_split` must be one of test, got 'dev'"):
+        main([*ALONE, *data[:-1], "dev", "--output_dir", str(folder)])
+
+
+def test_a_command_that_trained_evaluates(images):
+    """With a split by name, and a new model, which a run without training data refuses."""
+    arguments = ["--dataset_name", "digits", "--validation_split", "test", "--max_train_samples", "16"]
+    arguments += ["--max_eval_samples", "8"]
+    folder = images(*arguments)
+    images(*arguments, "--do_train", "false")
+    loss = read(folder, "evaluation_results.json")["eval_loss"]
+    assert loss == pytest.approx(read(folder)["metrics"]["loss"], rel=ROUNDING)
 
 
 def test_what_is_trained_stays_what_it_is_said_to_be(images, pictures, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +21,17 @@ FORMATS = {
     "PPM": (".ppm", ".pgm"),
 }
 PICTURE_ENDINGS = tuple(ending for endings in FORMATS.values() for ending in endings)
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The pictures in a folder and in those below it, by their endings, sorted; hidden ones and `__MACOSX` are left out."""
+
+    def is_hidden(path: Path) -> bool:
+        *folders, name = path.relative_to(folder).parts
+        return name.startswith(".") or any(part.startswith((".", "__")) for part in folders)
+
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
+    return sorted(path for path in files if not is_hidden(path))
 
 
 def open_picture(file: str | BinaryIO) -> Image.Image:

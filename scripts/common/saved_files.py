@@ -26,11 +26,25 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file of JSON, which is whole or as it was before; of what JSON does not know, the text."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is whole or as it was before."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON; of what JSON does not know, the text."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `as_json` by `write_whole`."""
+    write_whole(path, as_json(value).encode())
 
 
 def copy_licenses(source: Path, target: Path) -> None:

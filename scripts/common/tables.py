@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.saved_files import write_whole
+
+
+def as_csv(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV with the columns `fields`."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
 
 def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes rows with the columns `fields`, in a folder that is made if it is missing."""
+    """Writes `as_csv` by `write_whole`, in a folder that is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_whole(path, as_csv(fields, rows).encode())
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> str:

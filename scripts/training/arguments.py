@@ -210,17 +210,19 @@ def new_config(model: ModelArguments, decided: dict[str, Any], asked: dict[str, 
     return TranslutionConfig.from_size(model.model_size or "tiny", **{**decided, **overrides, **asked})
 
 
+def new_model_options(model: ModelArguments) -> list[str]:
+    """The given options that only a new model takes."""
+    return [name for name in ("model_size", "config_overrides") if getattr(model, name) is not None]
+
+
 def refuse_new_model_options(model: ModelArguments):
     """Refuses options that only a new model takes: a checkpoint has its config already.
 
     Raises:
         ValueError: if there are options that only a new model takes.
     """
-    for name in ("model_size", "config_overrides"):
-        if getattr(model, name) is not None:
-            raise ValueError(
-                f"`{name}` shapes a new model; `model_name_or_path` {model.model_name_or_path} has a shape."
-            )
+    for name in new_model_options(model):
+        raise ValueError(f"`{name}` shapes a new model; `model_name_or_path` {model.model_name_or_path} has a shape.")
 
 
 def hide_tokens(arguments: Any):
@@ -246,13 +248,20 @@ def without_tokens(arguments: Iterable[str]) -> list[str]:
     return kept
 
 
-def lasting(*parts: Any) -> dict[str, Any]:
-    """The options that a resumed run must not change, by name, as they are read back from JSON."""
+def default_of(item: dataclasses.Field) -> Any:
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def lasting(*parts: Any, given: bool = False) -> dict[str, Any]:
+    """The options that a resumed run must not change, by name, as they are read back from JSON.
+
+    With `given` those that have another value than their default.
+    """
     values = {
         item.name: getattr(part, item.name)
         for part in parts
         for item in dataclasses.fields(part)
-        if item.name not in PASSING_FIELDS
+        if item.name not in PASSING_FIELDS and not (given and getattr(part, item.name) == default_of(item))
     }
     return json.loads(json.dumps(values, default=str))
 
@@ -271,7 +280,7 @@ def hyperparameters(training: TrainingArguments, *others: Any) -> dict[str, Any]
     values = {}
     for part in (*others, training):
         for item in dataclasses.fields(part):
-            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            default = default_of(item)
             value = getattr(part, item.name, None)
             # Some defaults are filled in later: None becomes False, or an empty list.
             if item.init and item.name not in places and value != default and (value or default):

@@ -40,6 +40,12 @@ class DataArguments:
         require(self, "validation_share", lambda share: 0 <= share < 1, "at least 0 and less than 1")
         require_least(self, shuffle_buffer=1, max_train_samples=1, max_eval_samples=1, num_proc=1)
 
+    @property
+    def has_training_data(self) -> bool:
+        """Whether a folder or files to train on are given, or a dataset without the split of it to evaluate on."""
+        files = any(getattr(self, name, None) for name in ("train_dir", "train_file"))
+        return files or (self.dataset_name is not None and self.validation_split is None)
+
 
 @dataclass
 class ImageDataArguments(DataArguments):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
-from common.pictures import PICTURE_ENDINGS
+from common.pictures import PICTURE_ENDINGS, pictures_below
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset
 
 from training import loading
@@ -31,15 +31,17 @@ def digits_dataset(placement: str = "static") -> DatasetDict:
     return DatasetDict(splits)
 
 
-def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
-    """Pictures with the columns `image` and `label`, a `ClassLabel`: to train on, and to evaluate on.
+def load_images(
+    args: ImageDataArguments, evaluates: bool, trains: bool = True
+) -> tuple[loading.AnyDataset | None, loading.AnyDataset | None]:
+    """Pictures with the columns `image` and `label`, a `ClassLabel`: to train on, None without `trains`, and to evaluate on.
 
     Raises:
         FileNotFoundError: for a folder that is not there.
-        ValueError: if there are no data, no pictures, no such split or column, fewer than two classes, or pictures that are
-            not in the folder of a class.
+        ValueError: if there are no data, no pictures, no such split or column, fewer than two classes to train on, or pictures
+            that are not in the folder of a class.
     """
-    loading.require_one(args, ("dataset_name", "train_dir"))
+    loading.require_one(args, ("dataset_name", "train_dir" if trains else "validation_dir"))
     if args.dataset_name is None:
         folders = {"train": args.train_dir, "validation": args.validation_dir}
         data_files = {split: _pictures(folder, split) for split, folder in folders.items() if folder is not None}
@@ -50,14 +52,21 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyD
         splits = loading.as_streams(digits_dataset(args.dataset_config_name or "static"), args)
     else:
         splits = loading.load_from_hub(args)
-    train, evaluation = loading.choose_splits(splits, args, evaluates)
-    image = loading.find_column(train, args.image_column, "image_column", datasets.Image, ("image", "img"))
+    train, evaluation = loading.choose_splits(splits, args, evaluates, trains)
+    first = train if trains else evaluation
+    image = loading.find_column(first, args.image_column, "image_column", datasets.Image, ("image", "img"))
     label = loading.find_column(
-        train, args.label_column, "label_column", ClassLabel, ("label", "labels", "fine_label")
+        first, args.label_column, "label_column", ClassLabel, ("label", "labels", "fine_label")
     )
-    pair = [None if data is None else _as_image_and_label(data, image, label) for data in (train, evaluation)]
-    train, evaluation = _with_class_names(*pair, label)
+    train, evaluation = (
+        None if data is None else _as_image_and_label(data, image, label) for data in (train, evaluation)
+    )
+    if not trains:
+        return loading.first_samples(None, _with_class_label(evaluation, label), args)
+    train = _with_class_label(train, label)
     names = train.features["label"].names
+    if evaluation is not None:
+        evaluation = with_classes(_with_class_label(evaluation, label), names, "training split")
     if len(names) < 2:
         raise ValueError(f"`{label}` must have at least 2 classes, got {names}.")
     if evaluation is None and evaluates:
@@ -67,17 +76,15 @@ def load_images(args: ImageDataArguments, evaluates: bool) -> tuple[loading.AnyD
 
 def _pictures(folder: str, split: str) -> list[str]:
     option = f"{split}_dir"
-    files = (path for path in loading.require_folder(folder, option).rglob("*") if path.is_file())
-    pictures = [path.relative_to(folder) for path in files if path.suffix.lower() in PICTURE_ENDINGS]
+    pictures = pictures_below(loading.require_folder(folder, option))
     if not pictures:
         raise ValueError(f"`{option}` must hold pictures, {', '.join(PICTURE_ENDINGS)}; there is none in {folder}.")
     if not _has_metadata([folder]):
-        for path in sorted(pictures):
-            # `datasets` takes the name of the innermost folder for the class. It passes over hidden files and `__MACOSX`.
-            hidden = path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parts[:-1])
-            if len(path.parts) != 2 and not hidden:
+        for path in pictures:
+            # `datasets` takes the name of the innermost folder for the class. It passes over hidden files, too.
+            if path.parent.parent != Path(folder):
                 raise ValueError(
-                    f"`{option}` must have one folder for each class, and its pictures right in it, got {Path(folder) / path}."
+                    f"`{option}` must have one folder for each class, and its pictures right in it, got {path}."
                 )
     # The pattern keeps `datasets` from reading splits out of the classes' names.
     return [f"{glob.escape(str(Path(folder)))}/**"]
@@ -94,25 +101,37 @@ def _as_image_and_label(data: loading.AnyDataset, image: str, label: str) -> loa
     return data.rename_columns(renamed) if renamed else data
 
 
-def _with_class_names(
-    train: loading.AnyDataset, evaluation: loading.AnyDataset | None, label: str
-) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
+def _with_class_label(data: loading.AnyDataset, label: str) -> loading.AnyDataset:
     """Encodes labels that are strings or plain integers as classes, in sorted order."""
-    if isinstance(train.features["label"], ClassLabel):
-        return train, evaluation
-    if isinstance(train, IterableDataset):
+    if isinstance(data.features["label"], ClassLabel):
+        return data
+    if isinstance(data, IterableDataset):
         raise ValueError(
-            f"`label_column` must be a ClassLabel in a stream, got {train.features['label']} in {label!r}."
+            f"`label_column` must be a ClassLabel in a stream, got {data.features['label']} in {label!r}."
         )
-    train = train.class_encode_column("label")
-    if evaluation is not None:
-        unknown = set(map(str, evaluation.unique("label"))) - set(train.features["label"].names)
-        if unknown:
-            raise ValueError(
-                f"`{label}` must have the classes of the training split, got {', '.join(sorted(unknown))}."
-            )
-        feature = train.features["label"]
-        evaluation = evaluation.map(lambda row: {"label": feature.str2int(str(row["label"]))}).cast_column(
-            "label", feature
+    return data.class_encode_column("label")
+
+
+def with_classes(data: loading.AnyDataset, names: list[str], whose: str) -> loading.AnyDataset:
+    """Pictures whose `label`, a `ClassLabel`, counts the classes as `names` does.
+
+    Args:
+        data: the pictures.
+        names: all classes.
+        whose: what has them, for the error.
+
+    Raises:
+        ValueError: for a class that is not among them.
+    """
+    own = data.features["label"].names
+    unknown = sorted(set(own) - set(names))
+    if unknown:
+        raise ValueError(
+            f"The pictures to evaluate must have classes of the {whose}, {', '.join(names)}; got {', '.join(unknown)}."
         )
-    return train, evaluation
+    if own == names:
+        return data
+    features = datasets.Features({**data.features, "label": ClassLabel(names=names)})
+    places = {index: names.index(name) for index, name in enumerate(own)}
+    # Of a picture without a class the label is -1, and stays so.
+    return data.map(lambda label: {"label": places.get(label, label)}, input_columns="label", features=features)

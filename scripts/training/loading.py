@@ -56,18 +56,19 @@ def as_streams(splits: DatasetDict, args: DataArguments) -> DatasetDict | Iterab
 
 
 def choose_splits(
-    splits: DatasetDict | IterableDatasetDict, args: DataArguments, evaluates: bool
-) -> tuple[AnyDataset, AnyDataset | None]:
-    for option in ("train_split", "validation_split"):
+    splits: DatasetDict | IterableDatasetDict, args: DataArguments, evaluates: bool, trains: bool
+) -> tuple[AnyDataset | None, AnyDataset | None]:
+    for option in ("train_split", "validation_split") if trains else ("validation_split",):
         name = getattr(args, option)
         if name is not None and name not in splits:
             raise ValueError(f"`{option}` must be one of {', '.join(splits)}, got {name!r}.")
-    if not evaluates:
-        return splits[args.train_split], None
+    train = splits[args.train_split] if trains else None
+    if trains and not evaluates:
+        return train, None
     if args.validation_split is None:
         others = [name for name in EVALUATION_SPLITS if name in splits and name != args.train_split]
         args.validation_split = others[0] if others else None
-    return splits[args.train_split], splits[args.validation_split] if args.validation_split else None
+    return train, splits[args.validation_split] if args.validation_split else None
 
 
 def find_column(data: AnyDataset, name: str | None, option: str, kind: type, usual: tuple[str, ...]) -> str:
@@ -100,8 +101,8 @@ def hold_out(data: AnyDataset, args: DataArguments, stratify_by_column: str | No
 
 
 def first_samples(
-    train: AnyDataset, evaluation: AnyDataset | None, args: DataArguments
-) -> tuple[AnyDataset, AnyDataset | None]:
+    train: AnyDataset | None, evaluation: AnyDataset | None, args: DataArguments
+) -> tuple[AnyDataset | None, AnyDataset | None]:
     def first(data: AnyDataset | None, count: int | None) -> AnyDataset | None:
         if data is None or count is None:
             return data

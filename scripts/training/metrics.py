@@ -1,14 +1,19 @@
-"""Accuracy, top-k accuracy and perplexity for the `Trainer`.
+"""Accuracy, top-k accuracy, macro F1, confusion matrices and perplexity for the `Trainer`.
 
 Legend: `N` samples, `L` tokens, `V` classes or vocabulary.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
+from accelerate import PartialState
+from common.saved_files import write_whole
+from sklearn.metrics import ConfusionMatrixDisplay, f1_score
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction
@@ -16,6 +21,10 @@ from transformers import EvalPrediction
 
 IGNORED = -100
 TOP_K = 5
+# Picture of the confusion matrix.
+CONFUSION = "confusion.png"
+# The most classes whose confusion matrix has room for counts, and for names.
+COUNTED, NAMED = 30, 100
 
 
 def likeliest_classes(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -35,6 +44,49 @@ def image_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float
         return metrics
 
     return compute
+
+
+def evaluation_metrics(names: Sequence[str], picture: Path) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`image_metrics` and the macro F1, the mean F1 of all classes that occur; draws the confusion matrix.
+
+    Args:
+        names: of the classes.
+        picture: PNG file to write the confusion matrix to, by one process.
+    """
+    common = image_metrics(len(names))
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        labels, likeliest = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)[:, 0]
+        if PartialState().is_main_process:
+            write_whole(picture, confusion_matrix(labels, likeliest, names))
+        return {**common(prediction), "macro_f1": float(f1_score(labels, likeliest, average="macro"))}
+
+    return compute
+
+
+def confusion_matrix(labels: np.ndarray, likeliest: np.ndarray, names: Sequence[str]) -> bytes:
+    """A PNG of the confusion matrix of all classes that occur, from true and predicted class indices `[N]`."""
+    # Imported here: only an evaluation draws.
+    from matplotlib.figure import Figure
+
+    classes = np.union1d(labels, likeliest)
+    side = 3 + 0.4 * min(len(classes), NAMED)
+    figure, file = Figure((side + 1, side), layout="constrained"), io.BytesIO()
+    axes = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        labels,
+        likeliest,
+        labels=classes,
+        # Between dollars Matplotlib reads formulas.
+        display_labels=[names[index].replace("$", r"\$") for index in classes],
+        include_values=len(classes) <= COUNTED,
+        xticks_rotation="vertical",
+        ax=axes,
+    )
+    if len(classes) > NAMED:
+        axes.set(xticks=[], yticks=[])
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def token_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

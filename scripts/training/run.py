@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from training.arguments import (
     RunArguments,
     hyperparameters,
     lasting,
+    new_model_options,
     parse_arguments,
     without_tokens,
 )
@@ -55,6 +56,12 @@ class Run:
     run: RunArguments
     others: tuple[Any, ...] = ()
 
+    def __post_init__(self):
+        # Decided once: `validation_split` is filled in when the data are loaded. A command that trained on a dataset, with its
+        # new model, evaluates that as well.
+        makes_model = self.data.dataset_name is not None and new_model_options(self.model)
+        self.only_evaluates = not (self.training.do_train or self.data.has_training_data or makes_model)
+
     @classmethod
     def parse(
         cls,
@@ -80,6 +87,8 @@ class Run:
 
     def start(self) -> str | None:
         """Checks the arguments, and returns the folder of the weights to resume from or to evaluate.
+
+        A run without training data, `only_evaluates`, has a saved model alone to go by: `model_name_or_path` becomes that folder.
 
         Raises:
             ValueError: for arguments that contradict each other; further ones as `claim_output_dir`.
@@ -107,6 +116,8 @@ class Run:
             PartialState().wait_for_everyone()
         else:
             source = self.find_weights()
+            if self.only_evaluates and source is not None:
+                self.model, source = replace(self.model, model_name_or_path=str(source)), None
         set_seed(training.seed)
         return None if source is None else str(source)
 
@@ -127,7 +138,11 @@ class Run:
         if PartialState().is_main_process:
             finish_saving(self.folder)
         PartialState().wait_for_everyone()
-        refuse_changes(self.folder, lasting(self.model, self.data, *self.others))
+        if self.only_evaluates:
+            # On data of another kind; what is not given is the model's.
+            refuse_changes(self.folder, lasting(self.model, *self.others, given=True))
+        else:
+            refuse_changes(self.folder, lasting(self.model, self.data, *self.others))
         found = self.folder if has_weights(self.folder) else newest_checkpoint(self.folder)
         if found is None and self.model.model_name_or_path is None:
             raise FileNotFoundError(

@@ -38,8 +38,10 @@ def standard_library_dataset() -> DatasetDict:
     return DatasetDict({name: Dataset.from_dict({"text": list(read_texts(files))}) for name, files in parts})
 
 
-def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[loading.AnyDataset, loading.AnyDataset | None]:
-    """Documents with the column `text`: to train on, and to evaluate on.
+def load_texts(
+    args: TextDataArguments, evaluates: bool, trains: bool = True
+) -> tuple[loading.AnyDataset | None, loading.AnyDataset | None]:
+    """Documents with the column `text`: to train on, None without `trains`, and to evaluate on.
 
     The second is None where there is no evaluation, and where one document is all there is.
 
@@ -48,11 +50,11 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[loading.AnyDat
         ValueError: if there are no data, no text, no such split or column, or a file that is damaged, not in UTF-8 or has
             something else than text in its column. What is wrong with the later rows of a stream is found where they are read.
     """
-    choices = ("dataset_name", "train_dir", "train_file")
-    loading.require_one(args, choices)
+    choices = ("train_dir", "train_file") if trains else ("validation_dir", "validation_file")
+    loading.require_one(args, ("dataset_name", *choices))
     if args.dataset_name is None:
         sources = {
-            "train": args.train_file or _texts(args.train_dir, "train_dir"),
+            "train": args.train_file or (_texts(args.train_dir, "train_dir") if args.train_dir else None),
             "validation": args.validation_file
             or (_texts(args.validation_dir, "validation_dir") if args.validation_dir else None),
         }
@@ -76,7 +78,7 @@ def load_texts(args: TextDataArguments, evaluates: bool) -> tuple[loading.AnyDat
         splits = loading.as_streams(standard_library_dataset(), args)
     else:
         splits = loading.load_from_hub(args)
-    train, evaluation = loading.choose_splits(splits, args, evaluates)
+    train, evaluation = loading.choose_splits(splits, args, evaluates, trains)
     pair = []
     for data in (train, evaluation):
         if data is not None:
