@@ -57,10 +57,7 @@ MIXER_KEY = re.compile(r"(?:translution|transformer)\.layers\.(\d+)\.0\.(.+)")
 TRANSLUTION_KEY = re.compile(r"to_[qkv](?:1\.weight|2?\.unique_params)")
 
 NEVER_ROTATED = "full Translution is refused here: the original rotary image model of it never applied its rotation"
-SAW_THE_FUTURE = (
-    "a text hybrid is refused: the attention layers of the original had no causal mask, so they saw the future, and "
-    "here they are causal"
-)
+SAW_THE_FUTURE = "a text hybrid is refused: without a causal mask the original's attention layers saw the future"
 
 
 @dataclass(frozen=True)
@@ -137,9 +134,7 @@ def config_from_arch(
     values = {**DATA_FIELDS[modality], **families[family], **fields}
     if relative_rank is not None:
         if values.get("relative_rank") is None:
-            raise ValueError(
-                f"`relative_rank` goes with an `arch` that begins with 'lor_', got {relative_rank} for {arch!r}."
-            )
+            raise ValueError(f"`relative_rank` goes with an `arch` of 'lor_…', got {relative_rank} for {arch!r}.")
         values["relative_rank"] = relative_rank
     if num_translution_layers is not None:
         depth = values.get("num_hidden_layers", SIZES[size][1])
@@ -351,7 +346,7 @@ def resolve_config(
         if arch is None and recorded is None:
             raise ValueError("`arch` or `config` must be given: the checkpoint records no `arch`.")
         allowed = DATA_FIELDS[modality]
-        for field in options.keys() - allowed.keys() - {"relative_rank", "num_translution_layers"}:
+        for field in sorted(options.keys() - allowed.keys() - {"relative_rank", "num_translution_layers"}):
             raise ValueError(
                 f"`{field}` does not go with modality {modality!r}, which allows {', '.join(allowed)}; got {options[field]!r}."
             )
