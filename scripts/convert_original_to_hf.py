@@ -23,7 +23,6 @@ from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, run_command
 from common.saved_files import read_json
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 from translution.configuration.configuration_translution import POOLINGS, RELATIVE_PROJECTIONS, SIZES
@@ -58,10 +57,7 @@ MIXER_KEY = re.compile(r"(?:translution|transformer)\.layers\.(\d+)\.0\.(.+)")
 TRANSLUTION_KEY = re.compile(r"to_[qkv](?:1\.weight|2?\.unique_params)")
 
 NEVER_ROTATED = "full Translution is refused here: the original rotary image model of it never applied its rotation"
-SAW_THE_FUTURE = (
-    "a text hybrid is refused: the attention layers of the original had no causal mask, so they saw the future, and "
-    "here they are causal"
-)
+SAW_THE_FUTURE = "a text hybrid is refused: without a causal mask the original's attention layers saw the future"
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,11 @@ def arch_families(modality: str) -> dict[str, dict[str, Any]]:
 
     Fields hold for Translution layers of any number; a `relative_rank` that is not `None` is a default.
     """
-    full = {name: {"mixer_types": "translution", "relative_projections": name} for name in RELATIVE_PROJECTIONS}
-    families = {name: {**fields, "relative_rank": None} for name, fields in full.items()}
-    families |= {f"lor_{name}": {**fields, "relative_rank": DEFAULT_RANK} for name, fields in full.items()}
+    families = {
+        f"{prefix}{name}": {"mixer_types": "translution", "relative_projections": name, "relative_rank": rank}
+        for prefix, rank in (("", None), ("lor_", DEFAULT_RANK))
+        for name in RELATIVE_PROJECTIONS
+    }
     families["former"] = {"mixer_types": "attention", "use_absolute_position_embeddings": True}
     if modality == "text":
         families["rope_former"] = {"mixer_types": "rope_attention"}
@@ -126,7 +124,7 @@ def config_from_arch(
     """
     family, _, size = arch.rpartition("_")
     families = arch_families(modality)
-    if modality == "image" and family.removeprefix("rope_") in RELATIVE_PROJECTIONS and family.startswith("rope_"):
+    if modality == "image" and family in {f"rope_{name}" for name in RELATIVE_PROJECTIONS}:
         raise ValueError(f"`arch` {arch!r}: {NEVER_ROTATED}.")
     if family not in families or size not in SIZES:
         raise ValueError(
@@ -136,25 +134,18 @@ def config_from_arch(
     values = {**DATA_FIELDS[modality], **families[family], **fields}
     if relative_rank is not None:
         if values.get("relative_rank") is None:
-            raise ValueError(
-                f"`relative_rank` goes with an `arch` that begins with 'lor_', got {relative_rank} for {arch!r}."
-            )
+            raise ValueError(f"`relative_rank` goes with an `arch` of 'lor_…', got {relative_rank} for {arch!r}.")
         values["relative_rank"] = relative_rank
     if num_translution_layers is not None:
         depth = values.get("num_hidden_layers", SIZES[size][1])
-        mixer_type = values["mixer_types"]
+        mixer_type, number = values["mixer_types"], num_translution_layers
         if not mixer_type.endswith("translution"):
-            raise ValueError(
-                f"`num_translution_layers` goes with Translution alone, got {num_translution_layers} for {arch!r}."
-            )
-        if not 1 <= num_translution_layers <= depth:
-            raise ValueError(
-                f"`num_translution_layers` must be from 1 to {depth} for {arch!r}, got {num_translution_layers}."
-            )
-        if modality == "text" and num_translution_layers < depth:
-            raise ValueError(f"`num_translution_layers` {num_translution_layers}: {SAW_THE_FUTURE}.")
-        attention = ["rope_attention"] * (depth - num_translution_layers)
-        values["mixer_types"] = [mixer_type] * num_translution_layers + attention
+            raise ValueError(f"`num_translution_layers` goes with Translution alone, got {number} for {arch!r}.")
+        if not 1 <= number <= depth:
+            raise ValueError(f"`num_translution_layers` must be from 1 to {depth} for {arch!r}, got {number}.")
+        if modality == "text" and number < depth:
+            raise ValueError(f"`num_translution_layers` {number}: {SAW_THE_FUTURE}.")
+        values["mixer_types"] = [mixer_type] * number + ["rope_attention"] * (depth - number)
     return TranslutionConfig.from_size(size, modality=modality, **values)
 
 
@@ -234,14 +225,15 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], config: TranslutionConf
     state_dict = clean_state_dict(state_dict)
     sources = original_sources(config)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in MODELS[config.modality](config).state_dict().items()}
-    expected = {source.key: source.original_shape(shapes[name]) for name, source in sources.items()}
-    problems = [f"unknown {key}" for key in state_dict if key not in expected]
-    problems += [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in state_dict]
+        weights = MODELS[config.modality](config).state_dict()
+    expected = {source.key: source.original_shape(weights[name].shape) for name, source in sources.items()}
+    found = {key: tuple(getattr(value, "shape", ())) for key, value in state_dict.items()}
+    problems = [f"unknown {key}" for key in found if key not in expected]
     for key, shape in expected.items():
-        found = state_dict.get(key)
-        if found is not None and tuple(getattr(found, "shape", ())) != shape:
-            problems.append(f"misshapen {key} {list(getattr(found, 'shape', ()))} instead of {list(shape)}")
+        if key not in found:
+            problems.append(f"missing {key} {list(shape)}")
+        elif found[key] != shape:
+            problems.append(f"misshapen {key} {list(found[key])} instead of {list(shape)}")
     if problems:
         raise ValueError(f"`state_dict` does not fit the config, {len(problems)} keys: {'; '.join(problems)}.")
     return {name: source.read(state_dict[source.key]) for name, source in sources.items()}
@@ -249,15 +241,13 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], config: TranslutionConf
 
 def _check_config(config: TranslutionConfig):
     for field, value in FIXED_FIELDS.items():
-        if getattr(config, field) != value:
-            raise ValueError(
-                f"`{field}` must be {value!r}, as in every original model, got {getattr(config, field)!r}."
-            )
+        given = getattr(config, field)
+        if given != value:
+            raise ValueError(f"`{field}` must be {value!r}, as in every original model, got {given!r}.")
     for name in config.mixer_types:
         if name not in ORIGINAL_MIXER_TYPES:
-            raise ValueError(
-                f"`mixer_types` of an original model must be of {', '.join(ORIGINAL_MIXER_TYPES)}, got {name!r}."
-            )
+            allowed = ", ".join(ORIGINAL_MIXER_TYPES)
+            raise ValueError(f"`mixer_types` of an original model must be of {allowed}, got {name!r}.")
     if "rope_translution" in config.mixer_types and config.relative_rank is None:
         raise ValueError(f"`mixer_types` has 'rope_translution' and `relative_rank` is None: {NEVER_ROTATED}.")
 
@@ -349,57 +339,29 @@ def resolve_config(
     Raises:
         ValueError: if they contradict each other or the checkpoint, or if nothing says what the architecture is.
     """
-    modality = modality_of(checkpoint["state_dict"])
-    recorded = checkpoint.get("arch")
+    modality, recorded = modality_of(checkpoint["state_dict"]), checkpoint.get("arch")
     if config is None:
         if arch is not None and recorded is not None and arch != recorded:
             raise ValueError(f"`arch` must be {recorded!r}, which the checkpoint records, got {arch!r}.")
         if arch is None and recorded is None:
             raise ValueError("`arch` or `config` must be given: the checkpoint records no `arch`.")
-        for other in DATA_FIELDS.keys() - {modality}:
-            for field in options.keys() & DATA_FIELDS[other].keys():
-                raise ValueError(
-                    f"`{field}` goes with {other} checkpoints, got {options[field]!r} for modality {modality!r}, "
-                    f"which allows {', '.join(DATA_FIELDS[modality])}."
-                )
+        allowed = DATA_FIELDS[modality]
+        for field in sorted(options.keys() - allowed.keys() - {"relative_rank", "num_translution_layers"}):
+            raise ValueError(
+                f"`{field}` does not go with modality {modality!r}, which allows {', '.join(allowed)}; got {options[field]!r}."
+            )
         return config_from_arch(str(recorded) if arch is None else arch, modality, **options)
     if options:
         raise ValueError(f"`{min(options)}` goes with `arch`; with `config` it must be a field of that.")
     if config.modality != modality:
         raise ValueError(f"`modality` must be {modality!r} by the checkpoint's keys, got {config.modality!r}.")
     # Own sizes have names of their own, which say nothing; known ones settle what no tensor tells, as rotary or not.
-    named = arch_families(modality).get(str(recorded).rpartition("_")[0], {})
-    for field, value in named.items():
+    for field, value in arch_families(modality).get(str(recorded).rpartition("_")[0], {}).items():
         given = config.mixer_types[0] if field == "mixer_types" else getattr(config, field)
         if given != value and (field != "relative_rank" or None in (given, value)):
             allowed = "an integer" if field == "relative_rank" and value is not None else repr(value)
             raise ValueError(f"`{field}` must be {allowed} by the checkpoint's `arch` {recorded!r}, got {given!r}.")
     return config
-
-
-def convert(
-    checkpoint_path: Path,
-    output: Path,
-    arch: str | None = None,
-    config: TranslutionConfig | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> PreTrainedModel:
-    """Reads a checkpoint, converts and saves it; `options` go to [`config_from_arch`].
-
-    Returns:
-        The converted model.
-    """
-    output = output.resolve()
-    check_output(output, overwrite)
-    checkpoint = load_checkpoint(checkpoint_path)
-    config = resolve_config(checkpoint, arch, config, options)
-    parameters = convert_state_dict(checkpoint["state_dict"], config)
-    model = MODELS[config.modality](config)
-    model.load_state_dict(parameters, strict=True)
-    with written_whole(output) as folder:
-        model.save_pretrained(folder)
-    return model
 
 
 def _positive(text: str) -> int:
@@ -417,37 +379,35 @@ def build_parser() -> ArgumentParser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--arch", help="original name, as 'kv_tiny'; by default the one that the checkpoint records")
     source.add_argument("--config", type=Path, help="TranslutionConfig as JSON, for sizes without a name")
-    options = parser.add_argument_group("options of --arch")
-    images, text = DATA_FIELDS["image"], DATA_FIELDS["text"]
-    for name, default in (("image_size", images["image_size"]), ("patch_size", images["patch_size"])):
-        options.add_argument(
-            f"--{name}",
-            type=_positive,
-            nargs="+",
-            metavar="N",
-            help=f"images: pixels, or height and width ({default})",
-        )
-    options.add_argument("--num_labels", type=_positive, metavar="N", help=f"images: classes ({images['num_labels']})")
-    options.add_argument("--pooling", choices=POOLINGS, help=f"images: what the head reads ({images['pooling']})")
-    for name in ("max_position_embeddings", "vocab_size"):
-        options.add_argument(f"--{name}", type=_positive, metavar="N", help=f"text ({text[name]})")
-    options.add_argument("--relative_rank", type=_positive, metavar="N", help=f"LoR: rank of a head ({DEFAULT_RANK})")
-    options.add_argument(
-        "--num_translution_layers", type=_positive, metavar="N", help="hybrids: Translution layers (all)"
-    )
+    group = parser.add_argument_group("options of --arch")
+    images, text, number = DATA_FIELDS["image"], DATA_FIELDS["text"], {"type": _positive, "metavar": "N"}
+    for name in ("image_size", "patch_size"):
+        words = f"images: pixels, or height and width ({images[name]})"
+        group.add_argument(f"--{name}", **number, nargs="+", help=words)
+    group.add_argument("--num_labels", **number, help=f"images: classes ({images['num_labels']})")
+    group.add_argument("--pooling", choices=POOLINGS, help=f"images: what the head reads ({images['pooling']})")
+    for name, default in text.items():
+        group.add_argument(f"--{name}", **number, help=f"text ({default})")
+    group.add_argument("--relative_rank", **number, help=f"LoR: rank of a head ({DEFAULT_RANK})")
+    group.add_argument("--num_translution_layers", **number, help="hybrids: Translution layers (all)")
     return parser
 
 
 def main(argv: Sequence[str]):
-    parser = build_parser()
-    arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    options = {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
     for field in ("image_size", "patch_size"):
-        if len(arguments.get(field, ())) == 1:
-            (arguments[field],) = arguments[field]
-    if "config" in arguments:
-        arguments["config"] = read_config(arguments["config"])
-    output = arguments["output"]
-    model = convert(arguments.pop("checkpoint"), **arguments)
+        if len(options.get(field, ())) == 1:
+            (options[field],) = options[field]
+    config = read_config(options.pop("config")) if "config" in options else None
+    output = options.pop("output")
+    check_output(output.resolve(), options.pop("overwrite"))
+    checkpoint = load_checkpoint(options.pop("checkpoint"))
+    config = resolve_config(checkpoint, options.pop("arch", None), config, options)
+    parameters = convert_state_dict(checkpoint["state_dict"], config)
+    model = MODELS[config.modality](config)
+    model.load_state_dict(parameters, strict=True)
+    with written_whole(output.resolve()) as folder:
+        model.save_pretrained(folder)
     print(f"{type(model).__name__} with {model.num_parameters():,} parameters saved to {output}")
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,54 +61,59 @@ class Bench:
     rows: list[dict[str, Any]]
 
     @property
-    def half(self) -> torch.dtype:
+    def half_name(self) -> str:
         """The type to time in. Triton's interpreter cannot multiply bfloat16."""
-        return torch.float16 if self.dry else torch.bfloat16
+        return "float16" if self.dry else "bfloat16"
 
     @property
-    def half_name(self) -> str:
-        return str(self.half).removeprefix("torch.")
+    def half(self) -> torch.dtype:
+        return DTYPES[self.half_name]
 
     def row(self, **values: Any) -> None:
         self.rows.append(values)
         print(" ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()), flush=True)  # fmt: skip
 
     def time(self, run: Callable[[], object], repeats: int = 9) -> dict[str, Any]:
-        """The columns of times, after two runs to warm up; and the peak of memory above the start, in GiB."""
-        cuda = self.device.type == "cuda"
+        """The type, the columns of times after two runs to warm up, and the peak of memory above the start in GiB."""
+        if self.dry:
+            return {"dtype": self.half_name, **spread(time_in_turn({"": run}, {"": 2}, warm_up=())[""])}
 
         def complete() -> None:
             run()
-            if cuda:
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
 
-        if self.dry:
-            return spread(time_in_turn({"": complete}, {"": 2}, warm_up=())[""])
-        for _ in range(2):
-            complete()
+        complete()
+        complete()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         times = time_in_turn({"": complete}, {"": repeats}, warm_up=())
-        return {**spread(times[""]), "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        return {"dtype": self.half_name, **spread(times[""]), "peak_gib": peak}
+
+    def update(
+        self, model: nn.Module, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None
+    ) -> Callable[[], None]:
+        """A training step under autocast."""
+
+        def run() -> None:
+            with torch.autocast(self.device.type, self.half):
+                loss = model(**inputs).loss
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+            model.zero_grad()
+
+        return run
 
 
 def mixer_of(layout: PairLayout, hidden: int, heads: int, head_dim: int, **fields: Any) -> TranslutionMixer:
     """A mixer of its own for a layout, with random weights."""
-    text = layout.causal
-    config = TranslutionConfig(
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        head_dim=head_dim,
-        num_hidden_layers=1,
-        modality="text" if text else "image",
-        image_size=[layout.height, 1 if text else layout.width],
-        patch_size=1,
-        max_position_embeddings=layout.bank_height,
-        max_relative_distance=layout.bank_height - 1 if layout.clamp else None,
-        far_offsets="shared" if layout.share_far else "clamped",
-        **fields,
-    )
-    mixer = TranslutionMixer(config, 0)
+    fields |= {"hidden_size": hidden, "num_attention_heads": heads, "head_dim": head_dim, "num_hidden_layers": 1}
+    fields |= {"patch_size": 1, "image_size": [layout.height, layout.width]}
+    fields |= {"max_position_embeddings": layout.bank_height, "modality": "text" if layout.causal else "image"}
+    if layout.clamp:
+        fields["max_relative_distance"] = layout.bank_height - 1
+    mixer = TranslutionMixer(TranslutionConfig(**fields, far_offsets="shared" if layout.share_far else "clamped"), 0)
     for name, parameter in mixer.named_parameters():
         nn.init.normal_(parameter, std=0.5 if name.endswith("_coefficients") else parameter.shape[-1] ** -0.5)
     return mixer
@@ -154,35 +160,27 @@ def check(bench: Bench) -> None:
             "local text 4": (PairLayout.for_text(4, 4, 1), ["kv"]),
         }
     hidden, heads, size = (8, 2, 4) if bench.dry else (72, 3, 24)
-    for layout_name, (layout, subsets) in layouts.items():
-        for subset in subsets:
-            # Each type compiles its kernels: all three for the subset that the paper advises.
-            names = ["float32", "float16" if bench.dry or subset == "kv" else "bfloat16", bench.half_name]
-            for kind, fields in kinds.items():
-                for dtype_name in dict.fromkeys(names):
-                    dtype = DTYPES[dtype_name]
-                    mixer = mixer_of(layout, hidden, heads, size, relative_projections=subset, **fields).to(
-                        bench.device, dtype
-                    )
-                    tokens, weight = torch.randn(2, 3, layout.num_tokens, hidden, device=bench.device, dtype=dtype)
-                    ours = results(mixer, TRITON, tokens, layout, weight)
-                    plain = results(mixer, "eager", tokens, layout, weight)
-                    truth = results(mixer.double(), "eager", tokens.double(), layout, weight.double())
-                    errors = {name: relative_error(ours[name], truth[name]) for name in truth}
-                    plain_errors = {name: relative_error(plain[name], truth[name]) for name in truth}
-                    # Weights of near and far pairs are taken from one log-sum-exp, which costs a few roundings of float32.
-                    roundings = 4 if layout.clamp and dtype == torch.float32 else 1
-                    spare = roundings * torch.finfo(dtype).eps
-                    # Written so that NaN fails as well.
-                    allowed = all(errors[name] <= 2 * plain_errors[name] + spare for name in truth)
-                    bench.row(
-                        part="check",
-                        case=f"{kind} {subset}, {layout_name}",
-                        dtype=dtype_name,
-                        error=max(errors.values()),
-                        error_plain=max(plain_errors.values()),
-                        ok=allowed,
-                    )
+    cases = [(name, layout, subset) for name, (layout, subsets) in layouts.items() for subset in subsets]
+    for (layout_name, layout, subset), (kind, fields) in product(cases, kinds.items()):
+        # Each type compiles its kernels: all three for the subset that the paper advises.
+        names = ["float32", "float16" if bench.dry or subset == "kv" else "bfloat16", bench.half_name]
+        for dtype_name in dict.fromkeys(names):
+            dtype = DTYPES[dtype_name]
+            mixer = mixer_of(layout, hidden, heads, size, relative_projections=subset, **fields)
+            mixer = mixer.to(bench.device, dtype)
+            tokens, weight = torch.randn(2, 3, layout.num_tokens, hidden, device=bench.device, dtype=dtype)
+            ours = results(mixer, TRITON, tokens, layout, weight)
+            plain = results(mixer, "eager", tokens, layout, weight)
+            truth = results(mixer.double(), "eager", tokens.double(), layout, weight.double())
+            errors = {name: relative_error(ours[name], truth[name]) for name in truth}
+            plain_errors = {name: relative_error(plain[name], truth[name]) for name in truth}
+            # Weights of near and far pairs are taken from one log-sum-exp, which costs a few roundings of float32.
+            roundings = 4 if layout.clamp and dtype == torch.float32 else 1
+            spare = roundings * torch.finfo(dtype).eps
+            # Written so that NaN fails as well.
+            ok = all(errors[name] <= 2 * plain_errors[name] + spare for name in truth)
+            largest = {"error": max(errors.values()), "error_plain": max(plain_errors.values())}
+            bench.row(part="check", case=f"{kind} {subset}, {layout_name}", dtype=dtype_name, **largest, ok=ok)
 
 
 def matrix_rate(bench: Bench) -> float:
@@ -191,7 +189,7 @@ def matrix_rate(bench: Bench) -> float:
     left, right = torch.randn(2, size, size, device=bench.device, dtype=bench.half)
     timing = bench.time(lambda: left @ right, 15)
     rate = 2 * size**3 / timing["median_ms"] / 1e9
-    bench.row(part="rate", case=f"{size}³ product", dtype=bench.half_name, tflops=rate, **timing)
+    bench.row(part="rate", case=f"{size}³ product", tflops=rate, **timing)
     return rate
 
 
@@ -208,9 +206,7 @@ def time_mixer(
     for passes, factor in ((FORWARD, 1), (BOTH, 3)):
         timing = bench.time(step(run, mixer.parameters(), backward=passes == BOTH))
         tflops = factor * batch * pairs * per_pair / timing["median_ms"] / 1e9
-        bench.row(
-            part="mixer", case=case, passes=passes, dtype=bench.half_name, tflops=tflops, share=tflops / peak, **timing
-        )
+        bench.row(part="mixer", case=case, passes=passes, tflops=tflops, share=tflops / peak, **timing)
 
 
 def time_gathering(bench: Bench) -> None:
@@ -234,23 +230,21 @@ def time_gathering(bench: Bench) -> None:
         timing = bench.time(steps[ours])
         try:
             baseline = bench.time(steps[gathered], 3)
-            bench.row(part="gathering", case="7x7 qkv, gathered", passes=passes, dtype=bench.half_name, **baseline)
+            bench.row(part="gathering", case="7x7 qkv, gathered", passes=passes, **baseline)
             timing["times_baseline"] = baseline["median_ms"] / timing["median_ms"]
         except torch.OutOfMemoryError:
             timing["note"] = "gathering does not fit in this GPU's memory"
-        bench.row(part="gathering", case="7x7 qkv, kernels", passes=passes, dtype=bench.half_name, **timing)
+        bench.row(part="gathering", case="7x7 qkv, kernels", passes=passes, **timing)
 
 
 def time_basis(bench: Bench) -> None:
     """A basis of 8 against PyTorch's flash attention of the same width, and memory over lengths."""
     heads, size, batch = (2, 4, 1) if bench.dry else (3, 64, 4)
     for length in (8,) if bench.dry else (2048, 4096, 8192):
-        layout = PairLayout.for_text(length, length)
-        mixer = mixer_of(layout, heads * size, heads, size, relative_projections="kv", offset_basis=8)
-        mixer = mixer.to(bench.device, bench.half)
-        tokens = torch.randn(batch, length, heads * size, device=bench.device, dtype=bench.half)
-        shape, options = (batch, heads, length, size), {"device": bench.device, "dtype": bench.half}
-        plain = [torch.randn(shape, **options, requires_grad=True) for _ in range(3)]
+        layout, options = PairLayout.for_text(length, length), {"device": bench.device, "dtype": bench.half}
+        mixer = mixer_of(layout, heads * size, heads, size, relative_projections="kv", offset_basis=8).to(**options)
+        tokens = torch.randn(batch, length, heads * size, **options)
+        plain = [torch.randn(batch, heads, length, size, **options, requires_grad=True) for _ in range(3)]
         flash = partial(nn.functional.scaled_dot_product_attention, *plain, is_causal=True)
         ours = partial(output_of, mixer, tokens, layout)
         runs = {"flash attention": (flash, plain), "basis 8": (ours, [*mixer.parameters()])}
@@ -258,9 +252,10 @@ def time_basis(bench: Bench) -> None:
             timings = {
                 name: bench.time(step(run, inputs, backward=passes == BOTH), 5) for name, (run, inputs) in runs.items()
             }
-            ratio = timings["basis 8"]["median_ms"] / timings["flash attention"]["median_ms"]
+            ours_ms, flash_ms = (timings[name]["median_ms"] for name in ("basis 8", "flash attention"))
+            timings["basis 8"]["times_baseline"] = ours_ms / flash_ms
             for name, timing in timings.items():
-                bench.row(part="basis", case=f"{name}, L {length}", passes=passes, dtype=bench.half_name, **timing, times_baseline=ratio if name == "basis 8" else None)  # fmt: skip
+                bench.row(part="basis", case=f"{name}, L {length}", passes=passes, **timing)
 
 
 def time_local(bench: Bench) -> None:
@@ -273,17 +268,11 @@ def time_local(bench: Bench) -> None:
             if name != RIVAL:
                 model.set_attn_implementation(TRITON)
             inputs = {key: tensor.to(bench.device) for key, tensor in make_inputs(variant, batch).items()}
-
-            def update(model: nn.Module = model, inputs: dict[str, Tensor] = inputs) -> None:
-                with torch.autocast(bench.device.type, bench.half):
-                    loss = model(**inputs).loss
-                loss.backward()
-                model.zero_grad()
-
-            timings[name] = bench.time(update, 5)
+            timings[name] = bench.time(bench.update(model, inputs), 5)
         for name, timing in timings.items():
-            ratio = None if name == RIVAL else timing["median_ms"] / timings[RIVAL]["median_ms"]
-            bench.row(part="local", case=f"{name}, L {length}, batch {batch}", passes=BOTH, dtype=bench.half_name, **timing, times_baseline=ratio)  # fmt: skip
+            if name != RIVAL:
+                timing["times_baseline"] = timing["median_ms"] / timings[RIVAL]["median_ms"]
+            bench.row(part="local", case=f"{name}, L {length}, batch {batch}", passes=BOTH, **timing)
 
 
 def time_training(bench: Bench) -> None:
@@ -295,29 +284,13 @@ def time_training(bench: Bench) -> None:
     config = TranslutionConfig.from_size("tiny", image_size=image, patch_size=16, **fields)
     model = TranslutionForImageClassification(config).to(bench.device).train()
     model.set_attn_implementation(TRITON)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     pixels = torch.randn(batch, 3, image, image, device=bench.device)
-    labels = torch.randint(1000, (batch,), device=bench.device)
-
-    def update() -> None:
-        with torch.autocast(bench.device.type, bench.half):
-            loss = model(pixel_values=pixels, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    timing = bench.time(update, 5)
-    if bench.device.type == "cuda":
+    inputs = {"pixel_values": pixels, "labels": torch.randint(1000, (batch,), device=bench.device)}
+    timing = bench.time(bench.update(model, inputs, torch.optim.AdamW(model.parameters(), lr=1e-4)), 5)
+    if not bench.dry:
         timing["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    bench.row(
-        part="training",
-        case=f"tiny, patch 16, qkv, batch {batch}",
-        passes="step",
-        dtype=bench.half_name,
-        images_per_second=batch / timing["median_ms"] * 1e3,
-        note="peak of the whole process",
-        **timing,
-    )
+    timing |= {"images_per_second": batch / timing["median_ms"] * 1e3, "note": "peak of the whole process"}
+    bench.row(part="training", case=f"tiny, patch 16, qkv, batch {batch}", passes="step", **timing)
 
 
 def train_digits(bench: Bench) -> None:
@@ -334,8 +307,8 @@ def train_digits(bench: Bench) -> None:
     digits, held_out = digits_split()
     torch.manual_seed(0)
     fields = IMAGE_FIELDS | ({"patch_size": 8, "num_hidden_layers": 1} if bench.dry else {})
-    model = TranslutionForImageClassification(TranslutionConfig(**fields, relative_projections="kv"))
-    model = model.to(bench.device)
+    config = TranslutionConfig(**fields, relative_projections="kv")
+    model = TranslutionForImageClassification(config).to(bench.device)
     model.set_attn_implementation(TRITON)
     batch, epochs = (4, 1) if bench.dry else (64, 30)
     steps = 1 if bench.dry else epochs * -(-len(digits) // batch)
@@ -348,8 +321,8 @@ def train_digits(bench: Bench) -> None:
 
 
 def write(bench: Bench, path: Path) -> None:
-    common = {**hardware(), "triton": triton.__version__, "cuda": torch.version.cuda}
-    common["gpu"] = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "none"
+    gpu = "none" if bench.dry else torch.cuda.get_device_name(bench.device)
+    common = {**hardware(), "triton": triton.__version__, "cuda": torch.version.cuda, "gpu": gpu}
     write_csv(path, FIELDS, [{**common, **row} for row in bench.rows])
 
 
@@ -402,8 +375,7 @@ def main(arguments: list[str]) -> int:
         except torch.OutOfMemoryError as error:
             bench.row(part="failed", case=part.func.__name__, ok=False, note=str(error).splitlines()[0])
         write(bench, args.output)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     print(f"{len(bench.rows)} rows in {args.output}")
     return int(any(row.get("ok") is False for row in bench.rows))
 

@@ -190,7 +190,7 @@ def test_basis_equals_the_built_bank(modality, subset, rank, clamp):
 @pytest.mark.parametrize("elements", [1, 150, 700, 1 << 18])
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_basis_in_parts(modality, elements, monkeypatch):
-    """One receiver at a time, several, several inputs: all the same."""
+    """One query at a time, several queries, several inputs: all give the same."""
     monkeypatch.setattr(basis, "CHUNK_ELEMENTS", elements)
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     config = make_config(modality, relative_projections="qkv", offset_basis=3)

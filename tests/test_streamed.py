@@ -199,7 +199,7 @@ def test_lower_precision_is_as_good_as_the_reference(layout, dtype, calls):
 
 @pytest.mark.parametrize("extreme", [1e4, -1e4])
 def test_scores_far_from_zero(extreme, calls):
-    """The greatest score may come in any group; what came before must be rescaled, and never overflow."""
+    """The largest score may be in any group; what was summed before must be rescaled, and must never overflow."""
     layout = PairLayout.for_text(12, 12)
     mixer = make_mixer(layout, "kv")
     with torch.no_grad():

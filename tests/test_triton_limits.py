@@ -82,7 +82,7 @@ def test_a_first_tile_that_nobody_sees(layout, subset, rank):
     assert_same(actual, expected, TOLERANCE)
 
 
-def test_a_receiver_that_sees_nothing_is_as_in_the_reference():
+def test_a_query_that_sees_nothing_is_as_in_the_reference():
     """NaN, as any softmax over nothing, in its row and in what its gradient reaches; not in the rest of its tile or batch."""
     mixer = make_mixer(IMAGE, "kv", offset_basis=2)
     mask = torch.zeros(2, 1, IMAGE.num_tokens, IMAGE.num_tokens, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_masks_of_every_shape_and_tokens_of_any_strides(layout, axes):
     expected = brute_force(query, key, value, *coefficients, mask, 0.5, layout)
     actual, _ = triton_basis.basis_attention(query, key, value, *coefficients, None, None, None, mask, 0.5, layout)
     gradients = [torch.autograd.grad((result * weight).sum(), inputs) for result in (actual, expected)]
-    # Where a receiver sees one pair alone its probability is 1, and some gradients are rounding about 0.
+    # Where a query sees one key alone its probability is 1, and some gradients are rounding about 0.
     bound = {"rtol": 100 * TOLERANCE, "atol": 10 * TOLERANCE}
     for one, other in zip((actual, *gradients[0]), (expected, *gradients[1]), strict=True):
         torch.testing.assert_close(one, other, **bound)

@@ -226,7 +226,7 @@ def _column_offsets(
 
 
 @triton.jit
-def _others(x, y, own_exists, row_offset, column_offset, height, width, first, past, IS_QUERY: tl.constexpr):
+def _others(x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY: tl.constexpr):
     """Of own tokens at `(x, y)`: queries, keys, index of the other one, and which pairs exist."""
     if IS_QUERY:
         other_x, other_y = x - row_offset, y - column_offset
@@ -270,7 +270,6 @@ def sum_kernel(
     max_column_distance,
     stride_x,
     base_y,
-    query_sign,
     C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -302,7 +301,7 @@ def sum_kernel(
         offset, part = step // SLICES, step % SLICES
         row_offset, column_offset = low_x + offset // count, low + offset % count
         query_token, key_token, other, exists = _others(
-            x, y, own_exists, row_offset, column_offset, height, width, first, past, IS_QUERY
+            x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
         )
         row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
         inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -361,7 +360,6 @@ def token_gradient_kernel(
     max_column_distance,
     stride_x,
     base_y,
-    query_sign,
     C: tl.constexpr,
     OTHER_C: tl.constexpr,
     E: tl.constexpr,
@@ -393,7 +391,7 @@ def token_gradient_kernel(
         offset, block = step // blocks, step % blocks
         row_offset, column_offset = low_x + offset // count, low + offset % count
         query_token, key_token, other, exists = _others(
-            x, y, own_exists, row_offset, column_offset, height, width, first, past, IS_QUERY
+            x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
         )
         columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
         row = _bank_row(row_offset, column_offset, other_sign, max_row_distance, max_column_distance, stride_x, base_y)
@@ -459,7 +457,6 @@ def bank_gradient_kernel(
     max_column_distance,
     stride_x,
     base_y,
-    query_sign,
     C: tl.constexpr,
     OTHER_C: tl.constexpr,
     E: tl.constexpr,

@@ -52,7 +52,7 @@ class ColumnShift:
         return self.queries.stop - self.queries.start
 
 
-class _Distances:
+class _MaxDistances:
     """The largest distances that a bank of `bank_height × bank_width` tells apart."""
 
     @property
@@ -65,7 +65,7 @@ class _Distances:
 
 
 @dataclass(frozen=True)
-class PairLayout(_Distances):
+class PairLayout(_MaxDistances):
     """Geometry of the pairs of one sequence of tokens.
 
     Images are a `height × width` grid in row-major order, after a class token where `class_token` is set. Text is a grid of
@@ -255,7 +255,7 @@ class PairLayout(_Distances):
 
 
 @dataclass(frozen=True)
-class StepLayout(_Distances):
+class StepLayout(_MaxDistances):
     """The pairs of new tokens with the slots of a cache, some of which may not be filled yet.
 
     One new token is what `decode.py` serves. There are several where a graph has to serve every position.

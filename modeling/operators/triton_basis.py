@@ -109,7 +109,6 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
         "num_heads": query.shape[1],
         "queries": layout.num_queries,
         "tokens": layout.num_tokens,
-        "height": layout.height if image else 1,
         "width": layout.width if image else layout.height,
         "past": layout.past,
         "max_row_distance": layout.max_row_distance if image else 0,
@@ -268,7 +267,7 @@ def _coefficient_gradients(
         return
     sizes = {"query_coefficients": "NQ", "key_coefficients": "NK", "value_coefficients": "NV"}
     wide = arguments["logsumexp"].dtype
-    height, width = arguments["height"], arguments["width"]
+    height, width = 1 if layout.causal else layout.height, arguments["width"]
     num_dy = width if layout.causal else 2 * width - 1
     num_offsets = num_dy * (1 if layout.causal else 2 * height - 1)
     options = [
@@ -287,6 +286,7 @@ def _coefficient_gradients(
             lambda option: {},
             **outputs,
             **arguments,
+            height=height,
             CLASS_PAIRS=class_pairs,
             FACTORS=next_power_of_2(max(arguments["NQ"], arguments["NK"], arguments["NV"])),
         )

@@ -50,7 +50,6 @@ class _Geometry(NamedTuple):
     max_column_distance: int
     stride_x: int  # bank rows from one row offset to the next
     base_y: int  # bank row of the column offset 0
-    query_sign: int  # a query's matrix is the one of the reverse offset, in text that of the distance
 
 
 # Kernels number the tokens of a batch, and with them the pairs of an offset, in 32 bits.
@@ -64,7 +63,7 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         )
     if layout.causal:
         last = layout.num_distances - 1
-        return _Geometry(1, layout.height, 0, layout.past, 0, last, 0, layout.max_row_distance, 0, 0, 1)
+        return _Geometry(1, layout.height, 0, layout.past, 0, last, 0, layout.max_row_distance, 0, 0)
     max_row_distance, max_column_distance = layout.max_row_distance, layout.max_column_distance
     first, edge = int(layout.class_token), layout.width - 1
     return _Geometry(
@@ -78,7 +77,6 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         max_column_distance,
         2 * max_column_distance + 1,
         max_column_distance,
-        -1,
     )
 
 
@@ -100,10 +98,11 @@ class _Side(NamedTuple):
         return self.tokens if self.bank is None else self.bank
 
 
-def _sides(query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, geometry: _Geometry):
+def _sides(query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, layout: PairLayout):
     query, key = _rows(query), _rows(key)
     query_bank, key_bank = (None if bank is None else bank.contiguous() for bank in (query_bank, key_bank))
-    return _Side(query, query_bank, geometry.query_sign, True), _Side(key, key_bank, 1, False)
+    # A query's matrix is the one of the reverse offset, in text that of the distance.
+    return _Side(query, query_bank, 1 if layout.causal else -1, True), _Side(key, key_bank, 1, False)
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -169,7 +168,7 @@ def _scores(
 ) -> Tensor:
     batch = len(query)
     geometry = _geometry(layout, batch)
-    query_side, key_side = _sides(query, key, query_bank, key_bank, geometry)
+    query_side, key_side = _sides(query, key, query_bank, key_bank, layout)
     # A causal layout lacks pairs, and their scores are 0. All others are written.
     allocate = query.new_zeros if layout.causal else query.new_empty
     scores = allocate(batch, num_heads, layout.num_queries, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
@@ -195,6 +194,7 @@ def _scores(
             num_heads=num_heads,
             batch=batch,
             **geometry._asdict(),
+            query_sign=query_side.sign,
             QUERY_C=query_side.in_size,
             KEY_C=key_side.in_size,
             QUERY_BANK=query_side.bank is not None,
@@ -207,13 +207,13 @@ def _scores(
     return scores
 
 
-def _own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> dict[str, int]:
+def _own_tiles(batch: int, option: dict[str, int]) -> dict[str, int]:
     """How many batch entries a program takes: all that fit, beside as few neighbouring tokens as possible."""
     return {"BATCH": min(next_power_of_2(batch), option["ROWS"])}
 
 
 def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> int:
-    entries = _own_tiles(geometry, batch, option)["BATCH"]
+    entries = _own_tiles(batch, option)["BATCH"]
     return geometry.height * -(-geometry.width * entries // option["ROWS"]) * -(-batch // entries)
 
 
@@ -225,7 +225,7 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output:
         sum_kernel,
         lambda option: (_num_own_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])),
         _tiles(other.tokens, other.in_size, num_heads, heads["WIDTH"]),
-        lambda option: _own_tiles(geometry, batch, option),
+        lambda option: _own_tiles(batch, option),
         output=output,
         weights=weights,
         tokens=other.tokens,
@@ -252,7 +252,7 @@ def _token_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geomet
         token_gradient_kernel,
         lambda option: (_num_own_tiles(geometry, batch, option), -(-own.in_size // option["BLOCK_C"])),
         _gradient_tiles(own, other, num_heads, heads["WIDTH"]),
-        lambda option: _own_tiles(geometry, batch, option),
+        lambda option: _own_tiles(batch, option),
         output=output,
         weights=weights,
         bank=own.bank,
@@ -333,7 +333,7 @@ def _scores_backward(
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = _geometry(layout, len(query))
-    query_side, key_side = _sides(query, key, query_bank, key_bank, geometry)
+    query_side, key_side = _sides(query, key, query_bank, key_bank, layout)
     gradients = []
     for own, other, needed in ((query_side, key_side, need_query), (key_side, query_side, need_key)):
         if not needed:
@@ -359,8 +359,8 @@ def _scores_backward(
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
     geometry = _geometry(layout, len(value))
-    key_side = _Side(_rows(value), value_bank.contiguous(), 1, False)
-    query_side = _Side(key_side.tokens, None, geometry.query_sign, True)
+    value = _rows(value)
+    query_side, key_side = _sides(value, value, None, value_bank, layout)
     shape = (len(value), layout.num_queries, value_bank.shape[-1])
     output = value.new_zeros(shape, dtype=accumulation_dtype(value.dtype))
     _sum(probabilities, query_side, key_side, geometry, output)
