@@ -46,6 +46,7 @@ LAYOUTS = [
     PairLayout.for_image(1, 3, 2, 4),
     PairLayout.for_image(3, 2, 3, 2, max_relative_distance=1),
     PairLayout.for_image(2, 2, 2, 2, max_relative_distance=0),
+    PairLayout.for_image(2, 3, 2, 3, class_token=False),
     PairLayout.for_text(1, 4),
     PairLayout.for_text(5, 6),
     PairLayout.for_text(7, 3, max_relative_distance=2),
