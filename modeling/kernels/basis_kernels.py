@@ -533,10 +533,10 @@ def key_value_gradient_kernel(
     values = tl.zeros((KEYS, V_WIDTH), WIDE)
     dense_keys = tl.zeros((KEYS, D_WIDTH), WIDE)
     dense_values = tl.zeros((KEYS, D_WIDTH), WIDE)
-    first = 0
+    begin = 0
     if CAUSAL:
-        first = tl.maximum(block * KEYS - past, 0)
-    for start in range(first, queries, QUERIES):
+        begin = tl.maximum(block * KEYS - past, 0)
+    for start in range(begin, queries, QUERIES):
         i = start + tl.arange(0, QUERIES)
         i_exists = i < queries
         rows = _bank_rows(
