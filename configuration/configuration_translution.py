@@ -121,7 +121,7 @@ class TranslutionConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*):
             Standard deviation of initial weights. `None` draws Linears and offset banks as PyTorch draws a Linear, uniformly
             within `±in ** -0.5`, and embeddings with 0.02; a number is the standard deviation of all of them. See
-            `TranslutionPreTrainedModel._init_weights` for why.
+            `modeling/mixers/initial_weights.py` for why.
         image_size, patch_size (`int` or `[height, width]`, *optional*, default to 224 and 16):
             Pixels; the image size must be a multiple of the patch size on each axis.
         num_channels (`int`, *optional*, defaults to 3):

@@ -21,13 +21,16 @@ LAYOUTS = [
     PairLayout.for_image(2, 3, 2, 3, max_relative_distance=0, share_far=True),
     # No pair is far.
     PairLayout.for_image(3, 2, 3, 2, max_relative_distance=2, share_far=True),
+    PairLayout.for_image(3, 4, 3, 4, class_token=False),
+    PairLayout.for_image(4, 3, 4, 3, max_relative_distance=1, share_far=True, class_token=False),
 ]
 
 
 def layout_id(layout: PairLayout) -> str:
     kind = "text" if layout.causal else "image"
     reach = f"-D{layout.bank_height - 1}" if layout.clamp else f"-bank{layout.bank_height}x{layout.bank_width}"
-    return f"{kind}-{layout.height}x{layout.width}{reach}{'-shared' if layout.share_far else ''}"
+    alone = not (layout.causal or layout.class_token)
+    return f"{kind}-{layout.height}x{layout.width}{reach}{'-shared' if layout.share_far else ''}{'-grid' if alone else ''}"
 
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
@@ -41,11 +44,12 @@ def expected_rows(layout: PairLayout, i: int, j: int) -> tuple[int, int]:
     clamp_x, clamp_y = layout.bank_height - 1, layout.bank_width - 1
     window = (2 * clamp_x + 1) * (2 * clamp_y + 1)
     grid = window + 1 if layout.share_far else window
-    if i == 0 or j == 0:
+    first = int(layout.class_token)
+    if min(i, j) < first:
         named = {(True, True): (0, 0), (True, False): (1, 2), (False, True): (2, 1)}
         row, reverse = named[(i == 0, j == 0)]
         return grid + row, grid + reverse
-    (x, y), (u, v) = divmod(i - 1, layout.width), divmod(j - 1, layout.width)
+    (x, y), (u, v) = divmod(i - first, layout.width), divmod(j - first, layout.width)
 
     def index(row_offset, column_offset):
         if layout.share_far and (abs(row_offset) > clamp_x or abs(column_offset) > clamp_y):

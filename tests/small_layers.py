@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from translution import TranslutionConfig
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.mixers.translution import TranslutionMixer
-from translution.modeling.operators.pair_layout import PairLayout
+from translution.modeling.operators.pair_layout import PairLayout, bank_layout
 
 
 SUBSETS = ["qkv", "qk", "qv", "kv", "q", "k", "v"]
@@ -31,7 +31,7 @@ def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **field
         relative_rank=rank,
         **fields,
     )
-    mixer = TranslutionMixer(config, 0).double()
+    mixer = TranslutionMixer(config, 0, layout=bank_layout(config, layout.class_token)).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return mixer

@@ -26,7 +26,8 @@ import tables  # noqa: E402
 PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 # Links of this page lead to the others.
 LINKED = {**PAGES, "modeling/README.md": ROOT / "modeling" / "README.md"}
-NOT_RUN = "<!-- not run: needs the Hub -->"
+# Above blocks that are not run, and what in such a block shows that it cannot be.
+NOT_RUN = {"<!-- not run: needs the Hub -->": "user/name", "<!-- not run: needs timm -->": "import timm"}
 OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 
 each_page = pytest.mark.parametrize("name", PAGES)
@@ -36,26 +37,26 @@ def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def blocks(page: Path, language: str) -> Iterator[tuple[int, str, bool]]:
-    """Line, code and whether it is to be run, of each block."""
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str, str | None]]:
+    """Line, code and, where it is not to be run, what shows that it cannot be, of each block."""
     text = read(page)
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         if match[1] == language:
             before = text[: match.start()].rstrip("\n").rsplit("\n", 1)[-1]
-            yield text[: match.start()].count("\n") + 1, match[2], before != NOT_RUN
+            yield text[: match.start()].count("\n") + 1, match[2], NOT_RUN.get(before)
 
 
 @each_page
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for line, code, runs in blocks(PAGES[name], "python"):
-        if runs:
+    for line, code, sign in blocks(PAGES[name], "python"):
+        if sign is None:
             # As many lines down as in the page, so that a traceback names the right one.
             exec(compile("\n" * line + code, name, "exec"), namespace)
         else:
             compile(code, name, "exec")
-            assert "user/name" in code, f"{name}, line {line}: nothing here needs the Hub"
+            assert sign in code, f"{name}, line {line}: a block that is not run has {sign!r}"
 
 
 @each_page
@@ -65,7 +66,7 @@ def test_every_block_is_checked(name):
     fences = re.findall(r"^\s*```(\w*)$", text, re.MULTILINE)
     assert set(fences[::2]) <= {"python", "bash"}
     assert set(fences[1::2]) <= {""}
-    assert text.count("<!-- not run") == sum(not runs for *_, runs in blocks(PAGES[name], "python"))
+    assert text.count("<!-- not run") == sum(sign is not None for *_, sign in blocks(PAGES[name], "python"))
 
 
 # Commands

@@ -49,6 +49,7 @@ LAYOUTS = [
     PairLayout.for_text(1, 4),
     PairLayout.for_text(5, 6),
     PairLayout.for_text(7, 3, max_relative_distance=2),
+    PairLayout.for_image(2, 3, 2, 3, class_token=False),
 ]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 SMALL_TILES = dict.fromkeys((2, 4, 8), ((16, 16, 16, 2, 1),))
@@ -149,6 +150,7 @@ def test_text_with_a_past_and_a_band(past, band):
 FORMS = [("qkv", None), ("kv", None), ("v", None), ("kv", 3), ("qk", 3), ("v", 3)]
 BASIS_CASES = [(LAYOUTS[6], *form) for form in FORMS]
 BASIS_CASES += [(layout, *form) for layout in (LAYOUTS[1], LAYOUTS[3], LAYOUTS[7]) for form in (FORMS[0], FORMS[3])]
+BASIS_CASES += [(LAYOUTS[8], *FORMS[0])]
 
 
 @pytest.mark.parametrize(("layout", "subset", "rank"), BASIS_CASES, ids=lambda v: v if isinstance(v, str) else layout_id(v) if isinstance(v, PairLayout) else str(v))  # fmt: skip

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 
 from .configuration.configuration_translution import TranslutionConfig
+from .modeling.mixers.layer import TranslutionAttention
 from .modeling.models.modeling_translution import (
     TranslutionForCausalLM,
     TranslutionForImageClassification,
@@ -20,6 +21,7 @@ AutoModelForCausalLM.register(TranslutionConfig, TranslutionForCausalLM, exist_o
 __version__ = "0.1.0"
 
 __all__ = [
+    "TranslutionAttention",
     "TranslutionConfig",
     "TranslutionForCausalLM",
     "TranslutionForImageClassification",

@@ -27,6 +27,7 @@ _LENGTHS = [
     "stride_x",
     "base_y",
     "class_row",
+    "first",
 ]
 _jit = triton.jit(do_not_specialize=_LENGTHS)
 
@@ -50,14 +51,15 @@ def _bank_rows(
     stride_x,
     base_y,
     class_row,
+    first,
     CAUSAL: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Rows of the coefficients of pairs of queries `i` and keys `j`; of the reverse offset for queries."""
     if CAUSAL:
         return tl.minimum(tl.maximum(i[:, None] + past - j[None, :], 0), max_column_distance)
-    # Token 0 is the class token: its rows follow those of the grid.
-    i_patch, j_patch = tl.maximum(i - 1, 0), tl.maximum(j - 1, 0)
+    # Before the first patch there may be a class token: its rows follow those of the grid.
+    i_patch, j_patch = tl.maximum(i - first, 0), tl.maximum(j - first, 0)
     row_offset = (i_patch // width)[:, None] - (j_patch // width)[None, :]
     column_offset = (i_patch % width)[:, None] - (j_patch % width)[None, :]
     from_patch, from_class = 1, 2
@@ -67,7 +69,7 @@ def _bank_rows(
     row_offset = tl.minimum(tl.maximum(row_offset, -max_row_distance), max_row_distance)
     column_offset = tl.minimum(tl.maximum(column_offset, -max_column_distance), max_column_distance)
     rows = (row_offset + max_row_distance) * stride_x + column_offset + base_y
-    i_class, j_class = (i == 0)[:, None], (j == 0)[None, :]
+    i_class, j_class = (i < first)[:, None], (j < first)[None, :]
     rows = tl.where(j_class, class_row + from_class, rows)
     rows = tl.where(i_class, class_row + from_patch, rows)
     return tl.where(i_class & j_class, class_row, rows)
@@ -222,6 +224,7 @@ def forward_kernel(
     stride_x,
     base_y,
     class_row,
+    first,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -257,10 +260,10 @@ def forward_kernel(
         j = start + tl.arange(0, KEYS)
         j_exists = j < tokens
         rows = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, False
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, False
         )
         reverse = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
         )
         scores = _scores(
             query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
@@ -398,6 +401,7 @@ def query_gradient_kernel(
     stride_x,
     base_y,
     class_row,
+    first,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -432,10 +436,10 @@ def query_gradient_kernel(
         j = start + tl.arange(0, KEYS)
         j_exists = j < tokens
         rows = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, False
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, False
         )
         reverse = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
         )
         _, gradient = _weights(
             query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
@@ -496,6 +500,7 @@ def key_value_gradient_kernel(
     stride_x,
     base_y,
     class_row,
+    first,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -525,17 +530,17 @@ def key_value_gradient_kernel(
     values = tl.zeros((KEYS, V_WIDTH), WIDE)
     dense_keys = tl.zeros((KEYS, D_WIDTH), WIDE)
     dense_values = tl.zeros((KEYS, D_WIDTH), WIDE)
-    first = 0
+    begin = 0
     if CAUSAL:
-        first = tl.maximum(block * KEYS - past, 0)
-    for start in range(first, queries, QUERIES):
+        begin = tl.maximum(block * KEYS - past, 0)
+    for start in range(begin, queries, QUERIES):
         i = start + tl.arange(0, QUERIES)
         i_exists = i < queries
         rows = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, False
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, False
         )
         reverse = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
         )
         probabilities, gradient = _weights(
             query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
@@ -630,6 +635,7 @@ def coefficient_gradient_kernel(
     stride_x,
     base_y,
     class_row,
+    first,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -660,9 +666,9 @@ def coefficient_gradient_kernel(
     SPAN: tl.constexpr = 2 * OFFSETS
     place, span, factor = tl.arange(0, OFFSETS), tl.arange(0, SPAN), tl.arange(0, FACTORS)
     diagonal = place[:, None] - place[None, :] + OFFSETS - 1
-    row_offset, least, num_dy, first = 0, 0, width, 0
+    row_offset, least, num_dy = 0, 0, width
     if not CAUSAL:
-        least, num_dy, first = 1 - width, 2 * width - 1, 1
+        least, num_dy = 1 - width, 2 * width - 1
     blocks = tl.cdiv(num_dy, OFFSETS)
     kinds = blocks
     if not CAUSAL:
@@ -718,11 +724,23 @@ def coefficient_gradient_kernel(
                     stride_x,
                     base_y,
                     class_row,
+                    first,
                     CAUSAL,
                     False,
                 )
                 reverse = _bank_rows(
-                    i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, CAUSAL, True
+                    i,
+                    j,
+                    width,
+                    past,
+                    max_row_distance,
+                    max_column_distance,
+                    stride_x,
+                    base_y,
+                    class_row,
+                    first,
+                    CAUSAL,
+                    True,
                 )
                 rows = tl.maximum(rows, 0)
                 reverse = tl.maximum(reverse, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...configuration.configuration_translution import TranslutionConfig
 from .acmix import ACmixMixer
 from .attention import AttentionMixer, RelativeBiasAttentionMixer, RelativeVectorAttentionMixer
@@ -18,15 +20,15 @@ MIXERS = {
 }
 
 
-def build_mixer(config: TranslutionConfig, layer_idx: int) -> Mixer:
-    """The mixer that `config.mixer_types` names for a layer."""
+def build_mixer(config: TranslutionConfig, layer_idx: int, **options: Any) -> Mixer:
+    """The mixer that `config.mixer_types` names for a layer; `options` are those that no config has, see `TranslutionMixer`."""
     name = config.mixer_types[layer_idx]
     rotary = name.startswith("rope_")
     if name.removeprefix("rope_") == "translution":
-        return TranslutionMixer(config, layer_idx, rotary)
+        return TranslutionMixer(config, layer_idx, rotary, **options)
     if name.removeprefix("rope_") == "attention":
-        return AttentionMixer(config, layer_idx, rotary)
-    return MIXERS[name](config, layer_idx)
+        return AttentionMixer(config, layer_idx, rotary, **options)
+    return MIXERS[name](config, layer_idx, **options)
 
 
 __all__ = ["build_mixer"]

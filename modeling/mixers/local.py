@@ -204,9 +204,10 @@ def attend_image(
         rope_theta: base of the rotary frequencies.
     """
     layout, num_heads = pairs.layout, pairs.num_heads
+    first = int(layout.class_token)
     pairs.query, pairs.key, pairs.value = join_biases(pairs.query, pairs.key, pairs.value)
     grid = replace(layout, class_token=False)
-    image = _Image(pairs, grid, rotation, rope_theta)
+    image = _Image(pairs, rotation, rope_theta)
     of_offsets = image.near_and_shared if layout.share_far else image.clamped
     sides, far = [], []
     for name, heads in zip("qkv", dense, strict=True):
@@ -214,15 +215,17 @@ def attend_image(
         own = own_heads = None
         if heads is not None:
             merged = merge_heads(heads)
-            patches = merged[:, 1:].contiguous()
-            own = [patches] if name == "q" else [*[patches] * min(len(grid.near_offsets()), 1), merged[:, :1]]
+            patches = merged[:, first:].contiguous()
+            own = [patches]
+            if name != "q" and layout.class_token:
+                own = [*[patches] * min(len(grid.near_offsets()), 1), merged[:, :1]]
             own_heads = image.repeated(name, patches)
         sides.append(_join(own, near, num_heads))
         far.append(_join(own_heads, own_far, num_heads))
     near_bias = far_bias = None
     if mask.additive is not None:
-        far_bias = mask.additive[:, :, 1:, 1:]
-        near_bias = _of_near(mask.additive[:, :, 1:], _key_columns(grid, far_bias.device))
+        far_bias = mask.additive[:, :, first:, first:]
+        near_bias = _of_near(mask.additive[:, :, first:], _key_columns(layout, far_bias.device))
     # All queries, then keys and values of each kind of far pairs.
     query, keys, values = far
     count = max(len(keys), len(values))
@@ -232,6 +235,8 @@ def attend_image(
     has_far = layout.has_far_pairs or not layout.share_far
     attend = local_operator(pairs.path)
     output = attend(*sides, far if has_far else None, num_heads, scale, grid, near_bias, far_bias)
+    if not layout.class_token:
+        return output
     return torch.cat((_of_class_token(pairs, image.matrices, dense, scale, mask, rotation), output), dim=1)
 
 
@@ -240,36 +245,38 @@ class _Image:
 
     Args:
         pairs: the relative part.
-        grid: the layout of the patches.
         rotation, rope_theta: see `attend_image`.
     """
 
-    def __init__(self, pairs: AllPairs, grid: PairLayout, rotation: tuple[Tensor, Tensor] | None, rope_theta: float):
-        self.pairs, self.grid, self.rope_theta = pairs, grid, rope_theta
+    def __init__(self, pairs: AllPairs, rotation: tuple[Tensor, Tensor] | None, rope_theta: float):
+        self.grid, self.rope_theta = replace(pairs.layout, class_token=False), rope_theta
+        # Patches follow it.
+        self.class_token = pairs.layout.class_token
         self.sides = dict(zip("qkv", (pairs.query, pairs.key, pairs.value), strict=True))
         self.matrices = {name: _matrices(side) for name, side in self.sides.items()}
-        self.num_heads, self.first_class_row = pairs.num_heads, grid.num_grid_offsets
+        self.num_heads, self.first_class_row = pairs.num_heads, self.grid.num_grid_offsets
         # Patches are rotated and the class token is not.
-        self.rotation = None if rotation is None else tuple(part[1:] for part in rotation)
+        self.rotation = None if rotation is None else tuple(part[int(self.class_token) :] for part in rotation)
         self.patches: dict[int, Tensor] = {}
 
     def near_and_shared(self, name: str) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-        """Projections for each near offset, then for the pairs of patches with the class token; and for far pairs."""
+        """Projections for each near offset, then for the pairs of patches with a class token; and for far pairs."""
         side, matrices = self.sides[name], self.matrices[name]
         if side is None:
             return None, None
         tokens, at_class = self._patches(side), side.tokens[:, :1]
+        key_is_class = self.class_token and name != "q"
         if matrices is None:
-            near, far = ([tokens] if name == "q" else [tokens, at_class]), tokens
+            near, far = ([tokens, at_class] if key_is_class else [tokens]), tokens
         else:
             # Each patch looks at the class token once more.
-            ends = [matrices[self.first_class_row + CLASS_FROM_PATCH]] if name == "q" else []
+            ends = [matrices[self.first_class_row + CLASS_FROM_PATCH]] if self.class_token and name == "q" else []
             *near, far = project_each(tokens, [*self._near_matrices(name), *ends, matrices[self.grid.far_row]])
-            if name != "q":
+            if key_is_class:
                 near.append(at_class @ matrices[self.first_class_row + PATCH_FROM_CLASS])
         if self.rotation is None or name == "v":
             return near, [far]
-        if name == "k":
+        if name == "k" and key_is_class:
             # Seen from a patch, the class token is rotated back.
             cos, sin = self.rotation
             near[-1] = _rotate_tokens(near[-1], (cos, -sin), self.num_heads)
@@ -301,7 +308,7 @@ class _Image:
 
     def _patches(self, side: PairInputs) -> Tensor:
         # One input of several banks is arranged once.
-        return self.patches.setdefault(id(side.tokens), side.tokens[:, 1:].contiguous())
+        return self.patches.setdefault(id(side.tokens), side.tokens[:, int(self.class_token) :].contiguous())
 
     def _near_matrices(self, name: str) -> list[Tensor]:
         offsets, side = self.grid.near_offsets(), self.sides[name]
@@ -399,12 +406,13 @@ def _rotate_tokens(tokens: Tensor, rotation: tuple[Tensor, Tensor], num_heads: i
     return merge_heads(rotate(split_heads(tokens, num_heads), rotation).to(tokens.dtype))
 
 
-def _key_columns(grid: PairLayout, device: torch.device) -> Tensor:
-    """The token that each patch sees at each near offset, and the class token, `[N, T + 1]`; any where there is none."""
-    patch = torch.arange(grid.num_tokens, device=device)[:, None]
-    steps = [offset.row_offset * grid.width + offset.column_offset for offset in grid.near_offsets()]
-    columns = 1 + patch - torch.tensor(steps, dtype=torch.long, device=device)
-    return pad(columns.clamp(0, grid.num_tokens), (0, 1))
+def _key_columns(layout: PairLayout, device: torch.device) -> Tensor:
+    """The token that each patch sees at each near offset, and a class token, `[N, T]`; any where there is none."""
+    first, last = int(layout.class_token), layout.num_tokens - 1
+    patch = torch.arange(first, layout.num_tokens, device=device)[:, None]
+    steps = [offset.row_offset * layout.width + offset.column_offset for offset in layout.near_offsets()]
+    columns = patch - torch.tensor(steps, dtype=torch.long, device=device)
+    return pad(columns.clamp(0, last), (0, first))
 
 
 def _of_near(bias: Tensor, keys: Tensor) -> Tensor:

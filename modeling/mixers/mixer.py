@@ -20,9 +20,14 @@ class Mixer(nn.Module):
     """Base of the mixers: heads, probabilities and the output projection.
 
     The output projection is `Linear(C', C)` with a bias, or the identity where there is one head of size `C`.
+
+    Args:
+        config: of the model.
+        layer_idx: the layer.
+        layout: of the largest input that parameters with one row per offset are made for; by default that of `config`.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config, layer_idx: int, layout: PairLayout | None = None):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -30,7 +35,7 @@ class Mixer(nn.Module):
         self.inner_size = config.num_attention_heads * config.head_dim
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.bank_layout = bank_layout(config)
+        self.bank_layout = bank_layout(config) if layout is None else layout
         if config.num_attention_heads == 1 and config.head_dim == config.hidden_size:
             self.o_proj = nn.Identity()
         else:

@@ -57,10 +57,24 @@ class TranslutionMixer(Mixer):
     Shapes: `hidden_states` and the output `[B, L, C]`.
 
     What attention of other models has is set by `converted.py`: grouped heads, `{q,k,v}_bias_bank`, norms of heads.
+
+    Args:
+        config, layer_idx, layout: see `Mixer`.
+        rotary: whether queries and keys are rotated.
+        qkv_bias: whether queries, keys and values have biases: those of `{q,k,v}_proj`, and what a bank projects
+            `{q,k,v}_bias_bank`, `[num_offsets, C']`. Of a basis they are one row more of each factor, `[n, C + 1, C']`. The
+            relative part of LoR has none.
     """
 
-    def __init__(self, config, layer_idx: int, rotary: bool = False):
-        super().__init__(config, layer_idx)
+    def __init__(
+        self,
+        config,
+        layer_idx: int,
+        rotary: bool = False,
+        layout: PairLayout | None = None,
+        qkv_bias: bool = False,
+    ):
+        super().__init__(config, layer_idx, layout)
         self.rotary = rotary
         self.relative = config.relative_projections
         self.low_rank = config.relative_rank is not None
@@ -70,12 +84,15 @@ class TranslutionMixer(Mixer):
         # Of each head of queries and of keys, after their projection and before their rotation.
         self.q_norm = self.k_norm = None
         # Whether a factor of a basis has one row more: what it adds, for a feature of each token that is always 1.
-        self.factors_have_biases = False
+        self.factors_have_biases = qkv_bias and self.offset_basis is not None and not self.low_rank
+        hidden, inner = config.hidden_size, self.inner_size
         for name in "qkv":
             # Added to what a bank projects, one vector for each offset.
-            self.register_parameter(f"{name}_bias_bank", None)
-        hidden, inner = config.hidden_size, self.inner_size
-        bank_size = (hidden, inner)
+            biases = None
+            if qkv_bias and name in self.relative and self.offset_basis is None and not self.low_rank:
+                biases = nn.Parameter(torch.empty(self.bank_layout.num_offsets, inner))
+            self.register_parameter(f"{name}_bias_bank", biases)
+        bank_size = (hidden + int(self.factors_have_biases), inner)
         if self.low_rank:
             rank = self.num_heads * config.relative_rank
             bank_size = (rank, rank)
@@ -87,7 +104,7 @@ class TranslutionMixer(Mixer):
                 self.v_up = nn.Linear(rank, inner, bias=False)
         for name in "qkv":
             if self.low_rank or name not in self.relative:
-                self.register_module(f"{name}_proj", nn.Linear(hidden, inner, bias=False))
+                self.register_module(f"{name}_proj", nn.Linear(hidden, inner, bias=qkv_bias))
             if name in self.relative:
                 for part, shape in self._bank_shapes(bank_size).items():
                     self.register_parameter(f"{name}_{part}", nn.Parameter(torch.empty(shape)))

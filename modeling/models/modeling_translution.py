@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...configuration.configuration_translution import TranslutionConfig
 from ..mixers.build import build_mixer
 from ..mixers.converted import ConvertedMixer
+from ..mixers.initial_weights import EMBEDDING_STD, init_linear, init_mixer
 from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask, positions_count_on
 from ..mixers.mixer import Mixer
 from ..operators.dispatch import AUTO, EAGER, TRITON
@@ -58,9 +59,6 @@ from .weight_files import check_dtypes, check_index
 
 
 logger = logging.get_logger(__name__)
-
-# Standard deviation of embeddings and of what is learned per offset but no matrix, where the config names none.
-EMBEDDING_STD = 0.02
 
 # Names that Transformers has for attention. Harnesses pass them to every model.
 OF_TRANSFORMERS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -198,45 +196,17 @@ class TranslutionPreTrainedModel(OffsetTraining, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Draws the initial weights of a module.
-
-        The original draws a bank by Kaiming's rule for a 3-D tensor, which counts `in · out` inputs, so that its matrices start
-        `sqrt(out)` times smaller than a Linear's; Transformers' habit is a standard deviation of 0.02 whatever the width.
-        On digits at random places (width 48, 3 layers, 10 epochs, two seeds) full Translution reached 80 % with Linears and
-        banks both drawn as a Linear, 68 % with the original's rule for banks, and 25 % with 0.02 for all; attention went from
-        24 % with 0.02 to over 50 %. From a width of about 800 on, the rule for a Linear is 0.02 anyway.
-        """
+        """Draws the initial weights of a module, see `mixers/initial_weights.py`."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if std is None and isinstance(module, nn.Linear):
-            init.uniform_(module.weight, *_linear_bounds(module.in_features))
+            init_linear(module)
         if isinstance(module, TranslutionPatchEmbeddings):
             init.normal_(module.cls_token, std=EMBEDDING_STD if std is None else std)
             if module.position_embeddings is not None:
                 init.normal_(module.position_embeddings, std=EMBEDDING_STD if std is None else std)
         elif isinstance(module, Mixer):
-            self._init_mixer(module, std)
-
-    def _init_mixer(self, mixer: Mixer, std: float | None):
-        """Parameters that a mixer holds itself; its Linears are modules of their own."""
-        for name, parameter in mixer.named_parameters(recurse=False):
-            if name.endswith("_coefficients"):
-                # A matrix mixed from n factors is then as large as one of a bank.
-                init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-            elif name.endswith("_rate"):
-                init.constant_(parameter, 0.5)
-            elif name.endswith("_bias_bank"):
-                init.zeros_(parameter)
-            elif name == "shift_kernel":
-                init.copy_(parameter, mixer.exact_shifts())
-            elif name.startswith("relative_"):
-                init.normal_(parameter, std=EMBEDDING_STD if std is None else std)
-            elif std is not None:
-                init.normal_(parameter, std=std)
-            else:
-                # A convolution sums over its window as a Linear sums over its inputs; attention averages.
-                taps = parameter.shape[0] if name == "window_weight" else 1
-                init.uniform_(parameter, *_linear_bounds(taps * parameter.shape[1]))
+            init_mixer(module, std)
 
 
 def _first_is_main_input(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -750,10 +720,6 @@ def _served(mixer_types: list[str]) -> str:
         return f"all layers run {fused}"
     own = f"layers of {', '.join(others)} run operators of their own"
     return own if len(others) == len(set(mixer_types)) else f"{own}, the others {fused}"
-
-
-def _linear_bounds(in_features: int) -> tuple[float, float]:
-    return -(in_features**-0.5), in_features**-0.5
 
 
 def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modality: str):

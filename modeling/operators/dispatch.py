@@ -8,7 +8,7 @@
 | | `decode` | `decode.py` | one new token with a cache; neither `"eager"` nor attention weights, which a compiled step with a static cache leaves out |
 | | `gathered`, with a basis `basis` | `gathered.py` | the model is exported, or a compiled step adds several tokens to a static cache |
 | | `reference` | `reference.py` | `attn_implementation="eager"`, or attention weights are asked for |
-| | `local_kernel` | `triton_local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs as far apart as the distance (text) or further (images); queries not relative where images clamp offsets; no attention dropout; the CUDA kernels can serve |
+| | `local_kernel` | `triton_local.py` | a distance, not 0 in text; if not rotated at most 64 matrices, and some pairs as far apart as the distance (text) or further (images); where images clamp offsets a class token, and queries not relative; no attention dropout; the CUDA kernels can serve |
 | | `local` | `operators/local.py` | the same where the CUDA kernels cannot serve |
 | | `basis_kernel` | `triton_basis.py` | a basis; the CUDA kernels can serve; no attention dropout; no distance together with a cache; neither rotated nor shared far offsets |
 | | `basis` | `basis.py` | a basis |
@@ -209,8 +209,12 @@ def _local_serves(call: Call) -> bool:
     layout = call.layout
     if not LOCAL or not layout.clamp or call.drops:
         return False
-    # In a text without near pairs all are far. Clamped images take one attention for all kinds of keys, whose queries are the same.
-    splits = layout.max_row_distance > 0 if layout.causal else layout.share_far or "q" not in call.relative
+    # In a text without near pairs all are far. Clamped images take one attention for all kinds of keys, whose queries are the same,
+    # and only the class token's pairs are near ones.
+    if layout.causal:
+        splits = layout.max_row_distance > 0
+    else:
+        splits = layout.share_far or (layout.class_token and "q" not in call.relative)
     return splits and (call.rotated or (layout.has_far_pairs and layout.num_offsets <= MAX_OFFSETS))
 
 

@@ -114,12 +114,16 @@ class PairLayout(_MaxDistances):
         bank_width: int,
         max_relative_distance: int | None = None,
         share_far: bool = False,
+        class_token: bool = True,
     ) -> PairLayout:
-        """Layout of `1 + height · width` tokens, with banks made for a `bank_height × bank_width` grid."""
+        """Layout of `1 + height · width` tokens, with banks made for a `bank_height × bank_width` grid.
+
+        Without a `class_token` there are `height · width` tokens.
+        """
         clamp = max_relative_distance is not None
         if clamp:
             bank_height = bank_width = max_relative_distance + 1
-        return cls(height, width, True, False, bank_height, bank_width, clamp, share_far=share_far)
+        return cls(height, width, class_token, False, bank_height, bank_width, clamp, share_far=share_far)
 
     @classmethod
     def for_text(
@@ -334,14 +338,14 @@ def _distance_rows(layout: PairLayout | StepLayout, band: int | None, device: to
     return between.clamp(max=layout.bank_height - 1).masked_fill(missing, -1)
 
 
-def bank_layout(config) -> PairLayout:
-    """Layout of the largest input that the banks of `config` are made for."""
+def bank_layout(config, class_token: bool = True) -> PairLayout:
+    """Layout of the largest input that the banks of `config` are made for; images of a model have a class token."""
     if config.modality == "text":
         length = config.max_position_embeddings
         return PairLayout.for_text(length, length, config.max_relative_distance)
     height, width = config.grid_height_width
     return PairLayout.for_image(
-        height, width, height, width, config.max_relative_distance, config.far_offsets == "shared"
+        height, width, height, width, config.max_relative_distance, config.far_offsets == "shared", class_token
     )
 
 

@@ -21,12 +21,20 @@ def text_rotation(position_ids: Tensor, head_dim: int, theta: float, dtype: torc
 
 
 def image_rotation(
-    height: int, width: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device
+    height: int,
+    width: int,
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    class_token: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a class token and a `height × width` grid, each `[1 + height · width, d]` of `dtype`."""
+    """Cosines and sines of a class token, unless there is none, and a `height × width` grid, each `[L, d]` of `dtype`."""
     rows = torch.arange(height, device=device).repeat_interleave(width)
     columns = torch.arange(width, device=device).repeat(height)
     cos, sin = patch_rotation(rows, columns, head_dim, theta, dtype)
+    if not class_token:
+        return cos, sin
     # The class token's angle is 0.
     return torch.nn.functional.pad(cos, (0, 0, 1, 0), value=1), torch.nn.functional.pad(sin, (0, 0, 1, 0))
 

@@ -116,6 +116,7 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
         "stride_x": 2 * layout.max_column_distance + 1 if image else 0,
         "base_y": layout.max_column_distance if image else 0,
         "class_row": layout.num_grid_offsets,
+        "first": int(layout.class_token),
         "NQ": query.shape[2],
         "NK": key.shape[2],
         "NV": value.shape[2],
