@@ -722,6 +722,20 @@ print(json.dumps([each / size for each in taken]))
 """
 
 
+def test_loads_shards_of_a_model_larger_than_the_memory_it_may_take(tmp_path):
+    source = make_source("llama", torch.float32)
+    inputs = make_inputs(source, "llama")
+    converted = part_from_source(convert(source, "llama")).eval()
+    expected = converted(**inputs).logits
+    converted.save_pretrained(tmp_path / "model", max_shard_size="8KB")
+    size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    limits = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": tmp_path / "offload"}
+    loaded = TranslutionForCausalLM.from_pretrained(tmp_path / "model", **limits)
+    assert set(loaded.hf_device_map.values()) == {"cpu", "disk"}
+    assert_close_in_rounding(loaded(**inputs).logits, expected)
+
+
 def test_a_model_is_in_memory_once(tmp_path):
     config = AutoConfig.for_model("llama", hidden_size=768, intermediate_size=768, num_hidden_layers=6, vocab_size=8)
     with torch.device("meta"):
