@@ -250,12 +250,12 @@ def register_local_operators(
             gradients of queries, keys, values and the far tensors.
 
     Returns:
-        A function with the arguments of `local_attention`.
+        `local_attention`, with these operators.
     """
     names = (f"{prefix}local_attention", f"{prefix}local_attention_backward")
     operator, _ = register_once(names, lambda: _register(names, forward, backward))
 
-    def attend(
+    def local_attention(
         queries: Sequence[Tensor],
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
@@ -266,10 +266,25 @@ def register_local_operators(
         near_bias: Tensor | None = None,
         far_bias: Tensor | None = None,
     ) -> Tensor:
+        """Attention over near and far pairs, `[B, Q, A·v]` of the values' dtype.
+
+        Args:
+            queries, keys, values: `[B, Q, A·e]`, `[B, N, A·e]` and `[B, N, A·v]` each: what they bring to the pairs of each near
+                offset, in the order of `layout.near_offsets()`, or one tensor for all. A last one may follow that is of one more key,
+                which all queries see: a class token, `[B, 1, A·e]`, or `[B, Q, A·e]` where each query sees it differently.
+            far: queries, keys and values of the far pairs, `[B, A, Q, e]`, `[B, A, L, e]`, `[B, A, L, v]`; `None` where there are none.
+                Of images with clamped offsets, queries and then keys and values for each of the `2D + 1` clamped row offsets from −D
+                to D, `[B, A, N·(2D + 1), e]`, those of the clamped column offsets of a token one after the other.
+            num_heads: `A`.
+            scale: what scores are multiplied by before softmax.
+            layout: the near pairs, without a class token.
+            near_bias: `[T, B or 1, Q, A or 1]`, added to the scores of near pairs; finite.
+            far_bias: `[B or 1, A or 1, Q, L]`, the same of far pairs.
+        """
         queries, keys, values = list(queries), list(keys), list(values)
         return operator(queries, keys, values, list(far or ()), near_bias, far_bias, num_heads, scale, pack(layout))[0]
 
-    return attend
+    return local_attention
 
 
 def _register(
@@ -351,36 +366,7 @@ def _split(parts: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
 
 
 # Looked up at each call, as a test may watch them.
-_attend = register_local_operators("", lambda *inputs: _forward(*inputs), lambda *inputs: _backward(*inputs))
-
-
-def local_attention(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    far: Sequence[Tensor] | None,
-    num_heads: int,
-    scale: float,
-    layout: PairLayout,
-    near_bias: Tensor | None = None,
-    far_bias: Tensor | None = None,
-) -> Tensor:
-    """Attention over near and far pairs, `[B, Q, A·v]` of the values' dtype.
-
-    Args:
-        queries, keys, values: `[B, Q, A·e]`, `[B, N, A·e]` and `[B, N, A·v]` each: what they bring to the pairs of each near
-            offset, in the order of `layout.near_offsets()`, or one tensor for all. A last one may follow that is of one more key,
-            which all queries see: a class token, `[B, 1, A·e]`, or `[B, Q, A·e]` where each query sees it differently.
-        far: queries, keys and values of the far pairs, `[B, A, Q, e]`, `[B, A, L, e]`, `[B, A, L, v]`; `None` where there are none.
-            Of images with clamped offsets, queries and then keys and values for each of the `2D + 1` clamped row offsets from −D
-            to D, `[B, A, N·(2D + 1), e]`, those of the clamped column offsets of a token one after the other.
-        num_heads: `A`.
-        scale: what scores are multiplied by before softmax.
-        layout: the near pairs, without a class token.
-        near_bias: `[T, B or 1, Q, A or 1]`, added to the scores of near pairs; finite.
-        far_bias: `[B or 1, A or 1, Q, L]`, the same of far pairs.
-    """
-    return _attend(queries, keys, values, far, num_heads, scale, layout, near_bias, far_bias)
+local_attention = register_local_operators("", lambda *inputs: _forward(*inputs), lambda *inputs: _backward(*inputs))
 
 
 __all__ = [
