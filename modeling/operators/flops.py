@@ -41,9 +41,9 @@ def pair_scores_backward(
     return 2 * query[0] * _num_pairs(layout, key[1]) * products
 
 
-def pair_values(probabilities: Shape, value: Shape, value_bank: Shape, layout: list[int]) -> int:
+def pair_values(probabilities: Shape, value: Shape, value_bank: Shape, groups: int, layout: list[int]) -> int:
     """Of each pair the matrix, and the weighted sum."""
-    return 2 * value[0] * _num_pairs(layout, value[1]) * (_matrix(value_bank) + value_bank[-1])
+    return 2 * value[0] * _num_pairs(layout, value[1]) * (_matrix(value_bank) + groups * value_bank[-1])
 
 
 def streamed_attention(query: Shape, key: Shape, value: Shape, *rest: Any) -> int:

@@ -29,7 +29,8 @@ def pair_scores(
     """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, queries, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     query = _of_pairs(query, query_bank, reverse_rows, layout, True).unflatten(-1, (num_heads, -1))
-    key = _of_pairs(key, key_bank, rows, layout, False).unflatten(-1, (num_heads, -1))
+    key = _of_pairs(key, key_bank, rows, layout, False).unflatten(-1, (-1, query.shape[-1]))
+    key = key.repeat_interleave(num_heads // key.shape[-2], dim=-2)
     if rotation is not None:
         # Of tokens, `[…, L, e]`, for pairs `[B, queries, L, A, e]`.
         first = rows.shape[1] - rows.shape[0]
@@ -40,11 +41,14 @@ def pair_scores(
     return scores.permute(0, 3, 1, 2).masked_fill(rows < 0, 0)
 
 
-def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout | StepLayout) -> Tensor:
+def pair_values(
+    probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout | StepLayout, groups: int = 1
+) -> Tensor:
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, queries, A·e]`; see `reference.pair_values`."""
     rows, _ = layout.offsets(value.device)
     probabilities = probabilities.to(value.dtype).masked_fill(rows < 0, 0)
-    projected = _of_pairs(value, value_bank, rows, layout, False).unflatten(-1, (probabilities.shape[1], -1))
+    projected = _of_pairs(value, value_bank, rows, layout, False)
+    projected = projected.unflatten(-1, (probabilities.shape[1] // groups, -1)).repeat_interleave(groups, dim=-2)
     return torch.einsum("baij,bijae->biae", probabilities, projected).flatten(2)
 
 

@@ -130,7 +130,7 @@ def _scores_backward(
     return *query_gradients, *key_gradients
 
 
-def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1) -> Tensor:
     key_side = Side(tokens_first(value), value_bank, layout, is_query=False)
     batch, features, num_heads = key_side.batch, key_side.features, probabilities.shape[1]
     wide = accumulation_dtype(value.dtype)

@@ -34,10 +34,11 @@ def register_pair_operators(
     Args:
         prefix: of the operators' names.
         scores: `(query, key, query_bank, key_bank, num_heads, layout)` to `[B, A, queries, L]`, float64 for float64 inputs
-            and float32 otherwise.
+            and float32 otherwise. Keys may have fewer heads than queries, see `heads.py`.
         scores_backward: `(gradient, query, key, query_bank, key_bank, layout, need_query, need_key)` to the gradients of
             query, query bank, key and key bank; an empty tensor for each that is not needed or does not exist.
-        values: `(probabilities, value, value_bank, layout)` to `[B, queries, A·e]` of the tokens' type.
+        values: `(probabilities, value, value_bank, layout, groups)` to `[B, queries, A·e]` of the tokens' type; each head of the
+            bank serves `groups` heads, one after the other.
 
     Returns:
         `pair_scores` and `pair_values`, with the signatures of `reference.py`.
@@ -57,8 +58,10 @@ def register_pair_operators(
     ) -> Tensor:
         return scores_operator(query, key, query_bank, key_bank, num_heads, pack(layout))
 
-    def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
-        return values_operator(probabilities, value, value_bank, pack(layout))
+    def pair_values(
+        probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1
+    ) -> Tensor:
+        return values_operator(probabilities, value, value_bank, groups, pack(layout))
 
     return pair_scores, pair_values
 
@@ -128,15 +131,17 @@ def _register(
     scores_operator.register_autograd(differentiate_scores, setup_context=save_scores)
 
     @define(names[2])
-    def values_operator(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: list[int]) -> Tensor:
-        return values(probabilities, value, value_bank, unpack(layout))
+    def values_operator(
+        probabilities: Tensor, value: Tensor, value_bank: Tensor, groups: int, layout: list[int]
+    ) -> Tensor:
+        return values(probabilities, value, value_bank, unpack(layout), groups)
 
     @values_operator.register_fake
-    def _(probabilities, value, value_bank, layout):
-        return value.new_empty(value.shape[0], probabilities.shape[2], value_bank.shape[-1])
+    def _(probabilities, value, value_bank, groups, layout):
+        return value.new_empty(value.shape[0], probabilities.shape[2], value_bank.shape[-1] * groups)
 
     def save_values(ctx, inputs, output):
-        probabilities, value, value_bank, ctx.layout = inputs
+        probabilities, value, value_bank, _, ctx.layout = inputs
         ctx.save_for_backward(probabilities, value, value_bank)
 
     def differentiate_values(ctx, gradient):
@@ -150,7 +155,7 @@ def _register(
             _, _, value_gradient, bank_gradient = scores_backward_operator(
                 probabilities, gradient, value, None, value_bank, ctx.layout, False, True
             )
-        return probability_gradient, value_gradient, bank_gradient, None
+        return probability_gradient, value_gradient, bank_gradient, None, None
 
     values_operator.register_autograd(differentiate_values, setup_context=save_values)
 

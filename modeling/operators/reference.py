@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .heads import split_heads
+from .heads import repeat_features, split_heads
 from .pair_layout import PairLayout
 from .rotary import rotate
 
@@ -32,8 +32,9 @@ def pair_scores(
     Args:
         query, key: `[B, queries, in]` and `[B, L, in]`, token inputs of a bank, or plain projections `[…, A·e]` where it is
             `None`.
-        query_bank, key_bank: `[num_offsets, in, A·e]` or `None`.
-        num_heads: `A`.
+        query_bank, key_bank: `[num_offsets, in, A·e]` or `None`. Keys may have fewer heads than queries: each serves
+            as many queries' heads, one after the other, as the widths say.
+        num_heads: `A`, of queries.
         layout: the pairs.
         rotation: cosines and sines of every token, `[L, e]` or `[B, 1, L, e]`: then both projections of a pair are rotated by
             the positions of their tokens, `<R_i q_ij, R_j k_ij>` (Su et al. 2021).
@@ -50,6 +51,7 @@ def pair_scores(
         else:
             q_ij = torch.einsum("bc,jcd->bjd", q_i, query_bank[reverse_rows[i]])
         k_ij = key if key_bank is None else torch.einsum("bjc,jcd->bjd", key, key_bank[rows[i]])
+        k_ij = repeat_features(k_ij, num_heads, q_ij.shape[-1] // k_ij.shape[-1])
         q_ij, k_ij = split_heads(q_ij, num_heads), split_heads(k_ij, num_heads)
         if rotation is not None:
             own = layout.past + i
@@ -59,14 +61,17 @@ def pair_scores(
     return torch.stack(scores, dim=2).masked_fill(rows < 0, 0)
 
 
-def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+def pair_values(
+    probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1
+) -> Tensor:
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]` of every token and head (Fan et al. 2025, equations of section 3).
 
     Args:
         probabilities: `[B, A, queries, L]`; entries of pairs that a causal layout does not have are not read.
         value: `[B, L, in]`, the token inputs.
-        value_bank: `[num_offsets, in, A·e]`.
+        value_bank: `[num_offsets, in, A / groups·e]`.
         layout: the pairs.
+        groups: heads that share one of the bank, one after the other.
 
     Returns:
         `[B, queries, A·e]` of the tokens' dtype.
@@ -76,7 +81,8 @@ def pair_values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout
     num_heads = probabilities.shape[1]
     outputs = []
     for i in range(layout.num_queries):
-        v_ij = torch.einsum("bjc,jcd->bjd", value, value_bank[rows[i]]).unflatten(-1, (num_heads, -1))
+        v_ij = torch.einsum("bjc,jcd->bjd", value, value_bank[rows[i]])
+        v_ij = repeat_features(v_ij, num_heads, groups).unflatten(-1, (num_heads, -1))
         outputs.append(torch.einsum("baj,bjad->bad", probabilities[:, :, i], v_ij).flatten(-2))
     return torch.stack(outputs, dim=1)
 

@@ -357,7 +357,7 @@ def _scores_backward(
     )
 
 
-def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout) -> Tensor:
+def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1) -> Tensor:
     geometry = _geometry(layout, len(value))
     value = _rows(value)
     query_side, key_side = _sides(value, value, None, value_bank, layout)
