@@ -191,16 +191,9 @@ def be_quiet() -> None:
 
 def use_checkpoints(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Results of the models that were kept, by the Auto classes and pipelines."""
-    options = [
-        "--model_name_or_path",
-        str(folder / TEXT_CHECKPOINT),
-        "--dataset_name",
-        "stdlib",
-        "--do_train",
-        "false",
-    ]
-    options += ["--max_eval_samples", "1" if args.quick else "8", "--cache_dir", str(folder / "cache")]
-    metrics = call(run_clm.main, folder / "runs" / "fresh", *options, "--seed", str(args.seed))
+    options = f"--dataset_name stdlib --do_train false --max_eval_samples {1 if args.quick else 8} --seed {args.seed}"
+    paths = ["--model_name_or_path", str(folder / TEXT_CHECKPOINT), "--cache_dir", str(folder / "cache")]
+    metrics = call(run_clm.main, folder / "runs" / "fresh", *options.split(), *paths)
     text = {"sample": write_sample(folder, args), "perplexity": metrics["eval_perplexity"]}
     return {"images": classify(folder, args), "text": text}
 
@@ -251,16 +244,12 @@ def main(arguments: list[str]):
     args.output_dir = args.output_dir.resolve()
     args.command = shlex.join(["python", "scripts/demo.py", *arguments])
     be_quiet()
-    start, machine = time.perf_counter(), hardware()
+    start = time.perf_counter()
     with replaced_when_done(args.output_dir) as folder:
         report = {
             "command": args.command,
-            "commit": machine["commit"],
             "seed": args.seed,
-            "versions": {name: machine[name] for name in ("python", "torch", "transformers")},
-            "cpu": machine["device"],
-            "threads": machine["threads"],
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "machine": hardware() | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
             "images": run_images(folder, args),
             "text": run_text(folder, args),
         }

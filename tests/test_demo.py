@@ -54,7 +54,8 @@ def test_demo_writes_what_it_says(tmp_path):
     )
     assert all(row["perplexity"] > 1 for row in report["text"]["models"])
     assert report["fresh_process"]["images"]["predictions"] == report["images"]["predictions"]
-    assert {"command", "commit", "seed", "versions", "cpu", "threads", "seconds"} <= set(report)
+    assert {"command", "seed", "machine", "seconds"} <= set(report)
+    assert {"commit", "device", "threads", "torch", "transformers", "python", "gpu"} <= set(report["machine"])
     with Image.open(folder / "demo.png") as picture:
         assert picture.width > 1000
 
