@@ -76,7 +76,7 @@ class Bench:
     def time(self, run: Callable[[], object], repeats: int = 9) -> dict[str, Any]:
         """The type, the columns of times after two runs to warm up, and the peak of memory above the start in GiB."""
         if self.dry:
-            return {"dtype": self.half_name, **spread(time_in_turn({"": run}, {"": 2}, warm_up=())[""])}
+            return {"dtype": self.half_name, **spread(time_in_turn({"": run}, {"": 1}, warm_up=())[""])}
 
         def complete() -> None:
             run()

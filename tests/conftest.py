@@ -11,6 +11,7 @@ threads and the addresses of weights (see `closeness.py`); to see that no test d
     TRANSLUTION_TEST_THREADS=4 python -m pytest       # four threads in the process of the tests
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ unaligned.follow_switch()
 
 # As when a script is called, so that the tests import what the scripts import.
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+
+def pytest_collection_finish():
+    # Imports and collected tests are never freed: to go through them again and again was a third of the tests' time.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

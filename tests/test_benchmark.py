@@ -148,6 +148,7 @@ def test_layers_are_verified(fields):
 def short(monkeypatch):
     """Far pairs, and little work."""
     monkeypatch.setattr(benchmark_length, "VERIFIED_LENGTH", 36)
+    monkeypatch.setattr(benchmark_length, "HIDDEN", 48)
 
 
 def test_lengths_are_written_and_drawn(tmp_path, short):
@@ -172,7 +173,7 @@ def test_lengths_are_written_and_drawn(tmp_path, short):
         rows = list(csv.DictReader(file))
     names = {*benchmark_length.VARIANTS, "floor: projections", "floor: attention"}
     assert {(row["case"], row["implementation"], row["passes"]) for row in rows} == {
-        (f"text, L {length}, C 192, B 1, kv", name, passes)
+        (f"text, L {length}, C 48, B 1, kv", name, passes)
         for length in (36, 40)
         for name in names
         for passes in ("forward", "forward+backward")
@@ -194,7 +195,7 @@ def test_a_mixer_that_needs_too_much_is_left_out(short):
 
 def test_patience_ends(short):
     options = argparse.Namespace(repeats=1, lengths=[34, 36, 38], patience=1e-9, memory=1000.0)
-    assert {row["case"] for row in benchmark_length.length_suite(options)} == {"text, L 34, C 192, B 1, kv"}
+    assert {row["case"] for row in benchmark_length.length_suite(options)} == {"text, L 34, C 48, B 1, kv"}
 
 
 def test_columns_of_one_and_of_several_times():

@@ -141,6 +141,6 @@ def test_operators_keep_the_rules_of_torch(operator, layout, banks):
     arguments = {
         "pair_scores": (query, key, query_bank, key_bank, 2, packed),
         "pair_scores_backward": (pairs, query, key, query_bank, key_bank, packed, True, True),
-        "pair_values": (pairs, tensor(2, tokens, 5), tensor(layout.num_offsets, 5, 6), packed),
+        "pair_values": (pairs, tensor(2, tokens, 5), tensor(layout.num_offsets, 5, 6), 1, packed),
     }[operator]
     torch.library.opcheck(registration.operator(operator).default, arguments)

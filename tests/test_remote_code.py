@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_models import TINY
@@ -45,39 +44,42 @@ except ImportError:
     pass
 else:
     raise SystemExit("the package is here")
-auto, first, second, sample = sys.argv[1:]
-stored = load_file(sample)
-model = getattr(transformers, auto).from_pretrained(first, trust_remote_code=True)
-model.save_pretrained(second)
-again = getattr(transformers, auto).from_pretrained(second, trust_remote_code=True)
-for one in (model, again):
-    assert_close_in_rounding(one(stored["input"]).logits, stored["logits"])
-if auto == "AutoModelForCausalLM":
-    assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
+for name in sys.argv[1:]:
+    auto, stored = getattr(transformers, name), load_file(f"{name}.safetensors")
+    model = auto.from_pretrained(f"{name}-first", trust_remote_code=True)
+    model.save_pretrained(f"{name}-second")
+    again = auto.from_pretrained(f"{name}-second", trust_remote_code=True)
+    for one in (model, again):
+        assert_close_in_rounding(one(stored["input"]).logits, stored["logits"])
+    if name == "AutoModelForCausalLM":
+        assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
 """
 
 
-@pytest.mark.parametrize("modality", MODELS)
-def test_loads_without_the_package(modality, tmp_path):
-    auto_class, model_class, fields, inputs = MODELS[modality]
-    model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
-    model.save_pretrained(tmp_path / "first")
-    save_file({"input": inputs, "logits": model(inputs).logits.detach()}, tmp_path / "sample.safetensors")
-    path = without_package(tmp_path / "path")
+def test_loads_without_the_package(tmp_path):
+    """All in one process, which has to keep their code apart from each other's."""
+    for modality, (auto_class, model_class, fields, inputs) in MODELS.items():
+        model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
+        model.save_pretrained(tmp_path / f"{auto_class}-first")
+        sample = {"input": inputs, "logits": model(inputs).logits.detach()}
+        save_file(sample, tmp_path / f"{auto_class}.safetensors")
+    path, classes = without_package(tmp_path / "path"), [auto_class for auto_class, *_ in MODELS.values()]
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAVE, auto_class, "first", "second", "sample.safetensors"],
+        [sys.executable, "-c", LOAD_AND_SAVE, *classes],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
-    assert configs[0] == configs[1]
-    files = [{file.name for file in (tmp_path / name).glob("*.py")} for name in ("first", "second")]
-    assert files[0] == files[1]
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
-    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    for auto_class in classes:
+        folders = [tmp_path / f"{auto_class}-{name}" for name in ("first", "second")]
+        configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+        assert configs[0] == configs[1]
+        files = [{file.name for file in folder.glob("*.py")} for folder in folders]
+        assert files[0] == files[1]
+        first, second = (load_file(folder / "model.safetensors") for folder in folders)
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
 def test_every_module_of_the_models_is_copied(tmp_path):

@@ -254,7 +254,7 @@ def test_opcheck(operator):
     arguments = {
         "pair_scores": (query, key, *banks, 2, pack(layout)),
         "pair_scores_backward": (pairs, query, key, *banks, pack(layout), True, True),
-        "pair_values": (pairs, key, banks[1], pack(layout)),
+        "pair_values": (pairs, key, banks[1], 1, pack(layout)),
     }[operator]
     torch.library.opcheck(registration.operator(f"triton_{operator}").default, arguments)
 
