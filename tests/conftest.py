@@ -46,6 +46,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    # Libraries that count their objects at the end find them deleted.
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
