@@ -36,7 +36,7 @@ from datasets import Dataset
 from studies.demo_report import draw, print_report
 from studies.settings import DYNAMIC, SETTINGS
 from studies.variants import STUDIES, model_fields
-from training.digits import PLACEMENTS
+from training.canvas import PLACEMENTS
 from training.image_data import digits_dataset
 from training.model_card import write_model_card
 from training.output_folder import LEFT_BEHIND, RUN_ARGUMENTS

@@ -25,7 +25,7 @@ from common.saved_files import as_json, write_whole
 from common.saved_models import damage, load_model
 from common.tables import as_csv
 from PIL import Image, UnidentifiedImageError
-from transformers import Pipeline, pipeline, set_seed
+from transformers import Pipeline, PreTrainedModel, pipeline, set_seed
 from transformers.utils import logging
 
 
@@ -43,7 +43,11 @@ def load(name: str, revision: str | None = None) -> Pipeline:
         ValueError: if it is no Translution model with a head, its config or what makes its inputs is damaged, or its weights are
             not those of its config.
     """
-    model = load_model(name, revision)
+    return with_preprocessor(load_model(name, revision), name, revision)
+
+
+def with_preprocessor(model: PreTrainedModel, name: str, revision: str | None = None) -> Pipeline:
+    """The pipeline of a model that is loaded, and of the processor or tokenizer that is saved with it; errors as `load`."""
     task, preprocessor = TASKS[model.config.modality]
     with damage(f"the {preprocessor.replace('_', ' ')} of {name}"):
         return pipeline(task, model, revision=revision, **{preprocessor: name})
@@ -108,7 +112,13 @@ def is_picture(path: str) -> bool:
 
 
 def read_prompt(prompt: str) -> str:
-    """A prompt, or standard input for `-`. Text that is not UTF-8 is refused."""
+    """A prompt, or standard input for `-`.
+
+    Raises:
+        ValueError: if it is the name of a picture, or no text in UTF-8.
+    """
+    if is_picture(prompt):
+        raise ValueError(f"{prompt!r} is a picture; the model goes on with text, and sees nothing")
     try:
         text = sys.stdin.read() if prompt == "-" else prompt
         text.encode()
@@ -119,17 +129,11 @@ def read_prompt(prompt: str) -> str:
 
 
 def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, str]]:
-    """For each prompt a row with `FIELDS`.
-
-    Raises:
-        ValueError: if a prompt is the name of a picture, or no text in UTF-8.
-    """
+    """For each prompt a row with `FIELDS`; errors as `read_prompt`."""
     if options.seed is not None:
         set_seed(options.seed)
     sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
     for prompt in prompts:
-        if is_picture(prompt):
-            raise ValueError(f"{prompt!r} is a picture; the model goes on with text, and sees nothing")
         text = read_prompt(prompt)
         (result,) = generator(
             text,
@@ -141,22 +145,26 @@ def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespa
         yield {"prompt": text, "continuation": result["generated_text"]}
 
 
-def check_outputs(options: argparse.Namespace):
+def check_outputs(options: argparse.Namespace, names: tuple[str, str] = ("json", "csv")):
     """Refuses what cannot be written, before the work is done.
+
+    Args:
+        options: have the outputs, or None for what is not asked for.
+        names: of both.
 
     Raises:
         ValueError: if an output is no file, its folder is missing, or it is that of the other.
     """
-    for name in ("json", "csv"):
-        target = getattr(options, name)
+    first, second = (getattr(options, name) for name in names)
+    for name, target in zip(names, (first, second), strict=True):
         if target not in (None, "-"):
             path = Path(target)
             if path.exists() and not path.is_file():
                 raise ValueError(f"`{name}` must be a file, or - for standard output, got {target}")
             if not path.parent.is_dir():
                 raise ValueError(f"`{name}` must be in a folder that is there, got {target}")
-    if options.json is not None and options.json == options.csv:
-        raise ValueError(f"`json` and `csv` must be two outputs, got {options.json} for both")
+    if first is not None and first == second:
+        raise ValueError(f"`{names[0]}` and `{names[1]}` must be two outputs, got {first} for both")
 
 
 def write(options: argparse.Namespace, fields: Sequence[str], rows: list[dict[str, Any]]):

@@ -15,6 +15,7 @@ from common.command import run_command
 from datasets import IterableDataset
 from training.arguments import ModelArguments, new_config, refuse_new_model_options
 from training.augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
+from training.canvas import PLACEMENTS, Canvas
 from training.data_arguments import ImageDataArguments
 from training.image_data import load_images, with_classes
 from training.loading import AnyDataset
@@ -32,12 +33,45 @@ from translution import TranslutionForImageClassification
 class ImageArguments:
     """The shape of the pictures."""
 
-    image_size: int | None = field(default=None, metadata={"help": "Size that pictures are resized to, in pixels."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Size that pictures are resized to, in pixels; `canvas_size` where that is given."},
+    )
     patch_size: int | None = field(default=None, metadata={"help": "Patch size of a new model, in pixels."})
     image_mean: list[float] = field(default_factory=lambda: [0.5] * 3, metadata={"help": "Mean of each channel."})
     image_std: list[float] = field(
         default_factory=lambda: [0.5] * 3, metadata={"help": "Standard deviation of each channel."}
     )
+    canvas_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Place each picture, as large as it is, on an empty canvas of that height and width, in pixels."
+        },
+    )
+    placement: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Where on the canvas: {PLACEMENTS[0]}, in the middle (the default), or {PLACEMENTS[1]}, anywhere; anew in "
+            "each epoch of training, and always at the same place in evaluation."
+        },
+    )
+
+    def __post_init__(self):
+        if self.canvas is not None:
+            if self.image_size not in (None, self.canvas_size):
+                raise ValueError(f"`image_size` must be `canvas_size`, {self.canvas_size}, got {self.image_size}.")
+            self.image_size = self.canvas_size
+        elif self.placement is not None:
+            raise ValueError(
+                f"`placement` needs `canvas_size`, the canvas to place pictures on; got {self.placement!r}."
+            )
+
+    @property
+    def canvas(self) -> Canvas | None:
+        """What pictures are placed on, if anything."""
+        if self.canvas_size is None:
+            return None
+        return Canvas(self.canvas_size, PLACEMENTS[0] if self.placement is None else self.placement)
 
 
 def load_model(
@@ -101,7 +135,7 @@ def main(arguments: Sequence[str]):
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if train is None:
         evaluation = with_classes(evaluation, names, "model")
-    transform = ImageTransform(processor, augmentation)
+    transform = ImageTransform(processor, augmentation, image_args.canvas)
     metrics = image_metrics(len(names)) if training.do_train else evaluation_metrics(names, run.folder / CONFUSION)
     trainer = ImageTrainer(
         model,

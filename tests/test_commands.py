@@ -21,6 +21,7 @@ TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "hea
 # Script, arguments, status, and words of its last line.
 CALLS = [
     ("predict", ["nowhere", "x"], 1, "error: there is no folder 'nowhere', and it is no name of a repository"),
+    ("look", ["nowhere", "--output", "x.png"], 1, "error: there is no folder 'nowhere'"),
     ("run_clm", ["--train_file", "nowhere.txt", "--output_dir", "out"], 1, "there is no nowhere.txt"),
     ("run_image_classification", ["--train_dir", "nowhere", "--output_dir", "out"], 1, "`train_dir` must be a folder"),
     ("push_to_hub", ["nowhere", "--repo_id", "a/b"], 1, "error: nowhere is no folder"),

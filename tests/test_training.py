@@ -128,6 +128,8 @@ def test_every_recipe_is_understood(scripts, recipe, tmp_path):
     if recipe.stem == "imagenet":
         assert (config.hidden_size, config.image_size, config.patch_size) == (192, 224, 56)
         assert (parsed.learning_rate, parsed.num_train_epochs, parsed.lr_scheduler_type) == (3e-4, 300, "cosine")
+    if recipe.stem == "mnist":
+        assert (config.image_size, others[0].canvas_size, others[0].placement) == (84, 84, "static")
 
 
 def test_overrides_are_typed(scripts):

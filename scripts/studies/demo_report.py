@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from common.offset_figures import draw_grid
+from common.offset_matrices import bank_matrices, offset_norms
 from common.tables import markdown
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -66,10 +68,8 @@ def draw(
     axes.legend(ncols=2, fontsize=8, loc="upper center")
 
     axes = right.subplots()
-    height, width = model.config.grid_height_width
-    bank = model.model.layers[0].mixer.v_bank.detach()[: (2 * height - 1) * (2 * width - 1)]
-    norms = bank.norm(dim=(1, 2)).view(2 * height - 1, 2 * width - 1)
-    extent = (0.5 - width, width - 0.5, height - 0.5, 0.5 - height)
-    right.colorbar(axes.imshow(norms, cmap="viridis", extent=extent), ax=axes, shrink=0.7)
-    axes.set(xlabel="columns", ylabel="rows", title="Norm of each offset's\nvalue matrix, layer 1")
+    mixer = model.model.layers[0].mixer
+    norms = offset_norms(bank_matrices(mixer, "v"))
+    right.colorbar(draw_grid(axes, norms, mixer.bank_layout), ax=axes, shrink=0.7)
+    axes.set_title("Norm of each offset's\nvalue matrix, layer 1")
     figure.savefig(path, dpi=120)

@@ -19,7 +19,8 @@ from common.hardware import hardware
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from training.digits import PLACEMENTS, DigitCanvases, digits_split
+from training.canvas import PLACEMENTS
+from training.digits import DigitCanvases, digits_split
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
 from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches, text_tokens

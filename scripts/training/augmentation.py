@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import BaseImageProcessor
 
+from training.canvas import Canvas
 from training.streams import endless
 
 
@@ -101,14 +102,25 @@ class ImageTransform:
     Args:
         processor: resizes, rescales and normalises.
         args: what to do in training.
+        canvas: what pictures are placed on before everything else. Without a seed the place depends on the picture alone:
+            neither the order, nor how the pictures are divided among processes, nor the seed of a training changes it.
     """
 
-    def __init__(self, processor: BaseImageProcessor, args: AugmentationArguments):
+    def __init__(self, processor: BaseImageProcessor, args: AugmentationArguments, canvas: Canvas | None = None):
         self.processor = processor
         self.args = args
+        self.canvas = canvas
 
     def __call__(self, picture: Image.Image, seed: int | None = None) -> Tensor:
-        """`[3, height, width]`, float."""
+        """`[3, height, width]`, float.
+
+        Raises:
+            ValueError: if the picture is larger than the canvas.
+        """
+        if self.canvas is not None:
+            of_picture = zlib.crc32(picture.tobytes()) if seed is None else seed
+            # Other numbers than those of the augmentation.
+            picture = self.canvas.place(picture, np.random.default_rng(seed_of("place", of_picture)))
         if seed is not None:
             picture = self.augment(picture, seed)
         return torch.as_tensor(np.asarray(self.processor(images=picture)["pixel_values"][0]))
@@ -178,16 +190,20 @@ def sample(row: dict[str, Any], transform: ImageTransform, seed: int | None) -> 
     """Model inputs of a row; its picture may have any mode.
 
     Raises:
-        ValueError: for a picture that cannot be read, with its file's name.
+        ValueError: for a picture that cannot be read or used, with its file's name.
     """
     image = row["image"]
+    name = (image["path"] if isinstance(image, dict) else None) or "without a name"
     try:
         picture = read_picture(_content(image)) if isinstance(image, dict) else as_rgb(image)
     # Pillow's decoders raise errors of any kind for damaged files.
     except Exception as error:
-        name = (image["path"] if isinstance(image, dict) else None) or "without a name"
         raise ValueError(f"The picture {name} cannot be read: {error}.") from error
-    inputs = {"pixel_values": transform(picture, seed), "labels": row["label"]}
+    try:
+        pixel_values = transform(picture, seed)
+    except ValueError as error:
+        raise ValueError(f"The picture {name} cannot be used: {error}") from error
+    inputs = {"pixel_values": pixel_values, "labels": row["label"]}
     return inputs if seed is None else inputs | {"seed": seed}
 
 

@@ -15,12 +15,13 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from training.canvas import Canvas
+
 
 DIGIT_SIZE = 8
 CANVAS_SIZE = 16
 # Image pipelines convert every picture to RGB before the processor, so their models have three channels.
 NUM_CHANNELS = 3
-PLACEMENTS = ("static", "dynamic")
 PIXEL_MEAN = PIXEL_STD = 0.5
 # Of the split only: another seed for the places does not change it.
 SPLIT_SEED = 0
@@ -60,22 +61,20 @@ class DigitCanvases(Dataset):
 
     Args:
         digits: what to place.
-        placement: one of `PLACEMENTS`.
+        placement: see `Canvas`.
         seed: of the random places.
     """
 
     def __init__(self, digits: Digits, placement: str, seed: int = 0):
-        if placement not in PLACEMENTS:
-            raise ValueError(f"`placement` must be one of {PLACEMENTS}, got {placement!r}.")
         self.digits = digits
-        self.placement = placement
+        self.placing = Canvas(CANVAS_SIZE, placement)
         self.seed = seed
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int):
         """Draws the places of an epoch; static digits stay in the middle."""
-        room = CANVAS_SIZE - DIGIT_SIZE
-        if self.placement == "static":
+        room, _ = self.placing.room(DIGIT_SIZE, DIGIT_SIZE)
+        if self.placing.placement == "static":
             self.corners = torch.full((len(self.digits), 2), room // 2)
             return
         # Neighbouring seeds must not share epochs.
