@@ -431,7 +431,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
             check_pixels(pixel_values, self.config.image_height_width, interpolate_pos_encoding)
             inputs = self._image_pairs(pixel_values, attention_mask, pixel_values)
             past_key_values = inputs.pop("past_key_values")
-            inputs.update(pixel_values=pixel_values, **image_options(self.trunk, interpolate_pos_encoding))
+            # Trunks interpolate a square of positions only; images of `image_size` need no interpolation.
+            other_size = tuple(pixel_values.shape[2:]) != self.config.image_height_width
+            interpolates = interpolate_pos_encoding and other_size
+            inputs.update(pixel_values=pixel_values, **image_options(self.trunk, interpolates))
         else:
             refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
