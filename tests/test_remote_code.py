@@ -14,20 +14,32 @@ from safetensors.torch import load_file, save_file
 from small_models import TINY
 from without_package import without_package
 
-from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+from translution import (
+    TranslutionBackbone,
+    TranslutionConfig,
+    TranslutionForCausalLM,
+    TranslutionForImageClassification,
+    TranslutionForSequenceClassification,
+    TranslutionForTokenClassification,
+)
 
 
+TEXT = {"vocab_size": 20, "max_position_embeddings": 16, "mixer_types": ["translution", "rope_attention"]}
+IMAGE = {"image_size": 8, "patch_size": 4, "mixer_types": ["translution", "convolution"]}
+# For each modality its heads by their Auto class, fields of the config, and an input.
 MODELS = {
     "text": (
-        "AutoModelForCausalLM",
-        TranslutionForCausalLM,
-        {"vocab_size": 20, "max_position_embeddings": 16, "mixer_types": ["translution", "rope_attention"]},
+        {
+            "AutoModelForCausalLM": TranslutionForCausalLM,
+            "AutoModelForSequenceClassification": TranslutionForSequenceClassification,
+            "AutoModelForTokenClassification": TranslutionForTokenClassification,
+        },
+        TEXT,
         torch.arange(6)[None],
     ),
     "image": (
-        "AutoModelForImageClassification",
-        TranslutionForImageClassification,
-        {"image_size": 8, "patch_size": 4, "mixer_types": ["translution", "convolution"]},
+        {"AutoModelForImageClassification": TranslutionForImageClassification, "AutoBackbone": TranslutionBackbone},
+        IMAGE,
         torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
     ),
 }
@@ -39,45 +51,60 @@ import unaligned
 unaligned.follow_switch()
 from closeness import assert_close_in_rounding
 from safetensors.torch import load_file
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 try:
     import translution
 except ImportError:
     pass
 else:
     raise SystemExit("the package is here")
-auto, first, second, sample = sys.argv[1:]
-stored = load_file(sample)
-model = getattr(transformers, auto).from_pretrained(first, trust_remote_code=True)
-model.save_pretrained(second)
-again = getattr(transformers, auto).from_pretrained(second, trust_remote_code=True)
-for one in (model, again):
-    assert_close_in_rounding(one(stored["input"]).logits, stored["logits"])
-if auto == "AutoModelForCausalLM":
-    assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
+# `AutoBackbone` takes no folder for a model; otherwise it loads as all Auto classes do.
+load = _BaseAutoModelClass.from_pretrained.__func__
+for auto, first, second, sample in zip(*[iter(sys.argv[1:])] * 4):
+    stored = load_file(sample)
+    model = load(getattr(transformers, auto), first, trust_remote_code=True)
+    model.save_pretrained(second)
+    again = load(getattr(transformers, auto), second, trust_remote_code=True)
+    for one in (model, again):
+        outputs = one(stored["input"])
+        result = outputs.logits if "logits" in outputs else outputs.feature_maps[0]
+        assert_close_in_rounding(result, stored["output"])
+    if auto == "AutoModelForCausalLM":
+        assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
 """
 
 
 @pytest.mark.parametrize("modality", MODELS)
 def test_loads_without_the_package(modality, tmp_path):
-    auto_class, model_class, fields, inputs = MODELS[modality]
-    model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
-    model.save_pretrained(tmp_path / "first")
-    save_file({"input": inputs, "logits": model(inputs).logits.detach()}, tmp_path / "sample.safetensors")
+    heads, fields, inputs = MODELS[modality]
+    arguments = []
+    for auto_class, model_class in heads.items():
+        model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
+        model.save_pretrained(tmp_path / f"{auto_class}-first")
+        output = model(inputs).feature_maps[0] if auto_class == "AutoBackbone" else model(inputs).logits
+        save_file({"input": inputs, "output": output.detach()}, tmp_path / f"{auto_class}.safetensors")
+        arguments += [auto_class, f"{auto_class}-first", f"{auto_class}-second", f"{auto_class}.safetensors"]
     path = without_package(tmp_path / "path")
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAVE, auto_class, "first", "second", "sample.safetensors"],
+        [sys.executable, "-c", LOAD_AND_SAVE, *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("first", "second")]
-    assert configs[0] == configs[1]
-    files = [{file.name for file in (tmp_path / name).glob("*.py")} for name in ("first", "second")]
-    assert files[0] == files[1]
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
-    assert all(torch.equal(first[name], second[name]) for name in first | second)
+    for auto_class in heads:
+        folders = [tmp_path / f"{auto_class}-{name}" for name in ("first", "second")]
+        configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+        assert configs[0] == configs[1]
+        # Every head of this modality, whichever was saved.
+        assert heads.keys() <= configs[0]["auto_map"].keys()
+        for name in configs[0]["auto_map"].values():
+            assert (folders[0] / f"{name.partition('.')[0]}.py").is_file()
+        files = [{file.name for file in folder.glob("*.py")} for folder in folders]
+        assert files[0] == files[1]
+        first, second = (load_file(folder / "model.safetensors") for folder in folders)
+        assert all(torch.equal(first[name], second[name]) for name in first | second)
 
 
 def test_every_module_of_the_models_is_copied(tmp_path):
