@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import __version__ as transformers_version
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
@@ -65,9 +66,9 @@ PRESETS = {"local": LOCAL}
 
 
 @strict
-class TranslutionConfig(PreTrainedConfig):
+class TranslutionConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of [`TranslutionModel`], [`TranslutionForImageClassification`] and [`TranslutionForCausalLM`].
+    Configuration of [`TranslutionModel`], with and without a head, and of [`TranslutionBackbone`].
 
     Every value is checked on construction; a value out of range, or one that contradicts another, raises an error that
     names the field, the value and what is allowed.
@@ -116,6 +117,8 @@ class TranslutionConfig(PreTrainedConfig):
             Dropout of the embeddings and of each residual branch.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention probabilities.
+        classifier_dropout (`float`, *optional*):
+            Dropout before the head that classifies tokens; `None` is `hidden_dropout_prob`.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of every LayerNorm.
         initializer_range (`float`, *optional*):
@@ -129,6 +132,12 @@ class TranslutionConfig(PreTrainedConfig):
         pooling (`str`, *optional*, defaults to `"cls"`):
             What the image classifier reads: the class token, the `"mean"` of all tokens, the class token included, or
             `"cls_and_mean"`, the class token beside the mean of the patches.
+        out_features (`list[str]`, *optional*):
+            Stages of [`TranslutionBackbone`] to return, in the order of `stage_names`: `"stem"`, the input of the first layer,
+            and `"stage1"` to `"stage{num_hidden_layers}"`, the layers' outputs. The backbone returns the last one if neither
+            this nor `out_indices` is set.
+        out_indices (`list[int]`, *optional*):
+            The same by index, from 0 for `"stem"`; negative ones count from the end. Either sets the other.
         vocab_size (`int`, *optional*, defaults to 50257):
             Tokens of the text vocabulary.
         max_position_embeddings (`int`, *optional*, defaults to 256):
@@ -172,12 +181,15 @@ class TranslutionConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_dropout: float | int = 0.0
+    classifier_dropout: float | int | None = None
     layer_norm_eps: float = 1e-5
     initializer_range: float | int | None = None
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     pooling: str = "cls"
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
     vocab_size: int = 50257
     max_position_embeddings: int = 256
     tie_word_embeddings: bool = False
@@ -189,6 +201,14 @@ class TranslutionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         self.name_each_mixer()
+        stage_names = kwargs.pop("stage_names", None)
+        if stage_names is not None and stage_names != self.stage_names:
+            raise ValueError(
+                f"`stage_names` must be {self.stage_names} where `num_hidden_layers` is {self.num_hidden_layers}, got {stage_names}."
+            )
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
         super().__post_init__(**kwargs)
 
     def name_each_mixer(self):
@@ -289,6 +309,27 @@ class TranslutionConfig(PreTrainedConfig):
         """Transformers' word for the kind of cache of each layer: this package's own, see `modeling/mixers/cache.py`."""
         return [self.model_type] * self.num_hidden_layers
 
+    @property
+    def stage_names(self) -> list[str]:
+        """What a backbone may return: what the first layer receives, then what each layer returns."""
+        return ["stem"] + [f"stage{number}" for number in range(1, self.num_hidden_layers + 1)]
+
+    def verify_out_features_out_indices(self):
+        """Checks which stages a backbone returns; what is not checked here, Transformers does."""
+        names = self.stage_names
+        for field, stages in (("out_features", self._out_features), ("out_indices", self._out_indices)):
+            if stages is None:
+                continue
+            if self.modality != "image":
+                raise ValueError(f"`{field}` must be None for `modality` {self.modality!r}, got {stages}.")
+            if not stages:
+                raise ValueError(
+                    f"`{field}` must be None or name at least one of `stage_names` {names}, got {stages}."
+                )
+        for index in self._out_indices or ():
+            _check_between("out_indices", index, -len(names), len(names) - 1)
+        super().verify_out_features_out_indices()
+
     def validate_layer_type(self):
         """Transformers would refuse a kind of cache that it does not know; there is nothing else to check."""
 
@@ -314,9 +355,9 @@ class TranslutionConfig(PreTrainedConfig):
         for field, least in (("relative_rank", 1), ("offset_basis", 1), ("max_relative_distance", 0)):
             if getattr(self, field) is not None:
                 _check_between(field, getattr(self, field), least)
-        for field in ("hidden_dropout_prob", "attention_dropout"):
+        for field in ("hidden_dropout_prob", "attention_dropout", "classifier_dropout"):
             value = getattr(self, field)
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise ValueError(f"`{field}` must be at least 0 and less than 1, got {value}.")
         for field in ("rope_theta", "layer_norm_eps"):
             if not 0 < getattr(self, field) <= sys.float_info.max:
@@ -331,6 +372,7 @@ class TranslutionConfig(PreTrainedConfig):
         self._validate_mixers()
         if self.trunk_config is not None:
             self._validate_trunk()
+        self.verify_out_features_out_indices()
         if self.modality == "image":
             self._validate_image()
 

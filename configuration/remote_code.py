@@ -10,20 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-HEADS = {
-    "image": ("AutoModelForImageClassification", "TranslutionForImageClassification"),
-    "text": ("AutoModelForCausalLM", "TranslutionForCausalLM"),
-}
 CONFIGURATION, MODELING = "configuration_translution", "modeling_translution"
+# Modules beside `modeling_translution.py` with classes that users load.
+OTHER_HEADS = ("backbone", "text_classification")
+# For each Auto class the module and the class that it loads, beside those of every modality.
+HEADS = {
+    "image": {
+        "AutoModelForImageClassification": (MODELING, "TranslutionForImageClassification"),
+        "AutoBackbone": ("backbone", "TranslutionBackbone"),
+    },
+    "text": {
+        "AutoModelForCausalLM": (MODELING, "TranslutionForCausalLM"),
+        "AutoModelForSequenceClassification": ("text_classification", "TranslutionForSequenceClassification"),
+        "AutoModelForTokenClassification": ("text_classification", "TranslutionForTokenClassification"),
+    },
+}
+MODELS = Path(__file__).parents[1] / "modeling" / "models"
 
 
 def auto_map(modality: str) -> dict[str, str]:
     """Which class of which file each Auto class loads, for a checkpoint's `config.json`."""
-    auto_class, model_class = HEADS[modality]
+    heads = {
+        auto_class: f"{_flat_name(MODELS / module)}.{name}" for auto_class, (module, name) in HEADS[modality].items()
+    }
     return {
         "AutoConfig": f"{CONFIGURATION}.TranslutionConfig",
         "AutoModel": f"{MODELING}.TranslutionModel",
-        auto_class: f"{MODELING}.{model_class}",
+        **heads,
     }
 
 
@@ -43,7 +56,7 @@ def copy_code(folder: Path) -> list[Path]:
         ValueError: if two modules would have the same name there.
     """
     copies = {}
-    for source in _imported_files(Path(__file__).parents[1] / "modeling" / "models" / f"{MODELING}.py"):
+    for source in _imported_files([MODELS / f"{name}.py" for name in (MODELING, *OTHER_HEADS)]):
         copy = folder / f"{_flat_name(source)}.py"
         if copy in copies:
             raise ValueError(f"two modules would be named {copy.name}; side by side only one has room.")
@@ -70,9 +83,9 @@ def _relative_imports(source: Path, text: str) -> Iterator[tuple[ast.ImportFrom,
                 yield node, target, {alias.name: target / f"{alias.name}.py" for alias in node.names}
 
 
-def _imported_files(first: Path) -> list[Path]:
-    """A file, and all those of the package that it imports, directly or not."""
-    found = [first]
+def _imported_files(first: list[Path]) -> list[Path]:
+    """Files, and all those of the package that they import, directly or not."""
+    found = list(first)
     for source in found:
         for _, target, modules in _relative_imports(source, source.read_text(encoding="utf-8")):
             found += [file for file in modules.values() or [target] if file not in found]
@@ -95,6 +108,9 @@ def _side_by_side(source: Path) -> str:
         lines[node.lineno - 1 : node.end_lineno] = [f"{indent}from . import {imports}"] + [""] * (
             node.end_lineno - node.lineno
         )
+    if source.stem == MODELING:
+        # So that a model with any head is saved again with the code of all heads.
+        whole.update(_flat_name(MODELS / name) for name in OTHER_HEADS)
     if whole:
         # Transformers looks for what it has to download with a regular expression, which sees no modules that are
         # imported as a whole.

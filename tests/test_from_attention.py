@@ -585,7 +585,7 @@ def test_loads_without_the_package(tmp_path):
     tokens = torch.randint(1, 23, (1, 6))
     converted.save_pretrained(tmp_path / "first")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    save_file({"input": tokens, "logits": loaded(tokens).logits.detach()}, tmp_path / "sample.safetensors")
+    save_file({"input": tokens, "output": loaded(tokens).logits.detach()}, tmp_path / "sample.safetensors")
     result = subprocess.run(
         [sys.executable, "-c", LOAD_AND_SAVE, "AutoModelForCausalLM", "first", "second", "sample.safetensors"],
         cwd=tmp_path,

@@ -10,11 +10,40 @@ from small_models import (
     each_modality,
     each_variant,
     few_variants,
+    make_config,
     make_inputs,
     make_model,
     num_tokens,
 )
 from torch.nn import functional as F
+
+from translution import (
+    TranslutionBackbone,
+    TranslutionForSequenceClassification,
+    TranslutionForTokenClassification,
+)
+
+
+# Heads beside those of `small_models.py`: the modality, the name of the output, and its shape for a batch.
+OTHER_HEADS = {
+    TranslutionForSequenceClassification: ("text", "logits", lambda batch: (batch, 3)),
+    TranslutionForTokenClassification: ("text", "logits", lambda batch: (batch, 7, 3)),
+    TranslutionBackbone: ("image", "feature_maps", lambda batch: (batch, 12, 3, 2)),
+}
+
+
+def make_other(head, variant="full-kv"):
+    modality, name, shape = OTHER_HEADS[head]
+    model = head(make_config(modality, variant, pad_token_id=0)).eval()
+
+    def call(batch=2, **arguments):
+        outputs = model(**make_inputs(model.config, batch), **arguments)
+        return outputs, outputs[name][0] if name == "feature_maps" else outputs[name]
+
+    return call, shape
+
+
+each_other_head = pytest.mark.parametrize("head", OTHER_HEADS, ids=lambda head: head.__name__)
 
 
 # Shapes and sizes
@@ -28,6 +57,13 @@ def test_shapes(modality, variant):
     tokens = num_tokens(model.config)
     assert model(**inputs).logits.shape == ((2, 3) if modality == "image" else (2, tokens, 19))
     assert model.model(**inputs).last_hidden_state.shape == (2, tokens, 12)
+
+
+@each_other_head
+@each_variant
+def test_shapes_of_other_heads(head, variant):
+    call, shape = make_other(head, variant)
+    assert call()[1].shape == shape(2)
 
 
 @pytest.mark.parametrize("fields", [{"image_size": [4, 25]}, {"image_size": [4, 5]}, {"num_channels": 1}], ids=str)
@@ -55,6 +91,12 @@ def test_one_head_of_the_hidden_size(mixer):
 def test_empty_batch(modality):
     model = make_model(modality, "full-kv", torch.float32)
     assert model(**make_inputs(model.config, batch=0)).logits.shape[0] == 0
+
+
+@each_other_head
+def test_empty_batch_of_other_heads(head):
+    call, shape = make_other(head)
+    assert call(batch=0)[1].shape == shape(0)
 
 
 @pytest.mark.parametrize("subset", ["qkv", "kv", "v"])
@@ -155,6 +197,19 @@ def test_hidden_states(modality, variant):
         assert torch.equal(output.hidden_states[0], first)
     assert len(model(**inputs, output_hidden_states=True).hidden_states) == model.config.num_hidden_layers + 1
     assert model(**inputs).hidden_states is None
+
+
+@each_other_head
+@few_variants
+def test_hidden_states_and_attentions_of_other_heads(head, variant):
+    call, _ = make_other(head, variant)
+    outputs, _ = call(output_hidden_states=True, output_attentions=True)
+    layers = make_config(variant=variant).num_hidden_layers
+    assert {tuple(states.shape) for states in outputs.hidden_states} == {(2, 7, 12)}
+    assert {tuple(weights.shape) for weights in outputs.attentions} == {(2, 2, 7, 7)}
+    assert (len(outputs.hidden_states), len(outputs.attentions)) == (layers + 1, layers)
+    outputs, _ = call()
+    assert (outputs.hidden_states, outputs.attentions) == (None, None)
 
 
 @each_modality

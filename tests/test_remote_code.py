@@ -13,20 +13,32 @@ from safetensors.torch import load_file, save_file
 from small_models import TINY
 from without_package import without_package
 
-from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
+from translution import (
+    TranslutionBackbone,
+    TranslutionConfig,
+    TranslutionForCausalLM,
+    TranslutionForImageClassification,
+    TranslutionForSequenceClassification,
+    TranslutionForTokenClassification,
+)
 
 
+TEXT = {"vocab_size": 20, "max_position_embeddings": 16, "mixer_types": ["translution", "rope_attention"]}
+IMAGE = {"image_size": 8, "patch_size": 4, "mixer_types": ["translution", "convolution"]}
+# For each modality its heads by their Auto class, fields of the config, and an input.
 MODELS = {
     "text": (
-        "AutoModelForCausalLM",
-        TranslutionForCausalLM,
-        {"vocab_size": 20, "max_position_embeddings": 16, "mixer_types": ["translution", "rope_attention"]},
+        {
+            "AutoModelForCausalLM": TranslutionForCausalLM,
+            "AutoModelForSequenceClassification": TranslutionForSequenceClassification,
+            "AutoModelForTokenClassification": TranslutionForTokenClassification,
+        },
+        TEXT,
         torch.arange(6)[None],
     ),
     "image": (
-        "AutoModelForImageClassification",
-        TranslutionForImageClassification,
-        {"image_size": 8, "patch_size": 4, "mixer_types": ["translution", "convolution"]},
+        {"AutoModelForImageClassification": TranslutionForImageClassification, "AutoBackbone": TranslutionBackbone},
+        IMAGE,
         torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
     ),
 }
@@ -38,19 +50,24 @@ import unaligned
 unaligned.follow_switch()
 from closeness import assert_close_in_rounding
 from safetensors.torch import load_file
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 try:
     import translution
 except ImportError:
     pass
 else:
     raise SystemExit("the package is here")
+# `AutoBackbone` takes no folder for a model; otherwise it loads as all Auto classes do.
+load = _BaseAutoModelClass.from_pretrained.__func__
 for name in sys.argv[1:]:
     auto, stored = getattr(transformers, name), load_file(f"{name}.safetensors")
-    model = auto.from_pretrained(f"{name}-first", trust_remote_code=True)
+    model = load(auto, f"{name}-first", trust_remote_code=True)
     model.save_pretrained(f"{name}-second")
-    again = auto.from_pretrained(f"{name}-second", trust_remote_code=True)
+    again = load(auto, f"{name}-second", trust_remote_code=True)
     for one in (model, again):
-        assert_close_in_rounding(one(stored["input"]).logits, stored["logits"])
+        outputs = one(stored["input"])
+        result = outputs.logits if "logits" in outputs else outputs.feature_maps[0]
+        assert_close_in_rounding(result, stored["output"])
     if name == "AutoModelForCausalLM":
         assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
 """
@@ -58,24 +75,31 @@ for name in sys.argv[1:]:
 
 def test_loads_without_the_package(tmp_path):
     """All in one process, which has to keep their code apart from each other's."""
-    for modality, (auto_class, model_class, fields, inputs) in MODELS.items():
-        model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
-        model.save_pretrained(tmp_path / f"{auto_class}-first")
-        sample = {"input": inputs, "logits": model(inputs).logits.detach()}
-        save_file(sample, tmp_path / f"{auto_class}.safetensors")
-    path, classes = without_package(tmp_path / "path"), [auto_class for auto_class, *_ in MODELS.values()]
+    of_modality = {}
+    for modality, (heads, fields, inputs) in MODELS.items():
+        of_modality |= dict.fromkeys(heads, heads)
+        for auto_class, model_class in heads.items():
+            model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
+            model.save_pretrained(tmp_path / f"{auto_class}-first")
+            output = model(inputs).feature_maps[0] if auto_class == "AutoBackbone" else model(inputs).logits
+            save_file({"input": inputs, "output": output.detach()}, tmp_path / f"{auto_class}.safetensors")
+    path = without_package(tmp_path / "path")
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAVE, *classes],
+        [sys.executable, "-c", LOAD_AND_SAVE, *of_modality],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    for auto_class in classes:
+    for auto_class, heads in of_modality.items():
         folders = [tmp_path / f"{auto_class}-{name}" for name in ("first", "second")]
         configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
         assert configs[0] == configs[1]
+        # Every head of this modality, whichever was saved.
+        assert heads.keys() <= configs[0]["auto_map"].keys()
+        for name in configs[0]["auto_map"].values():
+            assert (folders[0] / f"{name.partition('.')[0]}.py").is_file()
         files = [{file.name for file in folder.glob("*.py")} for folder in folders]
         assert files[0] == files[1]
         first, second = (load_file(folder / "model.safetensors") for folder in folders)

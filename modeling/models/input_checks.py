@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 
 from ...configuration.configuration_translution import TranslutionConfig
 from ..operators.exporting import can_look
@@ -26,6 +27,12 @@ def refuse(modality: str, allowed: str, **unwanted: Any):
         if value is not None:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"`{name}` does not go with `modality` {modality!r}, got {got}; allowed is {allowed}.")
+
+
+def check_modality(model: PreTrainedModel, config: TranslutionConfig, modality: str):
+    """Whether a config is of the modality that a model's class is for."""
+    if config.modality != modality:
+        raise ValueError(f"{type(model).__name__} needs `modality` {modality!r}, got {config.modality!r}.")
 
 
 def check_pixels(pixel_values: Tensor | None, image_size: tuple[int, int], interpolate_pos_encoding: bool):
@@ -101,7 +108,7 @@ def check_logits_to_keep(kept: int | Tensor, tokens: Tensor):
         )
 
 
-def check_image_labels(labels: Tensor | None, config: TranslutionConfig, batch: int):
+def check_class_labels(labels: Tensor | None, config: TranslutionConfig, batch: int):
     """Whether labels suit the loss that Transformers chooses by `problem_type`, or by their type."""
     if labels is None:
         return
@@ -124,26 +131,27 @@ def check_image_labels(labels: Tensor | None, config: TranslutionConfig, batch: 
         )
 
 
-def check_text_labels(labels: Tensor | None, config: TranslutionConfig, tokens: Tensor):
-    """Whether labels are a token id for each of `[B, L, C]` tokens."""
+def check_token_labels(labels: Tensor | None, tokens: Tensor, limit: int, field: str):
+    """Whether labels are an integer for each of `[B, L, C]` tokens, less than `limit`, the value of `field`."""
     if labels is None:
         return
     if labels.shape != tokens.shape[:2] or labels.is_floating_point():
         raise ValueError(
-            f"`labels` must be token ids [batch, length] {list(tokens.shape[:2])}, got shape {list(labels.shape)} and "
+            f"`labels` must be integers [batch, length] {list(tokens.shape[:2])}, got shape {list(labels.shape)} and "
             f"{labels.dtype}."
         )
-    check_range("labels", labels, config.vocab_size, "`vocab_size`", IGNORED_LABEL)
+    check_range("labels", labels, limit, field, IGNORED_LABEL)
 
 
 __all__ = [
     "check_cache",
-    "check_image_labels",
+    "check_class_labels",
     "check_logits_to_keep",
+    "check_modality",
     "check_pixels",
     "check_position_ids",
     "check_range",
-    "check_text_labels",
+    "check_token_labels",
     "holds_tokens",
     "refuse",
 ]

@@ -38,12 +38,13 @@ from .embeddings import TranslutionPatchEmbeddings
 from .from_attention import FromAttention
 from .input_checks import (
     check_cache,
-    check_image_labels,
+    check_class_labels,
     check_logits_to_keep,
+    check_modality,
     check_pixels,
     check_position_ids,
     check_range,
-    check_text_labels,
+    check_token_labels,
     holds_tokens,
     refuse,
 )
@@ -430,7 +431,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
             check_pixels(pixel_values, self.config.image_height_width, interpolate_pos_encoding)
             inputs = self._image_pairs(pixel_values, attention_mask, pixel_values)
             past_key_values = inputs.pop("past_key_values")
-            inputs.update(pixel_values=pixel_values, **image_options(self.trunk, interpolate_pos_encoding))
+            # Trunks interpolate a square of positions only; images of `image_size` need no interpolation.
+            other_size = tuple(pixel_values.shape[2:]) != self.config.image_height_width
+            interpolates = interpolate_pos_encoding and other_size
+            inputs.update(pixel_values=pixel_values, **image_options(self.trunk, interpolates))
         else:
             refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
@@ -551,7 +555,7 @@ class TranslutionForImageClassification(FromAttention, TranslutionPreTrainedMode
     accepts_loss_kwargs = False
 
     def __init__(self, config: TranslutionConfig):
-        _require_modality(self, config, "image")
+        check_modality(self, config, "image")
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = TranslutionModel(config)
@@ -591,7 +595,7 @@ class TranslutionForImageClassification(FromAttention, TranslutionPreTrainedMode
             **kwargs,
         )
         tokens = outputs.last_hidden_state
-        check_image_labels(labels, self.config, tokens.shape[0])
+        check_class_labels(labels, self.config, tokens.shape[0])
         if self.config.pooling == "cls_and_mean":
             pooled = torch.cat((tokens[:, 0], tokens[:, 1:].mean(dim=1)), dim=-1)
         else:
@@ -611,7 +615,7 @@ class TranslutionForCausalLM(FromAttention, TranslutionPreTrainedModel, Generati
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: TranslutionConfig):
-        _require_modality(self, config, "text")
+        check_modality(self, config, "text")
         super().__init__(config)
         self.vocab_size = config.vocab_size
         self.model = TranslutionModel(config)
@@ -695,7 +699,7 @@ class TranslutionForCausalLM(FromAttention, TranslutionPreTrainedModel, Generati
             use_cache=use_cache,
             **kwargs,
         )
-        check_text_labels(labels, self.config, outputs.last_hidden_state)
+        check_token_labels(labels, outputs.last_hidden_state, self.config.vocab_size, "`vocab_size`")
         check_logits_to_keep(logits_to_keep, outputs.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(self.head_norm(outputs.last_hidden_state[:, kept]))
@@ -720,11 +724,6 @@ def _served(mixer_types: list[str]) -> str:
         return f"all layers run {fused}"
     own = f"layers of {', '.join(others)} run operators of their own"
     return own if len(others) == len(set(mixer_types)) else f"{own}, the others {fused}"
-
-
-def _require_modality(model: PreTrainedModel, config: TranslutionConfig, modality: str):
-    if config.modality != modality:
-        raise ValueError(f"{type(model).__name__} needs `modality` {modality!r}, got {config.modality!r}.")
 
 
 __all__ = [

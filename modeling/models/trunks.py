@@ -52,6 +52,7 @@ class Family:
         pooling: what its image classifier reads.
         absolute: whether it adds a table of absolute positions, which bounds the length of a text.
         resizes: whether its trunk takes `interpolate_pos_encoding`.
+        norm: name of the final norm in the trunk.
         trunk_options: of the trunk's class.
         obstacle: what of a config is not supported; empty for nothing.
     """
@@ -64,6 +65,7 @@ class Family:
     pooling: str = "cls"
     absolute: bool = False
     resizes: bool = False
+    norm: str = "norm"
     trunk_options: dict[str, Any] = field(default_factory=dict)
     obstacle: Callable[[PreTrainedConfig], str] = lambda config: ""
 
@@ -118,7 +120,7 @@ FAMILIES = {
     "mistral": _text_family(),
     "qwen2": _text_family(),
     "qwen3": _text_family(),
-    "gpt2": Family("text", "h", "attn", _gpt2_parts, absolute=True, obstacle=_gpt2_obstacle),
+    "gpt2": Family("text", "h", "attn", _gpt2_parts, absolute=True, norm="ln_f", obstacle=_gpt2_obstacle),
     "vit": Family(
         "image",
         "layers",
@@ -126,9 +128,18 @@ FAMILIES = {
         _linear_parts,
         absolute=True,
         resizes=True,
+        norm="layernorm",
         trunk_options={"add_pooling_layer": False},
     ),
-    "dinov2": Family("image", "encoder.layer", "attention", _linear_parts, absolute=True, pooling="cls_and_mean"),
+    "dinov2": Family(
+        "image",
+        "encoder.layer",
+        "attention",
+        _linear_parts,
+        absolute=True,
+        pooling="cls_and_mean",
+        norm="layernorm",
+    ),
 }
 # Model types that are near to supported ones.
 REASONS = {
@@ -280,6 +291,11 @@ def layers_of(trunk: PreTrainedModel) -> nn.ModuleList:
     return trunk.get_submodule(FAMILIES[trunk.config.model_type].layers)
 
 
+def final_norm_of(trunk: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer of a trunk."""
+    return trunk.get_submodule(FAMILIES[trunk.config.model_type].norm)
+
+
 def attention_of(trunk: PreTrainedModel) -> list[nn.Module]:
     """The attention module of each layer, replaced or not."""
     return [getattr(layer, FAMILIES[trunk.config.model_type].attention) for layer in layers_of(trunk)]
@@ -402,6 +418,7 @@ __all__ = [
     "check_source",
     "convert_config",
     "family_of",
+    "final_norm_of",
     "image_options",
     "input_embedding_name",
     "is_of_peft",
