@@ -580,14 +580,29 @@ def test_saved_and_loaded(case, tmp_path):
     assert_close_in_rounding(states, fresh.model(**inputs).last_hidden_state, dtype=dtype)
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2", "vit"])
+def test_another_dropout(case):
+    source = make_source(case)
+    config = convert(source, case).config
+    for name in ("attention_dropout", "hidden_dropout_prob"):
+        assert getattr(config, name) == getattr(source.config, name, 0.1 if case == "gpt2" else 0.0)
+    config = config.from_dict(config.to_dict(), attention_dropout=0.25, hidden_dropout_prob=0.5)
+    trunk = HEADS[modality_of(case)](config).model.trunk
+    # GPT-2 has one more, of its embeddings; attention that is not replaced has modules of its own.
+    rates = [module.p for name, module in trunk.named_modules() if isinstance(module, nn.Dropout) and name != "drop"]
+    assert set(rates) == (set() if case == "llama" else {0.5})
+    assert {module.attention_dropout for module in trunk.modules() if isinstance(module, Mixer)} == {0.25}
+
+
 def test_loads_without_the_package(tmp_path):
     converted = convert(make_source("qwen2"), "qwen2").float()
     tokens = torch.randint(1, 23, (1, 6))
-    converted.save_pretrained(tmp_path / "first")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    save_file({"input": tokens, "output": loaded(tokens).logits.detach()}, tmp_path / "sample.safetensors")
+    name = "AutoModelForCausalLM"
+    converted.save_pretrained(tmp_path / f"{name}-first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-first")
+    save_file({"input": tokens, "output": loaded(tokens).logits.detach()}, tmp_path / f"{name}.safetensors")
     result = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAVE, "AutoModelForCausalLM", "first", "second", "sample.safetensors"],
+        [sys.executable, "-c", LOAD_AND_SAVE, name],
         cwd=tmp_path,
         env={
             **os.environ,

@@ -25,8 +25,11 @@ from ..operators.resampling import resample_positions
 
 # What attention that is not replaced runs; "eager" where its weights are asked for.
 SDPA, EAGER = "sdpa", "eager"
-# What the dropout of attention weights is called.
-ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+# What each family calls the dropout of attention weights, and that of what a layer puts out.
+DROPOUTS = {
+    "attention_dropout": ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"),
+    "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop"),
+}
 # Config fields of a source that say nothing of its trunk, or that the Translution config has itself.
 NOT_OF_TRUNK = (
     "architectures",
@@ -252,7 +255,9 @@ def convert_config(
         if value is not None:
             kept[name] = value
     kept["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
-    kept["attention_dropout"] = next(getattr(source, name) for name in ATTENTION_DROPOUTS if hasattr(source, name))
+    for name, theirs in DROPOUTS.items():
+        # Llama has none of hidden states.
+        kept[name] = next((getattr(source, other) for other in theirs if hasattr(source, other)), 0.0)
     return config_class(
         modality=family.modality,
         mixer_types=[f"{prefix}{'translution' if i in chosen else 'attention'}" for i in range(count)],
@@ -269,6 +274,9 @@ def source_config(config: TranslutionConfig) -> PreTrainedConfig:
     family = family_of(fields["model_type"])
     fields.update(
         {"vocab_size": config.vocab_size} if family.modality == "text" else {"image_size": config.image_size}
+    )
+    fields.update(
+        {theirs: getattr(config, name) for name, several in DROPOUTS.items() for theirs in several if theirs in fields}
     )
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
