@@ -115,7 +115,8 @@ class RunArguments:
         metadata={"help": "Stop after so many evaluations without improvement of `metric_for_best_model`."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the model and the checkpoints in the output folder, and start over."}
+        default=False,
+        metadata={"help": "Delete model, checkpoints and TensorBoard events in the output folder, and start over."},
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the model, for its card."})
     co2_grams: float | None = field(
