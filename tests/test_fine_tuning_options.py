@@ -8,6 +8,7 @@ import pytest
 import torch
 from closeness import assert_close_in_rounding
 from safetensors.torch import load_file
+from small_models import make_tokenizer
 from training.arguments import ModelArguments
 from training.checkpoints import UNAVERAGED, newest_checkpoint, why_incomplete
 from training.fine_tuning import decay_learning_rates, parameter_depths
@@ -280,6 +281,28 @@ def test_the_best_average_is_the_model_and_the_card_says_so(tmp_path, monkeypatc
     assert metrics["loss"] == pytest.approx(state["best_metric"], rel=64 * torch.finfo(torch.float32).eps)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "exponential moving average of those that were trained, with a decay of 0.75." in card
+
+
+@pytest.mark.parametrize("kind", ["text", "llama", "gpt2"])
+def test_blocks_longer_than_the_positions_of_the_model(kind, tmp_path):
+    """With a distance they are taken, and what comes first does not depend on what follows; a table of positions ends."""
+    pytest.importorskip("datasets")
+    from run_clm import load_model
+    from training.text_blocks import BlockArguments
+
+    options = {} if kind != "text" else {"max_relative_distance": 2}
+    model = (worker.model_for(kind, **options) if kind == "text" else model_of(kind)).eval()
+    model.save_pretrained(tmp_path)
+    limit = model.config.max_position_embeddings
+    args, block = ModelArguments(model_name_or_path=str(tmp_path)), BlockArguments(block_size=2 * limit)
+    if kind == "gpt2":
+        with pytest.raises(ValueError, match=r"got 16: .* its table of absolute positions ends there"):
+            load_model(args, block, make_tokenizer())
+        return
+    longer = load_model(args, block, make_tokenizer()).eval()
+    ids = torch.randint(model.config.vocab_size, (1, 2 * limit))
+    with torch.no_grad():
+        assert_close_in_rounding(longer(ids).logits[:, :limit], model(ids[:, :limit]).logits)
 
 
 @pytest.mark.parametrize(("name", "flag"), [("FSDP", "is_fsdp_enabled"), ("DeepSpeed", "is_deepspeed_enabled")])
