@@ -3,7 +3,7 @@
     python scripts/run_clm.py scripts/recipes/stdlib.yaml --output_dir runs/stdlib
     python scripts/run_clm.py --train_dir texts --block_size 128 --output_dir runs/texts
 
-Text is `.txt`, `.md`, `.py`, JSON lines or Parquet. Rerun the command to resume from the last complete checkpoint, or
+Text is `.txt`, `.md`, `.py`, JSON lines, CSV or Parquet. Rerun the command to resume from the last complete checkpoint, or
 from the last tokenized part of the text.
 """
 
@@ -48,8 +48,15 @@ def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTraine
         raise ValueError(f"`vocab_size` must be at least the tokenizer's {len(tokenizer)}, got {config.vocab_size}.")
     bounded = config.max_relative_distance is None or config.use_absolute_position_embeddings
     if bounded and (block.block_size or 0) > config.max_position_embeddings:
+        reason = (
+            "its table of absolute positions ends there"
+            if config.use_absolute_position_embeddings
+            else "without `max_relative_distance` it knows no longer distance"
+        )
         raise ValueError(
-            f"`block_size` must be at most `max_position_embeddings` {config.max_position_embeddings}, got {block.block_size}."
+            f"`block_size` must be at most `max_position_embeddings` {config.max_position_embeddings}, got "
+            f"{block.block_size}: a model takes longer texts only with `max_relative_distance` and without "
+            f"`use_absolute_position_embeddings`, and of this one {reason}. Give a smaller `block_size`, or another model."
         )
     return model
 

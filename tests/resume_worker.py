@@ -52,6 +52,10 @@ IMAGE = [
     "0.8",
     "--cutmix_alpha",
     "1.0",
+    "--ema_decay",
+    "0.8",
+    "--layer_lr_decay",
+    "0.75",
 ]
 TEXT = ["--vocab_size", "300", "--block_size", "16", "--tokenization_shards", "6", "--validation_share", "0.2"]
 

@@ -152,6 +152,13 @@ DAMAGE = [
     ("json", '[{"text": "x"},\n{"text": "y"', "FILE must be JSON, line 2 is not, from column 13 on: Expecting"),
     ("jsonl", GOOD.encode() + b'{"text": "caf\xe9"}\n', "FILE must be text in UTF-8, line 2 is not"),
     ("jsonl", GOOD + '{"text": "\\ud800"}\n', "`text` in line 2 of FILE must be text in UTF-8"),
+    ("csv", "", "FILE must hold rows with `text`, it is empty"),
+    ("csv", "id,text\n", "FILE must hold rows with `text`, it is empty"),
+    ("csv", "id,content\n1,x\n", "FILE must have the column `text`, it has id, content"),
+    ("csv", 'text\nx\n\n"y, or\nz"\nHello, world\n', "FILE must have the 1 fields text in every row, line 6 has 2"),
+    ("csv", "id,text\n1,x\n2\n", "FILE must have the 2 fields id, text in every row, line 3 has 1"),
+    ("csv", 'id,text\n1,x\n2,"y\nz\n', "FILE must be CSV, line 3 begins a row that is not: unexpected end of data"),
+    ("csv", b"text\ngood\ncaf\xe9\n", "FILE must be text in UTF-8, line 3 is not"),
     ("parquet", b"", "FILE must be Parquet, it is not: "),
     ("parquet", parquet(text=["x"])[:-9], "FILE must be Parquet, it is not: "),
     ("parquet", parquet(text=pa.array([], pa.string())), "FILE must hold rows with `text`, it is empty"),
@@ -184,15 +191,29 @@ def test_texts_of_every_kind_are_read(scripts, tmp_path):
     contents = {
         "lines.jsonl": b'{"text": "a"}\n\n{"text": null}\n{"text": "b", "n": 1}\n',
         "list.json": b'[{"text": "a"},\n {"text": null}, {"text": "b"}]',
+        "rows.csv": b'\xef\xbb\xbfn,text\n1,a\n\n2,NA\n3,5\n4,"b, ""c""\nd"\n',
         "rows.parquet": parquet(text=["a", None, "b"]),
         "large.parquet": parquet(text=pa.array(["a", None, "b"], pa.large_string())),
     }
+    # Whatever it looks like, a field of CSV is text.
+    texts = {"rows.csv": ["a", "NA", "5", 'b, "c"\nd']}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         for streaming in (False, True):
             args = load.TextDataArguments(train_file=[str(tmp_path / name)], streaming=streaming)
             train, _ = load.load_texts(args, False)
-            assert [row["text"] for row in train] == ["a", None, "b"], name
+            assert [row["text"] for row in train] == texts.get(name, ["a", None, "b"]), name
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_long_document_in_csv(scripts, tmp_path, streaming):
+    """Python's module takes fields of 131,072 characters by default."""
+    text = "word, " * 30_000
+    (tmp_path / "long.csv").write_text(f'id,body\n1,"{text}"\n')
+    load = scripts("training.text_data")
+    args = load.TextDataArguments(train_file=[str(tmp_path / "long.csv")], text_column="body", streaming=streaming)
+    train, _ = load.load_texts(args, False)
+    assert [row["text"] for row in train] == [text]
 
 
 def test_a_folder_that_is_called_like_a_text(scripts, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import logging
 import re
 import shlex
 import statistics
@@ -47,8 +48,10 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str, str | None]]:
 
 
 @each_page
-def test_python_blocks_run(name, tmp_path, monkeypatch):
+def test_python_blocks_run(name, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    # Transformers' logger does not hand on what it is told.
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     namespace = {"__name__": "__main__"}
     for line, code, sign in blocks(PAGES[name], "python"):
         if sign is None:
@@ -57,6 +60,8 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
         else:
             compile(code, name, "exec")
             assert sign in code, f"{name}, line {line}: a block that is not run has {sign!r}"
+    # What Transformers warns of, such as a `num_labels` that is not the number of names, is not to be shown as the way.
+    assert "incompatible" not in caplog.text
 
 
 @each_page

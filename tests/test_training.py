@@ -272,7 +272,7 @@ def test_a_folder_of_text_becomes_a_generator(text, texts):
     assert read(folder, "config.json")["max_position_embeddings"] == 16
 
 
-@pytest.mark.parametrize("kind", ["json", "parquet", "txt"])
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet", "txt"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_files_of_text(scripts, text, tmp_path, kind, streaming):
     rows = datasets.Dataset.from_dict({"content": [f"{number} and {number * 7}" for number in range(60)]})
@@ -625,8 +625,13 @@ def test_a_folder_of_something_else_is_refused(images, pictures, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="no checkpoint: give another folder, or `--overwrite_output_dir`"):
         images("--train_dir", str(pictures))
+    for name in ("old/events.out.tfevents.1.host", "other/events.out.tfevents.2.host", "other/notes.txt"):
+        (tmp_path / "run" / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / "runs" / name).touch()
     images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+    # Curves of an earlier run would be drawn into those of this one.
+    assert [path.name for path in (tmp_path / "run" / "runs").rglob("*")] == ["other", "notes.txt"]
 
 
 def test_tokens_are_written_nowhere(images, pictures, monkeypatch, capfd):
@@ -642,6 +647,10 @@ def test_tokens_are_written_nowhere(images, pictures, monkeypatch, capfd):
     [
         ([], "Exactly one of `dataset_name`, `train_dir` must be given, got none"),
         (["--train_dir", "nowhere"], "`train_dir` must be a folder, got nowhere"),
+        (
+            ["--dataset_name", "digits", "--validation_dir", "ONE"],
+            "`validation_dir` must not be given beside `dataset_name` 'digits', .* a recipe with one",
+        ),
         (["--train_dir", "EMPTY"], "`train_dir` must hold pictures, .*there is none in"),
         (["--train_dir", "ONE"], "`label` must have at least 2 classes, got \\['only'\\]"),
         (["--dataset_name", "digits", "--train_split", "all"], "`train_split` must be one of train, test, got 'all'"),
@@ -683,7 +692,26 @@ def test_errors_of_pictures(images, tmp_path, arguments, message):
                 "--max_train_samples",
                 "1",
             ],
-            "`block_size` must be at most `max_position_embeddings` 8, got 16",
+            "`block_size` must be at most `max_position_embeddings` 8, got 16: .* without `max_relative_distance` it knows no",
+        ),
+        (
+            [
+                "--dataset_name",
+                "stdlib",
+                "--config_overrides",
+                "max_position_embeddings=8,max_relative_distance=2,use_absolute_position_embeddings=true",
+                "--max_train_samples",
+                "1",
+            ],
+            "`max_position_embeddings` 8, got 16: .* its table of absolute positions ends there. Give a smaller",
+        ),
+        (
+            ["--dataset_name", "stdlib", "--validation_file", "EMPTY"],
+            "`validation_file` must not be given beside `dataset_name` 'stdlib', whose `validation_split` is evaluated",
+        ),
+        (
+            ["--train_file", "EMPTY", "--validation_file", "EMPTY", "--validation_dir", "texts"],
+            "At most one of `validation_dir`, `validation_file` must be given, got validation_dir, validation_file",
         ),
         (["--dataset_name", "stdlib", "--label_smoothing_factor", "0.1"], "`label_smoothing_factor` must be 0"),
         (["--dataset_name", "stdlib", "--sample_by", "word"], "`sample_by` must be one of .*got 'word'"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,16 +72,38 @@ class ModelArguments:
             "`model_name_or_path`."
         },
     )
+    freeze_layers: int | None = field(
+        default=None,
+        metadata={"help": "Do not train the embedding and so many of the first layers; 0 for the embedding alone."},
+    )
+    freeze_pattern: str | None = field(
+        default=None,
+        metadata={"help": "Do not train parameters in whose name this regular expression is found, such as '_bank$'."},
+    )
 
     def __post_init__(self):
         require(self, "freeze", lambda value: value in FREEZE, f"None or one of {', '.join(map(repr, FREEZE))}")
-        if self.freeze is not None and self.model_name_or_path is None:
-            raise ValueError(f"`freeze` needs a trained model, `model_name_or_path`; got {self.freeze!r} without.")
+        if self.freeze_pattern is not None:
+            try:
+                re.compile(self.freeze_pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"`freeze_pattern` must be a regular expression, got {self.freeze_pattern!r}: {error}."
+                ) from None
+        for name in self.freezing():
+            if self.model_name_or_path is None:
+                raise ValueError(
+                    f"`{name}` needs a trained model, `model_name_or_path`; got {getattr(self, name)!r} without."
+                )
         if self.model_name_or_path is not None:
             try:
                 check_model_name(self.model_name_or_path)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"`model_name_or_path`: {error}.") from None
+
+    def freezing(self) -> list[str]:
+        """The given options that leave parameters as they are."""
+        return [name for name in ("freeze", "freeze_layers", "freeze_pattern") if getattr(self, name) is not None]
 
 
 @dataclass
@@ -92,7 +115,8 @@ class RunArguments:
         metadata={"help": "Stop after so many evaluations without improvement of `metric_for_best_model`."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete the model and the checkpoints in the output folder, and start over."}
+        default=False,
+        metadata={"help": "Delete model, checkpoints and TensorBoard events in the output folder, and start over."},
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the model, for its card."})
     co2_grams: float | None = field(

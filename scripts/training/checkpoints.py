@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 TRAINER_STATE = "trainer_state.json"
+# The weights to train on from, in a checkpoint whose model is their average.
+UNAVERAGED = "unaveraged.safetensors"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -48,6 +50,8 @@ def why_incomplete(checkpoint: Path) -> str | None:
             names = [name for name in WEIGHTS if (checkpoint / name).is_file()]
         if not names and not sharded:
             return f"there is no {WEIGHTS[0]}"
+        if (checkpoint / UNAVERAGED).is_file():
+            names.append(UNAVERAGED)
         for name in names:
             check_readable(checkpoint / name)
     except ValueError as error:

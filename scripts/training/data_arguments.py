@@ -60,12 +60,12 @@ class TextDataArguments(DataArguments):
     """Text: `dataset_name` (a name on the Hub, or "stdlib"), `train_file`, or `train_dir`."""
 
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "Text, JSON lines or Parquet files to train on.", "nargs": "+"}
+        default=None, metadata={"help": "Text, JSON lines, CSV or Parquet files to train on.", "nargs": "+"}
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "The same, to evaluate on.", "nargs": "+"}
     )
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text, in JSON, CSV and Parquet."})
     sample_by: str = field(
         default="document", metadata={"help": "What a sample of a text file is: the document, a paragraph, or a line."}
     )

@@ -13,6 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from training.checkpoints import TRAINER_STATE, UNAVERAGED
 from training.model_card import model_card
 
 
@@ -25,7 +26,7 @@ except ImportError:
 
 # The model and its documentation. Checkpoints and what only a resumed run needs are not pushed.
 SHARED = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.txt", "*.png", "*.py", LICENSES)
-PRIVATE = ("*/*", ".*", "trainer_state.json", "training_args.json", "arguments.json")
+PRIVATE = ("*/*", ".*", TRAINER_STATE, UNAVERAGED, "training_args.json", "arguments.json")
 # Weights that run code when they are loaded.
 PICKLED = ("pytorch_model*.bin", "adapter_model*.bin", "*.ckpt", "*.pkl")
 # Names that `from_pretrained` looks for. Old ones beside a push could be loaded in its place.

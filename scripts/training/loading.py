@@ -16,7 +16,22 @@ AnyDataset = Dataset | IterableDataset
 
 
 def require_one(args: DataArguments, choices: tuple[str, ...]):
+    """Checks that the data come from one place.
+
+    Raises:
+        ValueError: if none or several of `choices` are given, or what to evaluate on has two places.
+    """
+    evaluated = [name for name in ("validation_dir", "validation_file") if getattr(args, name, None)]
+    if len(evaluated) > 1:
+        raise ValueError(
+            f"At most one of `validation_dir`, `validation_file` must be given, got {', '.join(evaluated)}."
+        )
     given = [name for name in choices if getattr(args, name)]
+    if given == ["dataset_name"] and evaluated:
+        raise ValueError(
+            f"`{evaluated[0]}` must not be given beside `dataset_name` {args.dataset_name!r}, whose `validation_split` is "
+            "evaluated. To evaluate a trained model on other data, give `--do_train false` and no dataset, nor a recipe with one."
+        )
     if len(given) != 1:
         raise ValueError(
             f"Exactly one of {', '.join(f'`{name}`' for name in choices)} must be given, got {', '.join(given) or 'none'}."

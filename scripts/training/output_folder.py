@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ RUN_ARGUMENTS = "arguments.json"
 LASTING = "model_and_data"
 # Besides checkpoints, what a resumed run uses again.
 LEFT_BEHIND = "tokenizer"
+# Where the Trainer writes events for TensorBoard, in a folder for each call.
+EVENTS = "runs"
 # Where the model is saved before its files are moved.
 FINAL_MODEL = "final-model"
 WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -33,7 +36,7 @@ def claim_output_dir(
     Args:
         folder: what a run writes to; made if it is not there.
         resume: a checkpoint that the user asks for.
-        overwrite: whether to delete the checkpoints, the tokenizer and the model of an earlier run.
+        overwrite: whether to delete the checkpoints, the tokenizer, the model and the events for TensorBoard of an earlier run.
         arguments: what to leave behind, so that the folder is known as a run's.
         lasting: those that a resumed run must not change.
 
@@ -74,6 +77,12 @@ def claim_output_dir(
 
 
 def delete_run(folder: Path):
+    # What the run reported to TensorBoard would be drawn into the curves of the new one.
+    for path in list((folder / EVENTS).glob("*/events.out.tfevents.*")):
+        path.unlink()
+        with contextlib.suppress(OSError):
+            # A folder with other files stays.
+            path.parent.rmdir()
     for path in folder.iterdir():
         if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name in (LEFT_BEHIND, FINAL_MODEL)):
             shutil.rmtree(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -23,6 +24,7 @@ TEXT_BUILDERS = {
     ".py": "text",
     ".json": "json",
     ".jsonl": "json",
+    ".csv": "csv",
     ".parquet": "parquet",
 }
 # Allowed types of a text column.
@@ -60,12 +62,13 @@ def load_texts(
         }
         sources = {split: files for split, files in sources.items() if files}
         builder = _text_builder(sources)
-        options = {"sample_by": args.sample_by} if builder == "text" else {}
+        options = _builder_options(builder, args)
         data_files = {split: [glob.escape(name) for name in files] for split, files in sources.items()}
         files = list(chain.from_iterable(sources.values()))
-        if args.streaming:
-            # Errors in later rows are raised when they are read.
-            require_texts(files, builder, args.text_column, rows=STREAM_ROWS)
+        if args.streaming or builder == "csv":
+            # Errors in later rows of a stream are raised when they are read. Of CSV, fields that are too many, where a text has
+            # a comma and no quotes, are dropped without an error.
+            require_texts(files, builder, args.text_column, rows=STREAM_ROWS if args.streaming else None)
         try:
             splits = loading.load_splits(builder, args, data_files=data_files, **options)
         # `StopIteration`: `datasets` infers columns from the first row, and a file may be empty.
@@ -93,6 +96,17 @@ def load_texts(
     if evaluation is None and evaluates and (args.streaming or len(train) > 1):
         train, evaluation = loading.hold_out(train, args)
     return loading.first_samples(train, evaluation, args)
+
+
+def _builder_options(builder: str, args: TextDataArguments) -> dict[str, Any]:
+    """What a builder of `datasets` is told beside the files."""
+    if builder == "text":
+        return {"sample_by": args.sample_by}
+    if builder == "csv":
+        # Of the text column alone, as it is: "NA" and "5" are text as well.
+        features = datasets.Features({args.text_column: datasets.Value("string")})
+        return {"usecols": [args.text_column], "features": features, "keep_default_na": False}
+    return {}
 
 
 def _holds_text(data: Dataset, args: TextDataArguments) -> bool:
@@ -127,5 +141,7 @@ def _text_builder(sources: dict[str, list[str]]) -> str:
                 raise ValueError(f"`{split}_file` must end in one of {', '.join(TEXT_BUILDERS)}, got {name}.")
             builders[TEXT_BUILDERS[path.suffix.lower()]] = name
     if len(builders) > 1:
-        raise ValueError(f"The files must be of one kind, text, JSON or Parquet, got {', '.join(builders.values())}.")
+        raise ValueError(
+            f"The files must be of one kind, text, JSON, CSV or Parquet, got {', '.join(builders.values())}."
+        )
     return next(iter(builders))

@@ -1,7 +1,8 @@
-"""Finds the file and the line that cannot be read: the libraries that read text, JSON and Parquet do not name them."""
+"""Finds the file and the line that cannot be read: the libraries that read text, JSON, CSV and Parquet do not name them."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -12,19 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
+# Of a field of CSV: as many as the module can count on any platform.
+MOST_CHARACTERS = 2**31 - 1
+
+
 def require_texts(files: Iterable[str], builder: str, column: str, rows: int | None = None) -> None:
     """Reads files again to find the first file, and the line in it, that cannot be used for training.
 
     Args:
         files: all of one kind.
-        builder: of `datasets`: text, json or parquet.
+        builder: of `datasets`: text, json, csv or parquet.
         column: of the text. Rows may have null in it, and must have it.
-        rows: of each file of text or JSON to look at; if not given, all.
+        rows: of each file of text, JSON or CSV to look at; if not given, all.
 
     Raises:
         ValueError: if there is such a file. It names the file, and the line, or the column.
     """
-    check = {"text": _require_utf8, "json": _require_json, "parquet": _require_parquet}[builder]
+    checks = {"text": _require_utf8, "json": _require_json, "csv": _require_csv, "parquet": _require_parquet}
+    check = checks[builder]
     empty = [name for name in files if check(name, column, rows) == 0]
     if empty and builder != "text":
         raise ValueError(f"{empty[0]} must hold rows with `{column}`, it is empty.")
@@ -93,6 +99,37 @@ def _json(name: str, text: str, number: int | None = None) -> Any:
         raise ValueError(
             f"{name} must be JSON, line {line} is not, from column {error.colno} on: {error.msg}."
         ) from None
+
+
+def _require_csv(name: str, column: str, rows: int | None) -> int:
+    """A line with the names of columns, and rows of as many fields; a field in quotes may have several lines."""
+    lines = _lines(name)
+    # As Excel begins a file in UTF-8.
+    lines = (line.removeprefix("\ufeff") if number == 0 else line for number, line in enumerate(lines))
+    reader, count, line = csv.reader(lines, strict=True), 0, 1
+    # A field may be a document.
+    limit = csv.field_size_limit(MOST_CHARACTERS)
+    try:
+        columns = next(filter(None, reader), None)
+        if columns is None:
+            return 0
+        if column not in columns:
+            raise ValueError(f"{name} must have the column `{column}`, it has {', '.join(columns) or 'none'}.")
+        line = reader.line_num + 1
+        for row in reader:
+            # A blank line is no row.
+            if row and len(row) != len(columns):
+                raise ValueError(
+                    f"{name} must have the {len(columns)} fields {', '.join(columns)} in every row, line {line} has {len(row)}."
+                )
+            count, line = count + bool(row), reader.line_num + 1
+            if count == rows:
+                break
+    except csv.Error as error:
+        raise ValueError(f"{name} must be CSV, line {line} begins a row that is not: {error}.") from None
+    finally:
+        csv.field_size_limit(limit)
+    return count
 
 
 def _require_parquet(name: str, column: str, rows: int | None) -> int:

@@ -18,9 +18,11 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from training.checkpoints import TRAINER_STATE
+from training.averaging import WeightAverage, restore_weights, save_weights
+from training.checkpoints import TRAINER_STATE, UNAVERAGED
+from training.fine_tuning import decay_learning_rates
 from training.hub import explain, push
 from training.output_folder import FINAL_MODEL, finish_saving
 
@@ -36,6 +38,9 @@ class WholeCheckpointTrainer(Trainer):
     A run can therefore be killed at any moment, and its newest checkpoint is complete. Several processes need a shared
     folder. Arguments are saved as JSON without tokens, not as the pickle `training_args.bin`. Pushes are those of
     `push_to_hub.py`: a model, and nothing that only a resumed run needs.
+
+    With `ema_decay` evaluations use the average of the weights, and so do all saved models, those of checkpoints too; what is
+    trained lies beside them there.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,15 +49,57 @@ class WholeCheckpointTrainer(Trainer):
         except RuntimeError as error:
             # `report_to` names a package that is not installed.
             raise ValueError(str(error)) from error
+        # Plain `TrainingArguments` have none.
+        self.ema_decay = getattr(self.args, "ema_decay", None)
+        self.average: WeightAverage | None = None
+        if self.ema_decay is not None:
+            for name, enabled in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
+                if enabled:
+                    raise ValueError(
+                        f"`ema_decay` must be None with {name}, whose processes have parts of the weights, got "
+                        f"{self.ema_decay}."
+                    )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         # Plain `TrainingArguments` have none.
-        rate = getattr(self.args, "offset_decay", 0)
+        rate, factor = getattr(self.args, "offset_decay", 0), getattr(self.args, "layer_lr_decay", 1)
+        if is_new and factor != 1:
+            decay_learning_rates(optimizer, self.accelerator.unwrap_model(self.model), factor)
         if is_new and rate:
             self.accelerator.unwrap_model(self.model).decay_offsets(optimizer, rate)
+        if is_new and self.ema_decay is not None:
+            # Not called for a step that mixed precision leaves out.
+            optimizer.register_step_post_hook(self._update_average)
         return optimizer
+
+    def _update_average(self, *_: Any) -> None:
+        if self.average is None:
+            self.average = WeightAverage(self.accelerator.unwrap_model(self.model), self.ema_decay)
+        self.average.update()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The model has the average for weights, where there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        trained = Path(resume_from_checkpoint) / UNAVERAGED
+        if trained.is_file():
+            model = self.model if model is None else model
+            if self.ema_decay is not None:
+                self.average = WeightAverage(model, self.ema_decay, resumes=True)
+            restore_weights(model, trained)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        # The weights of a checkpoint are its average.
+        self.average = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with self._averaged():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any):
         folder, pushes = Path(self.args.output_dir), self.args.push_to_hub
@@ -72,6 +119,8 @@ class WholeCheckpointTrainer(Trainer):
                 self.state.best_model_checkpoint = str(folder / name)
             if self.args.should_save:
                 inner = partial / name
+                if self.average is not None:
+                    save_weights(self.accelerator.unwrap_model(self.model), inner / UNAVERAGED)
                 self.state.save_to_json(str(inner / TRAINER_STATE))
                 for path in list(inner.iterdir()):
                     path.rename(partial / path.name)
@@ -113,10 +162,11 @@ class WholeCheckpointTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Saves model and processor beside their place first, then moves the files, see `finish_saving`."""
         if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
+            with self._averaged():
+                super().save_model(output_dir, _internal_call=True)
             return
         folder = Path(output_dir or self.args.output_dir)
-        with self._shared(folder / FINAL_MODEL) as partial:
+        with self._averaged(), self._shared(folder / FINAL_MODEL) as partial:
             super().save_model(str(partial), _internal_call=True)
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -164,6 +214,20 @@ class ScriptTrainingArguments(TrainingArguments):
             "help": "As `weight_decay`, towards the mean over all offsets: of what has one row for each offset."
         },
     )
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the learning rate from one layer to the one before it: the head has `learning_rate`, the last "
+            "layer this share of it, the embedding the least."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of an exponential moving average of the weights, such as 0.999, which is evaluated and saved in "
+            "place of the weights of the last step. If not given there is none."
+        },
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available, metadata={"help": "Whether to pin the memory of batches."}
     )
@@ -172,6 +236,8 @@ class ScriptTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         require(self, "offset_decay", lambda rate: 0 <= rate < math.inf, "a number of at least 0")
+        require(self, "layer_lr_decay", lambda factor: 0 < factor <= 1, "more than 0 and at most 1")
+        require(self, "ema_decay", lambda decay: 0 < decay < 1, "None, or more than 0 and less than 1")
 
 
 class EpochCallback(TrainerCallback):

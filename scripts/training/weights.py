@@ -9,6 +9,7 @@ from common.saved_files import WEIGHTS, WEIGHTS_INDEX, misshapen
 from transformers import PreTrainedModel
 
 from training.arguments import ModelArguments
+from training.fine_tuning import freeze
 
 
 def has_weights(folder: Path) -> bool:
@@ -38,7 +39,7 @@ def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> Pre
         fields: of its config.
 
     Raises:
-        ValueError: if a tensor has another shape than the config's; further ones as `from_pretrained`.
+        ValueError: if a tensor has another shape than the config's; further ones as `freeze` and `from_pretrained`.
     """
     name = args.model_name_or_path
     # Only the loading report names the tensors that do not fit.
@@ -56,9 +57,5 @@ def load_checkpoint(auto_class: Any, args: ModelArguments, **fields: Any) -> Pre
         raise ValueError(
             f"The weights of {name} do not fit: {'; '.join(problems)}. `--ignore_mismatched_sizes` starts these anew."
         )
-    if args.freeze is not None:
-        model.freeze_all_but_offsets()
-        # What has no trained weights, such as a new head, would stay random.
-        for name in (*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])):
-            model.get_parameter(name).requires_grad_(True)
+    freeze(model, args, [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     return model
