@@ -79,7 +79,7 @@ def _scores(
             heads.inner_products(*((right, left) if query_bank is None else (left, right)), product, flat[place:end])
             place = end
     scores = _from_grouped(grouped, layout)
-    write_class_scores(scores, query, key, query_bank, key_bank, layout, key_side.groups)
+    write_class_scores(scores, query, key, query_bank, key_bank, layout)
     return scores
 
 
@@ -134,7 +134,7 @@ def _scores_backward(
         gradients[:2] = query_side.token_gradient.transpose(0, 1), query_side.bank_gradient
     if need_key:
         gradients[2:] = key_side.token_gradient.transpose(0, 1), key_side.bank_gradient
-    add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout, key_side.groups)
+    add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
     # Outputs of an operator must not share memory: a gradient nobody asked for is an empty tensor of its own.
     query_gradients = query_side.gradients() if need_query else (query.new_empty(0), query.new_empty(0))
     key_gradients = key_side.gradients() if need_key else (query.new_empty(0), query.new_empty(0))
@@ -169,7 +169,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
             place = end
         put_columns(output, received, layout, shift.queries)
     output = output.transpose(0, 1)
-    add_class_values(output, probabilities, value, value_bank, layout, groups)
+    add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype).contiguous()
 
 
