@@ -15,11 +15,22 @@ SUBSETS = ["qkv", "qk", "qv", "kv", "q", "k", "v"]
 BATCH, HIDDEN, HEADS, HEAD_DIM = 3, 6, 2, 4
 
 
-def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **fields) -> TranslutionMixer:
+def make_mixer(
+    layout: PairLayout,
+    subset: str,
+    rank: int | None = None,
+    groups: int = 1,
+    num_heads: int = HEADS,
+    head_dim: int = HEAD_DIM,
+    hidden_size: int = HIDDEN,
+    qkv_bias: bool = False,
+    **fields,
+) -> TranslutionMixer:
+    """A layer with random parameters, in float64; `groups` heads of queries share one of keys and values."""
     config = TranslutionConfig(
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        head_dim=HEAD_DIM,
+        hidden_size=hidden_size,
+        num_attention_heads=num_heads,
+        head_dim=head_dim,
         num_hidden_layers=1,
         modality="text" if layout.causal else "image",
         image_size=[layout.bank_height, layout.bank_width],
@@ -31,10 +42,26 @@ def make_mixer(layout: PairLayout, subset: str, rank: int | None = None, **field
         relative_rank=rank,
         **fields,
     )
-    mixer = TranslutionMixer(config, 0, layout=bank_layout(config, layout.class_token)).double()
+    mixer = TranslutionMixer(config, 0, layout=bank_layout(config, layout.class_token), qkv_bias=qkv_bias).double()
+    _share_heads(mixer, groups)
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return mixer
+
+
+def _share_heads(mixer: TranslutionMixer, groups: int) -> None:
+    """Leaves keys and values a part of their heads, as the layers of converted models have."""
+    mixer.groups = groups
+    for name, parameter in list(mixer.named_parameters()):
+        if name[:2] not in ("k_", "v_") or name.startswith("v_up") or name.endswith("coefficients"):
+            continue
+        owner, _, own_name = name.rpartition(".")
+        shape = list(parameter.shape)
+        # A `Linear` has its features first.
+        shape[0 if own_name == "weight" else -1] //= groups
+        if mixer.low_rank and own_name in ("k_bank", "v_bank", "k_factors", "v_factors"):
+            shape[-2] //= groups
+        setattr(mixer.get_submodule(owner), own_name, torch.nn.Parameter(parameter.new_empty(shape)))
 
 
 def make_mask(layout: PairLayout, masked: bool) -> torch.Tensor | None:

@@ -168,6 +168,56 @@ def test_pairs_of_new_tokens(past, band):
     assert counter.get_total_flops() == 2 * BATCH * pairs * (MATRIX + INNER)
 
 
+GROUPS = 3
+
+
+def operations(name, *arguments):
+    """Forward, and forward and backward, of an operator whose tensors all need gradients."""
+    given = [part.requires_grad_() if isinstance(part, torch.Tensor) else part for part in arguments]
+    with FlopCounterMode(display=False) as counter:
+        output = registration.operator(name)(*given)
+        forward = counter.get_total_flops()
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+    return forward, counter.get_total_flops()
+
+
+def test_heads_that_share_keys_and_values():
+    """Matrices and their gradients have the keys' heads, inner products and sums the queries'."""
+    layout = PairLayout.for_text(LENGTH, LENGTH)
+    packed, tokens = pack(layout), torch.randn(BATCH, LENGTH, HIDDEN)
+    inner, matrix = GROUPS * INNER, GROUPS * MATRIX
+    bank, own_bank = torch.randn(LENGTH, HIDDEN, inner), torch.randn(LENGTH, HIDDEN, INNER)
+    pairs = torch.rand(BATCH, GROUPS * HEADS, LENGTH, LENGTH)
+    counts = Counter()
+    for _ in BATCH * text_distances():
+        counts["pair_scores"] += 2 * (matrix + MATRIX + inner)
+        counts["pair_scores_backward"] += 2 * ((MATRIX + inner + 2 * matrix) + (matrix + inner + 2 * MATRIX))
+        counts["pair_values"] += 2 * (MATRIX + inner)
+        # Probabilities have the gradient of scores of values; then values, whose other side has no bank.
+        counts["pair_values_backward"] += 2 * (MATRIX + inner) + 2 * (inner + 2 * MATRIX)
+        counts["streamed_attention"] += 2 * (matrix + 2 * MATRIX + 2 * inner)
+        counts["streamed_attention_backward"] += 2 * (3 * (matrix + 2 * MATRIX) + 5 * inner)
+    num_heads = HEADS * GROUPS
+    calls = {
+        "pair_scores": (tokens, tokens, bank, own_bank, num_heads, packed),
+        "pair_values": (pairs, tokens, own_bank, GROUPS, packed),
+        "streamed_attention": (tokens, tokens, tokens, bank, own_bank, own_bank, num_heads, 1.0, packed),
+    }
+    for name, arguments in calls.items():
+        assert operations(name, *arguments) == (counts[name], counts[name] + counts[f"{name}_backward"]), name
+
+
+def test_heads_that_share_factors():
+    """Each head of queries has its products with the factors' head."""
+    factors, products = 5, 2 * BATCH * GROUPS * HEADS * 5 * LENGTH**2 * HEAD_DIM
+    queries = torch.randn(BATCH, GROUPS * HEADS, LENGTH, HEAD_DIM)
+    keys, weights = torch.randn(BATCH, HEADS, factors, LENGTH, HEAD_DIM), torch.randn(factors, LENGTH, LENGTH)
+    pairs = torch.rand(BATCH, GROUPS * HEADS, LENGTH, LENGTH)
+    # Forward; queries or probabilities, keys, and weights.
+    assert operations("basis_scores", queries, keys, weights) == (products, 4 * products)
+    assert operations("basis_values", pairs, keys, weights) == (products, 4 * products)
+
+
 @pytest.fixture
 def kernels():
     """The operators of the CUDA kernels, of tensors without values: nothing is launched."""

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis
 from ..operators.dispatch import pair_operators
-from ..operators.heads import merge_heads, repeat_features, repeat_heads, split_heads
+from ..operators.heads import merge_heads, repeat_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout, distances
 from ..operators.rotary import rotate, rotate_bank
 from .cache import remember, remember_recent
@@ -141,7 +141,7 @@ class AllPairs:
             query, key = self.query, self.key
             inputs = (query.tokens, key.tokens, query.bank, key.bank, self.num_heads, self.layout, self.rotation)
             return operator(*inputs, (query.bias, key.bias), self.groups)
-        query, key = join_biases(self.query, self.repeated()[0])
+        query, key = join_biases(self.query, self.key)
         rotation = () if self.rotation is None else (self.rotation,)
         return operator(query.tokens, key.tokens, query.bank, key.bank, self.num_heads, self.layout, *rotation)
 
@@ -153,23 +153,8 @@ class AllPairs:
         operator = pair_operators(self.path).pair_values
         if self.path == "decode":
             return operator(weights, self.value.tokens, self.value.bank, layout, self.value.bias, self.groups)
-        (value,) = join_biases(self.repeated()[1])
-        return operator(weights, value.tokens, value.bank, layout)
-
-    def repeated(self) -> tuple[PairInputs | None, PairInputs | None]:
-        """Keys and values with as many heads as queries have, for operators that know no groups."""
-        return self._repeat(self.key), self._repeat(self.value)
-
-    def _repeat(self, side: PairInputs | None) -> PairInputs | None:
-        if side is None or self.groups == 1:
-            return side
-        if side.bank is None:
-            return side._replace(tokens=repeat_features(side.tokens, self.num_heads, self.groups))
-        if isinstance(side.bank, OffsetBasis):
-            factors = repeat_features(side.bank.factors, self.num_heads, self.groups)
-            return side._replace(bank=side.bank._replace(factors=factors))
-        bias = None if side.bias is None else repeat_features(side.bias, self.num_heads, self.groups)
-        return side._replace(bank=repeat_features(side.bank, self.num_heads, self.groups), bias=bias)
+        (value,) = join_biases(self.value)
+        return operator(weights, value.tokens, value.bank, layout, self.groups)
 
     def _norm(self, name: str) -> nn.Module | None:
         """The norm of what a bank projects; plain projections had theirs before."""

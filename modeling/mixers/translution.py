@@ -241,7 +241,7 @@ class TranslutionMixer(Mixer):
             PairInputs(merge_heads(heads), None)
             if side is None
             else side._replace(tokens=side.tokens[:, -pairs.layout.num_queries :])
-            for side, heads in zip(join_biases(pairs.query, *pairs.repeated()), dense, strict=True)
+            for side, heads in zip(join_biases(pairs.query, pairs.key, pairs.value), dense, strict=True)
         ]
         tokens, banks = [side.tokens for side in inputs], [side.bank for side in inputs]
         return streamed_attention(*tokens, *banks, self.num_heads, self.scaling, pairs.layout)
@@ -299,12 +299,13 @@ class TranslutionMixer(Mixer):
         attention_mask: Tensor | None,
     ) -> Tensor:
         """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
+        sides, own_heads = (pairs.query, pairs.key, pairs.value), self.num_heads // self.groups
         parts = [
             # Ordinary projections are those of one factor without coefficients.
             (heads[:, :, None], None, None)
             if side is None
-            else (*project_factors(side.tokens, side.bank, self.num_heads), heads)
-            for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True)
+            else (*project_factors(side.tokens, side.bank, num_heads), heads)
+            for side, num_heads, heads in zip(sides, (self.num_heads, own_heads, own_heads), dense, strict=True)
         ]
         inputs, coefficients, beside = zip(*parts, strict=True)
         scale = self.scaling if beside[0] is None else self.scaling / 2

@@ -9,6 +9,8 @@ keys both have a basis there are `n²` products. Both are derivatives of one for
 by `s` and by `q`. The products are made for as many queries as stay in a processor's cache, forward and backward, and never exist
 whole. The signatures are those of `reference.py`, with an `OffsetBasis` for each bank.
 
+Factors of keys and values may have fewer heads, `A / groups`: each head of theirs is read by `groups` heads, and is not repeated.
+
 Legend: `B` batch, `A` heads, `L` tokens, `e` bank output size per head, `n` factors.
 """
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .exporting import is_exporting
-from .heads import merge_heads, split_heads
+from .heads import merge_heads, repeat_heads, split_heads
 from .pair_autograd import accumulation_dtype
 from .pair_layout import PairLayout, StepLayout
 from .registration import define, register_once
@@ -57,12 +59,14 @@ def pair_scores(
     """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, queries, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     query_heads, query_coefficients = project_factors(query, query_bank, num_heads)
-    key_heads, key_coefficients = project_factors(key, key_bank, num_heads)
+    key_width = (key if key_bank is None else key_bank.factors).shape[-1]
+    key_heads, key_coefficients = project_factors(key, key_bank, key_width // query_heads.shape[-1])
     key_weights = _weights(key_coefficients, rows, key)
     if query_coefficients is None:
         scores = mixed_scores(query_heads[:, :, 0], key_heads, key_weights)
     elif key_coefficients is None:
-        # Pairs seen from the other side.
+        # Pairs seen from the other side. What is read there has as many heads as queries have.
+        key_heads = repeat_heads(key_heads, num_heads // key_heads.shape[1])
         weights = _weights(query_coefficients, reverse_rows, query).transpose(1, 2)
         scores = mixed_scores(key_heads[:, :, 0], query_heads, weights.contiguous()).transpose(-1, -2)
     else:
@@ -74,11 +78,11 @@ def pair_scores(
 
 
 def pair_values(
-    probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout | StepLayout
+    probabilities: Tensor, value: Tensor, value_bank: OffsetBasis, layout: PairLayout | StepLayout, groups: int = 1
 ) -> Tensor:
     """Weighted sums `Σ_j p_ij v_j Wv[o(i, j)]`, `[B, queries, A·e]`; see `reference.pair_values`."""
     rows, _ = layout.offsets(value.device)
-    heads, coefficients = project_factors(value, value_bank, probabilities.shape[1])
+    heads, coefficients = project_factors(value, value_bank, probabilities.shape[1] // groups)
     probabilities = probabilities.to(value.dtype)
     if layout.causal:
         probabilities = probabilities.masked_fill(rows < 0, 0)
@@ -107,14 +111,15 @@ def _weights(coefficients: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
     return weights.permute(2, 0, 1).contiguous()
 
 
-def _chunks(keys: Tensor, num_queries: int) -> Iterator[tuple[slice, int, slice]]:
-    """Parts of the batch, a head, and parts of the queries: one after the other."""
-    batch, heads = keys.shape[:2]
+def _chunks(keys: Tensor, num_heads: int, num_queries: int) -> Iterator[tuple[slice, int, int, slice]]:
+    """Parts of the batch, a head of queries and the one of keys that it reads, and parts of the queries: one after the other."""
+    batch, groups = keys.shape[0], num_heads // keys.shape[1]
     most, size = _chunk_shape(keys, num_queries)
     for start in range(0, batch, most):
-        for head in range(heads):
+        part = slice(start, min(start + most, batch))
+        for head in range(num_heads):
             for first in range(0, num_queries, size):
-                yield slice(start, min(start + most, batch)), head, slice(first, min(first + size, num_queries))
+                yield part, head, head // groups, slice(first, min(first + size, num_queries))
 
 
 def _chunk_shape(keys: Tensor, num_queries: int) -> tuple[int, int]:
@@ -157,8 +162,8 @@ def _scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     wide = accumulation_dtype(query.dtype)
     scores = query.new_empty(*query.shape[:3], keys.shape[3], dtype=wide)
     space = _space(keys, query.shape[2])
-    for part, head, rows in _chunks(keys, query.shape[2]):
-        products = _products(query[part, head, rows], keys[part, head], space).mul_(weights[:, rows])
+    for part, head, shared, rows in _chunks(keys, *query.shape[1:3]):
+        products = _products(query[part, head, rows], keys[part, shared], space).mul_(weights[:, rows])
         torch.sum(products, dim=1, dtype=wide, out=scores[part, head, rows])
     return scores
 
@@ -167,9 +172,9 @@ def _values(probabilities: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     batch, heads, num_queries, _ = probabilities.shape
     output = keys.new_empty(batch, heads, num_queries, keys.shape[-1])
     space = _space(keys, num_queries)
-    for part, head, rows in _chunks(keys, num_queries):
+    for part, head, shared, rows in _chunks(keys, heads, num_queries):
         mixed = _mixed(probabilities[part, head, rows].to(keys.dtype), weights[:, rows], space)
-        _add_products(output[part, head, rows], mixed, keys[part, head])
+        _add_products(output[part, head, rows], mixed, keys[part, shared])
     return output
 
 
@@ -179,16 +184,16 @@ def _backward(
     """Gradients of the form by queries, keys and weights; an empty tensor for each that is not needed."""
     none = query.new_empty(0)
     wide = accumulation_dtype(query.dtype)
-    whole = _chunk_shape(keys, query.shape[2])[1] >= query.shape[2]
+    once = keys.shape[1] == query.shape[1] and _chunk_shape(keys, query.shape[2])[1] >= query.shape[2]
     query_gradient = torch.empty_like(query) if need_query else none
     keys_gradient = none.clone()
     if need_keys:
-        # Where all queries come at once, a gradient is written once and needs no zeros before, nor a wider type.
-        keys_gradient = torch.empty_like(keys) if whole else torch.zeros_like(keys, dtype=wide)
+        # Where all queries that read a head come at once, a gradient is written once and needs no zeros before, nor a wider type.
+        keys_gradient = torch.empty_like(keys) if once else torch.zeros_like(keys, dtype=wide)
     weights_gradient = torch.zeros_like(weights, dtype=wide) if need_weights else none.clone()
     space = _space(keys, query.shape[2])
-    for part, head, rows in _chunks(keys, query.shape[2]):
-        given, q, k = pairs[part, head, rows].to(query.dtype), query[part, head, rows], keys[part, head]
+    for part, head, shared, rows in _chunks(keys, *query.shape[1:3]):
+        given, q, k = pairs[part, head, rows].to(query.dtype), query[part, head, rows], keys[part, shared]
         if need_weights:
             for products, one in zip(_products(q, k, space), given, strict=True):
                 # A weight's gradient sums over the batch, and a coefficient's over many weights: not rounded before.
@@ -200,9 +205,9 @@ def _backward(
             _add_products(query_gradient[part, head, rows], mixed, k)
         if need_keys:
             # One product at a time goes where it belongs without a copy; a batch of them would not.
-            for outs, several, one in zip(keys_gradient[part, head], mixed, q, strict=True):
+            for outs, several, one in zip(keys_gradient[part, shared], mixed, q, strict=True):
                 for out, weighted in zip(outs, several, strict=True):
-                    if whole:
+                    if once:
                         torch.mm(weighted.t(), one, out=out)
                     elif out.dtype == one.dtype:
                         out.addmm_(weighted.t(), one)
@@ -279,17 +284,25 @@ def mixed_scores(query: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         query: `[B, A, queries, e]`.
-        keys: `[B, A, n, L, e]`.
+        keys: `[B, A / groups, n, L, e]`.
         weights: `[n, queries, L]`.
     """
     if is_exporting():
+        keys = repeat_heads(keys, query.shape[1] // keys.shape[1])
         return (query.unsqueeze(2) @ keys.transpose(-1, -2) * weights).sum(2, dtype=accumulation_dtype(query.dtype))
     return _scores_operator(query, keys, weights)
 
 
 def mixed_values(probabilities: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-    """`Σ_m Σ_j w_m,ij p_ij v_mj`, `[B, A, queries, e]`, from `[B, A, queries, L]`, `[B, A, n, L, e]`, `[n, queries, L]`."""
+    """`Σ_m Σ_j w_m,ij p_ij v_mj`, `[B, A, queries, e]`.
+
+    Args:
+        probabilities: `[B, A, queries, L]`.
+        values: `[B, A / groups, n, L, e]`.
+        weights: `[n, queries, L]`.
+    """
     if is_exporting():
+        values = repeat_heads(values, probabilities.shape[1] // values.shape[1])
         return (probabilities.unsqueeze(2) * weights @ values).sum(2)
     return _values_operator(probabilities, values, weights)
 

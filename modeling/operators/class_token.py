@@ -1,7 +1,7 @@
 """The pairs of a class token: one row and one column of the `L × L` pairs, three matrices, ordinary matrix products.
 
 Each block of pairs has one query or one key, so that a projection per pair is one per token. Banks may be `None`, as in
-`reference.py`.
+`reference.py`. Keys and values have as many heads as their widths say, see `heads.py`.
 
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .heads import merge_heads, split_heads
+from .heads import merge_heads, repeat_features, split_heads, sum_groups
 from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, PairLayout
 
 
@@ -30,10 +30,11 @@ def write_class_scores(
     scores: Tensor, query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, layout: PairLayout
 ) -> None:
     """Writes `<q_ij, k_ij>` of a class token's pairs into `scores`, `[B, A, L, L]`."""
+    num_heads, width = scores.shape[1], _width(query, query_bank)
     for queries, keys, row, reverse in class_blocks(layout):
         # Scores are kept in a type that can hold the sum over a head, so they are summed in it.
-        q = split_heads(_project(query[:, queries], query_bank, reverse), scores.shape[1]).to(scores.dtype)
-        k = split_heads(_project(key[:, keys], key_bank, row), scores.shape[1]).to(scores.dtype)
+        q = _project(query[:, queries], query_bank, reverse, num_heads, width).to(scores.dtype)
+        k = _project(key[:, keys], key_bank, row, num_heads, width).to(scores.dtype)
         scores[:, :, queries, keys] = q @ k.transpose(-1, -2)
 
 
@@ -42,7 +43,7 @@ def add_class_values(
 ) -> None:
     """Adds `Σ_j p_ij v_ij` over a class token's pairs to `output`, `[B, L, A·e]`."""
     for queries, keys, row, _ in class_blocks(layout):
-        v = split_heads(_project(value[:, keys], value_bank, row), probabilities.shape[1])
+        v = _project(value[:, keys], value_bank, row, probabilities.shape[1], output.shape[-1])
         output[:, queries] += merge_heads(probabilities[:, :, queries, keys].to(v.dtype) @ v)
 
 
@@ -57,18 +58,20 @@ def add_class_gradients(
 ) -> None:
     """Adds what the scores of a class token's pairs contribute to the gradients of query, query bank, key and key bank.
 
-    `gradients` holds those four, or `None` where one is not wanted. Token gradients are added to, the three rows of a bank's
-    gradient written.
+    `gradients` holds those four, or `None` where one is not wanted; that of plain keys may have `A` heads. Token gradients are added
+    to, the three rows of a bank's gradient written.
     """
+    num_heads, width = gradient.shape[1], _width(query, query_bank)
     query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = gradients
     for queries, keys, row, reverse in class_blocks(layout):
         weight = gradient[:, :, queries, keys].to(query.dtype)
         if query_gradient is not None:
-            k = split_heads(_project(key[:, keys], key_bank, row), gradient.shape[1])
+            k = _project(key[:, keys], key_bank, row, num_heads, width)
             _add(query_gradient, query_bank_gradient, query, query_bank, queries, reverse, merge_heads(weight @ k))
         if key_gradient is not None:
-            q = split_heads(_project(query[:, queries], query_bank, reverse), gradient.shape[1])
+            q = _project(query[:, queries], query_bank, reverse, num_heads, width)
             projected = merge_heads(weight.transpose(-1, -2) @ q)
+            projected = sum_groups(projected, num_heads, width // _width(key_gradient, key_bank))
             _add(key_gradient, key_bank_gradient, key, key_bank, keys, row, projected)
 
 
@@ -89,8 +92,15 @@ def _add(
         bank_gradient[row] = tokens[:, place].flatten(0, 1).t() @ gradient.flatten(0, 1)
 
 
-def _project(tokens: Tensor, bank: Tensor | None, row: int) -> Tensor:
-    return tokens if bank is None else tokens @ bank[row]
+def _width(tokens: Tensor, bank: Tensor | None) -> int:
+    """Features of the projections."""
+    return (tokens if bank is None else bank).shape[-1]
+
+
+def _project(tokens: Tensor, bank: Tensor | None, row: int, num_heads: int, width: int) -> Tensor:
+    """`[B, A, tokens, e]`, with `A·e` the width that queries have."""
+    projected = tokens if bank is None else tokens @ bank[row]
+    return split_heads(repeat_features(projected, num_heads, width // projected.shape[-1]), num_heads)
 
 
 __all__ = ["add_class_gradients", "add_class_values", "class_blocks", "write_class_scores"]

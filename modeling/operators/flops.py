@@ -49,7 +49,7 @@ def pair_values(probabilities: Shape, value: Shape, value_bank: Shape, groups: i
 def streamed_attention(query: Shape, key: Shape, value: Shape, *rest: Any) -> int:
     """As scores and values together."""
     banks, layout = rest[:3], rest[-1]
-    vectors = (banks[0] or query)[-1] + (banks[2] or value)[-1]
+    vectors = 2 * (banks[0] or query)[-1]
     return 2 * query[0] * _num_pairs(layout, key[1]) * (sum(map(_matrix, banks)) + vectors)
 
 
@@ -60,17 +60,15 @@ def streamed_attention_backward(
     banks, (layout, *needed) = rest[:3], rest[-4:]
     need_scores = needed[0] or needed[1]
     sizes = [_matrix(bank) for bank in banks]
-    features = [(banks[0] or query)[-1]] * 2 + [(banks[2] or value)[-1]]
     matrices = sizes[0] + sizes[1] + need_scores * sizes[2]
     matrices += 2 * sum(need * size for need, size in zip(needed, sizes, strict=True))
-    vectors = features[0] + need_scores * features[2]
-    vectors += sum(need * size for need, size in zip(needed, features, strict=True))
+    vectors = (1 + need_scores + sum(needed)) * (banks[0] or query)[-1]
     return 2 * query[0] * _num_pairs(layout, key[1]) * (matrices + vectors)
 
 
 def basis_products(pairs: Shape, keys: Shape, weights: Shape) -> int:
     """Of each query, key, head and factor the product, whether or not a mask hides the pair."""
-    return 2 * prod(keys) * weights[1]
+    return 2 * prod(pairs[:2]) * prod(keys[2:]) * weights[1]
 
 
 def basis_backward(pairs: Shape, query: Shape, keys: Shape, weights: Shape, *needed: bool) -> int:

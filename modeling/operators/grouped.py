@@ -6,7 +6,8 @@ operators are enough for every variant:
 - `pair_scores(q, k)[i, j] = <q_ij, k_ij>` per head, with `q_ij = q_i Wq[o(j, i)]` and `k_ij = k_j Wk[o(i, j)]`;
 - `pair_values(p, v)[i] = Σ_j p_ij v_j Wv[o(i, j)]` per head.
 
-Each of the three projections is the plain input where its bank is `None`.
+Each of the three projections is the plain input where its bank is `None`. Keys and values may have fewer heads than queries, see
+`heads.py`.
 
 Memory: projections live in a workspace of bounded size and are computed again in the backward pass. Nothing of size
 `[B, L, L, C']` and no matrix per pair exists. Scores and probabilities, `[B, A, L, L]`, do.
@@ -22,7 +23,18 @@ import torch
 from torch import Tensor
 
 from .class_token import add_class_gradients, add_class_values, write_class_scores
-from .offset_blocks import Heads, Side, add_weighted_each, at, blocks, columns_of, put_columns, tokens_first, workspace
+from .offset_blocks import (
+    Heads,
+    Side,
+    add_weighted_each,
+    at,
+    blocks,
+    columns_of,
+    make_sides,
+    put_columns,
+    tokens_first,
+    workspace,
+)
 from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import PairLayout
 
@@ -45,8 +57,7 @@ def _from_grouped(pairs: Tensor, layout: PairLayout) -> Tensor:
 def _scores(
     query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, layout: PairLayout
 ) -> Tensor:
-    query_side = Side(tokens_first(query), query_bank, layout, is_query=True)
-    key_side = Side(tokens_first(key), key_bank, layout, is_query=False)
+    query_side, key_side = make_sides((query, key), (query_bank, key_bank), num_heads, layout)
     batch, features = query_side.batch, query_side.features
     wide = accumulation_dtype(query.dtype)
     num_pairs = layout.pair_order()[0].numel()
@@ -82,9 +93,9 @@ def _scores_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query_side = Side(tokens_first(query), query_bank, layout, is_query=True)
-    key_side = Side(tokens_first(key), key_bank, layout, is_query=False)
-    batch, features, num_heads = query_side.batch, query_side.features, gradient.shape[1]
+    num_heads = gradient.shape[1]
+    query_side, key_side = make_sides((query, key), (query_bank, key_bank), num_heads, layout)
+    batch, features = query_side.batch, query_side.features
     grouped = _to_grouped(gradient.to(query.dtype), layout)
     flat = grouped.view(-1, num_heads)
     heads = Heads(num_heads, features, query)
@@ -131,8 +142,9 @@ def _scores_backward(
 
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1) -> Tensor:
-    key_side = Side(tokens_first(value), value_bank, layout, is_query=False)
-    batch, features, num_heads = key_side.batch, key_side.features, probabilities.shape[1]
+    num_heads = probabilities.shape[1]
+    key_side = Side(tokens_first(value), value_bank, layout, False, num_heads, groups)
+    batch, features = key_side.batch, key_side.features
     wide = accumulation_dtype(value.dtype)
     grouped = _to_grouped(probabilities.to(value.dtype), layout)
     flat = grouped.view(-1, num_heads)

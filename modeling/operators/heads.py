@@ -30,4 +30,11 @@ def repeat_features(tokens: Tensor, num_heads: int, groups: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads // groups, -1)).repeat_interleave(groups, dim=-2).flatten(-2)
 
 
-__all__ = ["merge_heads", "repeat_features", "repeat_heads", "split_heads"]
+def sum_groups(gradient: Tensor, num_heads: int, groups: int) -> Tensor:
+    """The gradient of what `repeat_features` repeated: `[…, A·e]` to `[…, A / groups · e]`."""
+    if groups == 1:
+        return gradient
+    return gradient.unflatten(-1, (num_heads // groups, groups, -1)).sum(-2).flatten(-2)
+
+
+__all__ = ["merge_heads", "repeat_features", "repeat_heads", "split_heads", "sum_groups"]

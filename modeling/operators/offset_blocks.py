@@ -4,6 +4,9 @@ Tokens come first here, `[L, B, C]`, so that the rows of a grid are one block of
 copy. All pairs of an offset share a matrix, so that their projections are one matrix product over a rectangle of the grid. A block
 is as many offsets as stay in a processor's cache, and enough that starting an operation does not count.
 
+Where heads of queries share one of keys, a matrix is as wide as the keys' heads are. What it projects is repeated for the heads that
+share it an offset at a time, and their gradients are summed before they meet the matrix.
+
 Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` columns of a shift, `n` pairs of an offset.
 """
 
@@ -15,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .heads import repeat_features, sum_groups
 from .pair_autograd import accumulation_dtype
 from .pair_layout import ColumnShift, OffsetPairs, PairLayout
 
@@ -164,17 +168,41 @@ class Heads:
 class Side:
     """One side of the pairs, queries or keys: its tokens, its bank, and how both are read and accumulated.
 
+    Its projections have `A` heads, and so have the gradients that it takes, whatever the bank has.
+
     Args:
         tokens: `[L, B, in]`, contiguous.
-        bank: `[num_offsets, in, A·e]`; `None` where the tokens are projections already.
+        bank: `[num_offsets, in, A / groups · e]`; `None` where the tokens are projections already.
         is_query: whether this is the side of the queries, which use the bank's rows of the reverse offsets.
+        num_heads: `A`, where `groups` is not 1.
+        groups: heads that share one of the bank or of the plain projections, one after the other.
     """
 
-    def __init__(self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, is_query: bool):
+    def __init__(
+        self,
+        tokens: Tensor,
+        bank: Tensor | None,
+        layout: PairLayout,
+        is_query: bool,
+        num_heads: int = 1,
+        groups: int = 1,
+    ):
+        if bank is None:
+            # Projections are as many as tokens: repeated once, they are read as if there were no groups.
+            tokens = repeat_features(tokens, num_heads, groups)
         self.tokens, self.bank, self.layout, self.is_query = tokens, bank, layout, is_query
+        self.num_heads, self.groups = num_heads, groups
         self.matrices = None if bank is None else bank.unbind(0)
-        self.features = tokens.shape[-1] if bank is None else bank.shape[-1]
+        self.features = tokens.shape[-1] if bank is None else bank.shape[-1] * groups
         self.batch = tokens.shape[1]
+        self.shares_matrices = bank is not None and groups > 1
+        if self.shares_matrices:
+            # For the projections of one offset, or their gradients, by the bank's own heads.
+            self.room = tokens.new_empty(tokens.shape[0] * self.batch, bank.shape[-1])
+
+    def _in_groups(self, rows: Tensor) -> Tensor:
+        """`[n, A·e]` or `[n, A / groups · e]` as `[n, A / groups, groups or 1, e]`."""
+        return rows.unflatten(-1, (self.num_heads // self.groups, -1, self.features // self.num_heads))
 
     def start_gradients(self) -> None:
         # The gradient of a token sums over all its offsets: accumulated in a wider type than it is stored in. A matrix
@@ -227,7 +255,11 @@ class Side:
         if self.bank is None:
             return rows
         for row, tokens, out in zip(self.bank_rows(block), rows, outs, strict=True):
-            torch.mm(tokens, self.matrices[row], out=out)
+            if self.shares_matrices:
+                projected = torch.mm(tokens, self.matrices[row], out=self.room[: len(tokens)])
+                self._in_groups(out).copy_(self._in_groups(projected))
+            else:
+                torch.mm(tokens, self.matrices[row], out=out)
         return list(outs)
 
     def accumulate(self, block: Block, gradients: tuple[Tensor, ...]) -> None:
@@ -239,6 +271,10 @@ class Side:
         for row, tokens, target, gradient in zip(
             self.bank_rows(block), self.rows(block), targets, gradients, strict=True
         ):
+            if self.shares_matrices:
+                summed = self.room[: len(gradient)]
+                torch.sum(self._in_groups(gradient), 2, keepdim=True, out=self._in_groups(summed))
+                gradient = summed
             self._add_to_matrix(row, tokens, gradient)
             _add_product(target, gradient, self.matrices_across[row])
 
@@ -251,21 +287,45 @@ class Side:
     def project_tokens(self, tokens: slice, row: int) -> Tensor:
         """Projection of a few tokens by one matrix, `[tokens, B, A·e]`: the pairs of a class token."""
         chosen = self.tokens[tokens]
-        return chosen if self.bank is None else chosen @ self.matrices[row]
+        if self.bank is None:
+            return chosen
+        return repeat_features(chosen @ self.matrices[row], self.num_heads, self.groups)
 
     def accumulate_tokens(self, tokens: slice, row: int, gradient: Tensor) -> None:
-        flat = gradient.flatten(0, 1)
         if self.bank is None:
             self.token_gradient[tokens] += gradient
         else:
+            flat = sum_groups(gradient, self.num_heads, self.groups).flatten(0, 1)
             self._add_to_matrix(row, self.tokens[tokens].flatten(0, 1), flat)
             _add_product(self.token_gradient[tokens].flatten(0, 1), flat, self.matrices_across[row])
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        token_gradient = self.token_gradient.transpose(0, 1).to(self.tokens.dtype).contiguous()
+        token_gradient = self.token_gradient
+        if self.bank is None:
+            token_gradient = sum_groups(token_gradient, self.num_heads, self.groups)
+        token_gradient = token_gradient.transpose(0, 1).to(self.tokens.dtype).contiguous()
         if self.bank_gradient is None:
             return token_gradient, self.tokens.new_empty(0)
         return token_gradient, self.bank_gradient.to(self.bank.dtype)
+
+
+def make_sides(
+    tensors: tuple[Tensor, ...], banks: tuple[Tensor | None, ...], num_heads: int, layout: PairLayout
+) -> list[Side]:
+    """The sides of queries, keys and, where they are given, values, from `[B, L, in]`.
+
+    Keys and values have as many heads as their widths say; all heads are of one size.
+    """
+    arranged: list[Tensor] = []
+    for place, tensor in enumerate(tensors):
+        # One input of several banks is arranged once.
+        is_last = place > 0 and tensor is tensors[place - 1]
+        arranged.append(arranged[-1] if is_last else tokens_first(tensor))
+    widths = [(tensor if bank is None else bank).shape[-1] for tensor, bank in zip(tensors, banks, strict=True)]
+    return [
+        Side(tokens, bank, layout, place == 0, num_heads, widths[0] // width)
+        for place, (tokens, bank, width) in enumerate(zip(arranged, banks, widths, strict=True))
+    ]
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
@@ -284,6 +344,7 @@ __all__ = [
     "at",
     "blocks",
     "columns_of",
+    "make_sides",
     "put_columns",
     "tokens_first",
     "workspace",

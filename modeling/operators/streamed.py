@@ -28,6 +28,7 @@ from .offset_blocks import (
     at,
     blocks,
     columns_of,
+    make_sides,
     put_columns,
     tokens_first,
     workspace,
@@ -94,20 +95,6 @@ def _groups(made: tuple[Block, ...], num_heads: int) -> Iterator[list[Block]]:
         yield group
 
 
-def _sides(
-    tensors: tuple[Tensor, ...], banks: tuple[Tensor | None, ...], layout: PairLayout
-) -> tuple[Side, Side, Side]:
-    query = tokens_first(tensors[0])
-    # One input of several banks is arranged once.
-    key = query if tensors[1] is tensors[0] else tokens_first(tensors[1])
-    value = key if tensors[2] is tensors[1] else tokens_first(tensors[2])
-    return (
-        Side(query, banks[0], layout, is_query=True),
-        Side(key, banks[1], layout, is_query=False),
-        Side(value, banks[2], layout, is_query=False),
-    )
-
-
 def _forward(
     tensors: tuple[Tensor, Tensor, Tensor],
     banks: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -115,17 +102,15 @@ def _forward(
     scale: float,
     layout: PairLayout,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = _sides(tensors, banks, layout)
-    features = value.features
+    query, key, value = make_sides(tensors, banks, num_heads, layout)
+    features = query.features
     softmax = OnlineSoftmax(tensors[0], num_heads, features)
-    heads = Heads(num_heads, query.features, tensors[0])
-    value_heads = Heads(num_heads, features, tensors[2])
-    widest = max(query.features, features)
+    heads = Heads(num_heads, features, tensors[0])
     for queries, keys, row, reverse in class_blocks(layout):
         product = query.project_tokens(queries, reverse) * key.project_tokens(keys, row)
         scores = product.unflatten(-1, (num_heads, -1)).sum(-1, dtype=softmax.running_sum.dtype) * scale
         softmax.add(queries, scores, value.project_tokens(keys, row).to(scores.dtype))
-    space, spare = (workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(2))
+    space, spare = (workspace(layout, query.batch, features, tensors[0]) for _ in range(2))
     for shift in layout.column_shifts():
         query.start_shift(shift)
         key.start_shift(shift)
@@ -134,15 +119,15 @@ def _forward(
         running_max, running_sum, output = (
             columns_of(part, *place) for part in (softmax.running_max, softmax.running_sum, softmax.output)
         )
-        targets = output if value_heads.narrow else value_heads.apart(output)
-        for group in _groups(blocks(shift, query.batch, widest), num_heads):
+        targets = output if heads.narrow else heads.apart(output)
+        for group in _groups(blocks(shift, query.batch, features), num_heads):
             places = tuple(queries for block in group for queries in block.queries)
             sizes = [size for block in group for size in block.sizes]
             scores = running_max.new_empty(sum(sizes), num_heads)
             for block, out in zip(group, scores.split([block.num_rows for block in group]), strict=True):
-                product = _room(space, block, query.features)
+                product = space[: block.num_rows]
                 q = query.project(block, product.split(block.sizes))
-                k_space = product if query.bank is None else _room(spare, block, query.features)
+                k_space = product if query.bank is None else spare[: block.num_rows]
                 k = key.project(block, k_space.split(block.sizes))
                 heads.inner_products(*((k, q) if query.bank is None else (q, k)), product, out)
             scores *= scale
@@ -153,14 +138,14 @@ def _forward(
             add_each(at(running_sum.mul_(decay), places), scores.split(sizes))
             by_head(output, decay).mul_(decay.unsqueeze(-1))
             for block, weights in zip(group, scores.split([block.num_rows for block in group]), strict=True):
-                projected = _room(space, block, features)
+                projected = space[: block.num_rows]
                 pieces = value.project(block, projected.split(block.sizes))
                 weights = weights.to(projected.dtype)
-                if value_heads.narrow:
-                    weights = value_heads.spread(weights, _room(spare, block, features))
+                if heads.narrow:
+                    weights = heads.spread(weights, spare[: block.num_rows])
                 else:
-                    pieces = [value_heads.apart(piece) for piece in pieces]
-                    weights = value_heads.apart(weights)
+                    pieces = [heads.apart(piece) for piece in pieces]
+                    weights = heads.apart(weights)
                 add_weighted_each(at(targets, block.queries), pieces, weights.split(block.sizes))
         for part, columns in (
             (softmax.running_max, running_max),
@@ -184,45 +169,43 @@ def _backward(
     needed: tuple[bool, bool, bool],
 ) -> list[Tensor]:
     """Gradients of query, key, value and their banks; empty for what is not needed."""
-    query, key, value = sides = _sides(tensors, banks, layout)
+    query, key, value = sides = make_sides(tensors, banks, num_heads, layout)
+    features = query.features
     received = Side(tokens_first(gradient), None, layout, is_query=True)
     wide = logsumexp.dtype
     # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
     delta = (by_head(gradient, logsumexp).to(wide) * by_head(output, logsumexp)).sum(-1).transpose(0, 1).contiguous()
-    heads = Heads(num_heads, query.features, tensors[0])
-    value_heads = Heads(num_heads, value.features, tensors[2])
+    heads = Heads(num_heads, features, tensors[0])
     wanted = [side for side, need in zip(sides, needed, strict=True) if need]
     for side in wanted:
         side.start_gradients()
     need_scores = needed[0] or needed[1]
-    widest = max(query.features, value.features)
-    spaces = [workspace(layout, query.batch, widest, tensors[0]).view(-1) for _ in range(3)]
+    spaces = [workspace(layout, query.batch, features, tensors[0]) for _ in range(3)]
     for shift in layout.column_shifts():
         for side in (*sides, received):
             side.start_shift(shift, side in wanted, like=key if side is value else None)
         place = (layout, shift.queries)
         logsumexp_columns, delta_columns = (columns_of(part, *place) for part in (logsumexp, delta))
-        for block in blocks(shift, query.batch, widest):
+        for block in blocks(shift, query.batch, features):
             scores, weight_gradient = (logsumexp.new_empty(block.num_rows, num_heads) for _ in range(2))
-            query_space, key_space = (_room(space, block, query.features).split(block.sizes) for space in spaces[1:])
-            q, k = query.project(block, query_space), key.project(block, key_space)
-            product = _room(spaces[0], block, query.features)
+            product, query_space, key_space = (space[: block.num_rows] for space in spaces)
+            q = query.project(block, query_space.split(block.sizes))
+            k = key.project(block, key_space.split(block.sizes))
             heads.inner_products(q, k, product, scores)
             weights = scores.mul_(scale).sub_(torch.cat(at(logsumexp_columns, block.queries))).exp_()
-            given = _room(spaces[0], block, value.features)
-            pieces = given.split(block.sizes)
+            pieces = product.split(block.sizes)
             if need_scores:
                 projected = value.project(block, pieces)
-                value_heads.inner_products(projected, received.rows(block), given, weight_gradient)
+                heads.inner_products(projected, received.rows(block), product, weight_gradient)
                 weight_gradient.sub_(torch.cat(at(delta_columns, block.queries))).mul_(weights).mul_(scale)
             if needed[2]:
-                value_heads.spread(weights.to(gradient.dtype), given)
+                heads.spread(weights.to(gradient.dtype), product)
                 torch._foreach_mul_(pieces, received.rows(block))
                 value.accumulate(block, pieces)
             if not need_scores:
                 continue
             heads.spread(weight_gradient.to(tensors[0].dtype), product)
-            weights = product.split(block.sizes)
+            weights = pieces
             if needed[0] and query.bank is None:
                 add_weighted_each(query.gradient_rows(block), k, weights)
             if needed[1] and key.bank is None:
@@ -270,10 +253,6 @@ def _add_class_gradients(
                 side.accumulate_tokens(tokens, side_row, piece.flatten(-2))
 
 
-def _room(space: Tensor, block: Block, features: int) -> Tensor:
-    return space[: block.num_rows * features].view(-1, features)
-
-
 NAMES = ("streamed_attention", "streamed_attention_backward")
 
 
@@ -295,7 +274,7 @@ def _register() -> None:
 
     @operator.register_fake
     def _(query, key, value, query_bank, key_bank, value_bank, num_heads, scale, layout):
-        features = value.shape[-1] if value_bank is None else value_bank.shape[-1]
+        features = query.shape[-1] if query_bank is None else query_bank.shape[-1]
         logsumexp = query.new_empty(query.shape[1], query.shape[0], num_heads, dtype=accumulation_dtype(query.dtype))
         return value.new_empty(*query.shape[:2], features), logsumexp
 
@@ -368,8 +347,9 @@ def streamed_attention(
 
     Args:
         query, key, value: `[B, L, in]` token inputs of a bank, or plain projections `[B, L, A·e]` where it is `None`.
-        query_bank, key_bank, value_bank: `[num_offsets, in, A·e]` or `None`.
-        num_heads: `A`.
+        query_bank, key_bank, value_bank: `[num_offsets, in, A·e]` or `None`. Keys and values may have fewer heads than
+            queries: each serves as many queries' heads, one after the other, as the widths say.
+        num_heads: `A`, of queries.
         scale: what scores are multiplied by before softmax.
         layout: the pairs; all tokens are queries.
     """
