@@ -36,7 +36,7 @@ SCORES_ELEMENTS = 1 << 24
 FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
-# Older ones read past the keys of as few heads, without a word.
+# Before that it reads past the end of keys with fewer heads than queries, and raises no error.
 CPU_TAKES_GROUPS = torch.__version__ >= (2, 9)
 
 # Features that flash attention's heads have at most.
