@@ -126,7 +126,8 @@ class _Grid:
 class _Heads:
     """Features as heads that broadcast against each other.
 
-    Of queries `[…, A, e]` and so of keys, or where `groups` of them share keys `[…, A / groups, groups, e]` and `[…, A / groups, 1, e]`.
+    Queries and keys are both `[…, A, e]`, or where `groups` heads of queries share one of keys `[…, A / groups, groups, e]` and
+    `[…, A / groups, 1, e]`.
     """
 
     def __init__(self, num_heads: int, groups: int):
