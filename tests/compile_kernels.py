@@ -52,13 +52,15 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
         output, output.new_empty(0), output, output.new_empty(0), sums, *given
     )
 
-    # A text of the distance 3; the far part, plain PyTorch, is whatever memory holds.
+    # A text of the distance 3, with heads that share keys as well; the far part, plain PyTorch, is whatever memory holds.
     layout = PairLayout.for_text(64, 64, 3).near(0)
     each = [[torch.zeros(2, 64, HEADS * FEATURES, dtype=dtype) for _ in range(3)] for _ in range(2)]
-    far = [torch.zeros(2, HEADS, 64, FEATURES, dtype=dtype) for _ in range(3)]
-    given = (each[0][:1], *each, far)
-    output, logsumexp, scores = triton_local._forward(*given, None, None, HEADS, 1.0, layout)
-    triton_local._backward(output, output, logsumexp, scores, *given, None, HEADS, 1.0, layout)
+    for heads in (HEADS, 4 * HEADS):
+        query = [torch.zeros(2, 64, heads * FEATURES, dtype=dtype)]
+        far = [torch.zeros(2, count, 64, FEATURES, dtype=dtype) for count in (heads, HEADS, HEADS)]
+        given = (query, *each, far)
+        output, logsumexp, scores = triton_local._forward(*given, None, None, heads, 1.0, layout)
+        triton_local._backward(output, output, logsumexp, scores, *given, None, heads, 1.0, layout)
     return noted
 
 

@@ -10,7 +10,7 @@ Size = int | tuple[int, int]
 OPERANDS = [(6, "kv"), (5, "q"), ((3, 4), "qkv"), ((4, 3), "v"), ((1, 4), "qk"), (3, "k")]
 
 
-def operands(size: Size, each: str, dtype=torch.float64, batch=2, features=3, wide=4, distance=2):
+def operands(size: Size, each: str, dtype=torch.float64, batch=2, features=3, wide=4, distance=2, groups=1):
     """Arguments of `local_attention` for a text, or for the patches of an image with a class token as one more key.
 
     Args:
@@ -18,7 +18,9 @@ def operands(size: Size, each: str, dtype=torch.float64, batch=2, features=3, wi
         each: which of q, k, v have a tensor for each near offset; of the others one serves all.
         features, wide: per head, of scores and values.
         distance: of a text, the number of near offsets; an image has those of a 3 × 3 window.
+        groups: heads of queries that share one of keys and values, which have two.
     """
+    heads = {"q": 2 * groups, "k": 2, "v": 2}
     is_text = isinstance(size, int)
     if is_text:
         layout, tokens = PairLayout.for_text(size, size, distance).near(0), size
@@ -30,16 +32,18 @@ def operands(size: Size, each: str, dtype=torch.float64, batch=2, features=3, wi
         return torch.randn(shape, dtype=dtype, requires_grad=True)
 
     def side(name, width):
-        parts = [make(batch, tokens, 2 * width) for _ in range(near if name in each else 1)]
+        parts = [make(batch, tokens, heads[name] * width) for _ in range(near if name in each else 1)]
         if is_text or (name == "q" and name not in each):
             return parts
         # The query for the class token, or the class token.
-        return [*parts, make(batch, tokens if name == "q" else 1, 2 * width)]
+        return [*parts, make(batch, tokens if name == "q" else 1, heads[name] * width)]
 
     queries, keys, values = side("q", features), side("k", features), side("v", wide)
-    far = [make(batch, 2, tokens, width) for width in (features, features, wide)]
-    near_bias = torch.randn(near + (not is_text), batch, tokens, 2, dtype=dtype)
-    far_bias = torch.randn(batch, 2, tokens, tokens, dtype=dtype)
+    far = [
+        make(batch, heads[name], tokens, width) for name, width in zip("qkv", (features, features, wide), strict=True)
+    ]
+    near_bias = torch.randn(near + (not is_text), batch, tokens, heads["q"], dtype=dtype)
+    far_bias = torch.randn(batch, heads["q"], tokens, tokens, dtype=dtype)
     if is_text:
         lowest = torch.finfo(dtype).min
         far_bias = far_bias.masked_fill(torch.ones(size, size, dtype=torch.bool).triu(1), lowest)
@@ -48,8 +52,20 @@ def operands(size: Size, each: str, dtype=torch.float64, batch=2, features=3, wi
     return queries, keys, values, far, layout, near_bias, far_bias
 
 
+def repeated(keys, values, far, groups):
+    """Keys and values with a copy of each head for every head of queries that shares it; gradients of the copies add up."""
+
+    def repeat(parts):
+        return [part.unflatten(-1, (2, -1)).repeat_interleave(groups, dim=-2).flatten(-2) for part in parts]
+
+    if far is not None:
+        far = [far[0], *(part.repeat_interleave(groups, dim=1) for part in far[1:])]
+    return repeat(keys), repeat(values), far
+
+
 def attention_by_hand(queries, keys, values, far, num_heads, scale, layout, near_bias=None, far_bias=None):
-    """`local_attention`, one query at a time."""
+    """`local_attention`, one query at a time, of keys and values with two heads."""
+    keys, values, far = repeated(keys, values, far, num_heads // 2)
     height, width, causal = layout.height, layout.width, layout.causal
     terms = max(len(queries), len(keys), len(values))
     reach = layout.band - 1 if causal else layout.bank_height - 1

@@ -249,6 +249,24 @@ def test_basis_kernel(kernels):
         assert counter.get_total_flops() == 2 * pairs * (scores + values) + 2 * pairs * (3 * scores + 2 * values)
 
 
+def test_heads_that_share_keys_count_as_copies():
+    """Of every pair and head of queries a product with its key and one with its value, whoever else reads them."""
+    layout = PairLayout.for_text(LENGTH, LENGTH, 3).near(0)
+    totals = []
+    for groups in (1, 2):
+        heads = HEADS // groups
+        near = [[empty(BATCH, LENGTH, count * HEAD_DIM) for _ in range(3)] for count in (heads, heads)]
+        far = [empty(BATCH, count, LENGTH, HEAD_DIM) for count in (HEADS, heads, heads)]
+        inputs = ([empty(BATCH, LENGTH, INNER)], *near, far)
+        with FlopCounterMode(display=False) as counter:
+            outputs = registration.operator("local_attention")(*inputs, None, None, HEADS, 1.0, pack(layout))
+            registration.operator("local_attention_backward")(
+                outputs[0], *outputs, *inputs, None, HEADS, 1.0, pack(layout)
+            )
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
 def test_pair_kernels_count_as_the_grouped_pairs(kernels):
     layout = PairLayout.for_image(3, 2, 3, 2)
     tokens, pairs = empty(BATCH, PATCHES, HIDDEN), empty(BATCH, HEADS, PATCHES, PATCHES)

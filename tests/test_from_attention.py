@@ -50,6 +50,7 @@ from translution import (
 )
 from translution.modeling.mixers.mixer import Mixer
 from translution.modeling.models import from_attention
+from translution.modeling.operators import local
 
 
 # Sizes that are odd, and not multiples of each other where they need not be.
@@ -407,10 +408,44 @@ def test_assists_itself_with_its_first_layers():
         assert torch.equal(converted.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
 
 
-def test_kernels():
-    case = "llama-value"
+GROUPED = ["llama", "llama-query", "qwen3-query", "llama-low-rank-query", "qwen2-basis"]
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_keys_reach_local_attention_without_copies_and_gradients_are_the_references(case, monkeypatch):
+    source = make_source(case)
+    converted = part_from_source(convert(source, case))
+    inputs = make_inputs(source, case)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 2:4] = 0
+    calls, forward = [], local._forward
+
+    def note(queries, keys, values, far, *rest):
+        calls.append([queries[0].shape[-1] / parts[0].shape[-1] for parts in (keys, values)])
+        calls[-1] += [far[0].shape[1] / part.shape[1] for part in far[1:]]
+        return forward(queries, keys, values, far, *rest)
+
+    monkeypatch.setattr(local, "_forward", note)
+    results = []
+    for implementation in ("eager", "auto"):
+        converted.set_attn_implementation(implementation)
+        logits = converted(**inputs, attention_mask=mask).logits
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+        results.append([logits, *torch.autograd.grad((logits * weights).sum(), list(converted.parameters()))])
+    # Six heads of queries share two of keys and of values, in each of two layers.
+    assert calls == 2 * [[3, 3, 3, 3]]
+    largest = max(gradient.abs().max() for gradient in results[0][1:])
+    assert_close_in_rounding(results[1][0], results[0][0], roundings=1000)
+    for expected, actual in zip(results[0][1:], results[1][1:], strict=True):
+        # Where keys have biases of their own these have no gradient but rounding.
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11 * float(largest))
+
+
+@pytest.mark.parametrize("case", ["llama-value", "llama"])
+def test_kernels(case):
     source = make_source(case, EXACT)
-    converted = part_from_source(convert(source, case)).to(DEVICE)
+    converted = part_from_source(convert(source, case, **({"max_relative_distance": 1} if case == "llama" else {})))
+    converted.to(DEVICE)
     inputs = {name: value.to(DEVICE) for name, value in make_inputs(source, case, length=3).items()}
     results = []
     for implementation in ("eager", "triton"):

@@ -99,10 +99,15 @@ def check_bias(bias, query, key):
     assert (bias * math.log2(math.e)).isfinite().all()
 
 
+def copies(key, query):
+    """Keys or values with as many heads as queries have."""
+    return key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+
+
 def flash(query, key, value, dropout, causal, scale):
     check_heads(query, key, value)
     assert dropout == 0
-    return _CPU.forward(query, key, value, scale, causal, None)
+    return _CPU.forward(query, copies(key, query), copies(value, query), scale, causal, None)
 
 
 def flash_backward(
@@ -126,11 +131,14 @@ def flash_backward(
     check_heads(gradient, output, output)
     assert (dropout, most_queries, most_keys) == (0, query.shape[2], key.shape[2])
     assert logsumexp.is_contiguous()
-    return _CPU.backward(gradient, query, key, value, output, logsumexp, scale, causal, None)
+    inputs = (gradient, query, copies(key, query), copies(value, query), output, logsumexp)
+    own, *others = _CPU.backward(*inputs, scale, causal, None)
+    return own, *(part.unflatten(1, (key.shape[1], -1)).sum(2) for part in others)
 
 
 def efficient(query, key, value, bias, wants_logsumexp, dropout, causal, scale):
     check_heads(query, key, value)
+    assert query.shape[1] == key.shape[1] == value.shape[1]
     check_bias(bias, query, key)
     assert wants_logsumexp
     assert dropout == 0
@@ -142,6 +150,7 @@ def efficient_backward(
     gradient, query, key, value, bias, output, logsumexp, seed, offset, dropout, needed, causal, scale
 ):
     check_heads(query, key, value)
+    assert query.shape[1] == key.shape[1] == value.shape[1]
     check_heads(gradient, output, output)
     check_bias(bias, query, key)
     assert dropout == 0
@@ -159,12 +168,13 @@ OPERATORS = {
 }
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("features", [(8, 8), (3, 5), (16, 9)], ids=str)
 @pytest.mark.parametrize(
     ("name", "causal", "biased"),
     [("flash", False, False), ("flash", True, False), ("efficient", False, True), ("efficient", True, False)],
 )
-def test_cudas_attention_equals_plain_products(name, causal, biased, features, monkeypatch):
+def test_cudas_attention_equals_plain_products(name, causal, biased, features, groups, monkeypatch):
     operator, forward, backward = OPERATORS[name]
     stand_ins = [
         StandIn(f"_scaled_dot_product_{name}_attention{suffix}", compute)
@@ -174,9 +184,9 @@ def test_cudas_attention_equals_plain_products(name, causal, biased, features, m
         monkeypatch.setattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention{suffix}", stand_in)
     queries, keys = (7, 7) if causal else (7, 10)
     # As heads lie beside each other in what is projected.
-    query, key = (torch.randn(2, size, 3, features[0]).transpose(1, 2) for size in (queries, keys))
-    value = torch.randn(2, keys, 3, features[1]).transpose(1, 2)
-    gradient, output = torch.randn(2, 2, 3, queries, features[1])
+    query = torch.randn(2, queries, 3 * groups, features[0]).transpose(1, 2)
+    key, value = (torch.randn(2, keys, 3, size).transpose(1, 2) for size in features)
+    gradient, output = torch.randn(2, 2, 3 * groups, queries, features[1])
     bias = torch.randn(2, 1, queries, keys) if biased else None
     if biased:
         bias[0, :, :, 2] = torch.finfo(bias.dtype).min
@@ -188,11 +198,45 @@ def test_cudas_attention_equals_plain_products(name, causal, biased, features, m
         whole = found[0][1] + 0.3 if found else logsumexp + 0.3
         gradients = attention_backward(gradient, query, key, value, output, whole, 0.6, causal, bias)
         found.append((attended, logsumexp, *gradients))
-    assert [stand_in.calls for stand_in in stand_ins] == [1, 1]
+    # Efficient attention wants as many keys as queries.
+    calls = groups if name == "efficient" else 1
+    assert [stand_in.calls for stand_in in stand_ins] == [calls, calls]
     for one, other in zip(*found, strict=True):
         assert one.shape == other.shape
         # Sums of ten products in another order.
         assert relative_error(one, other) < 64 * torch.finfo(one.dtype).eps
+
+
+WAYS = {"fused": _CPU, "by-member": _CPU._replace(takes_groups=False), "plain": None}
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bias", "bias-of-heads"])
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_that_share_keys(way, groups, mask, monkeypatch):
+    """Each way without copies of keys and values equals plain products with them, whose gradients are summed."""
+    monkeypatch.setattr(fused_attention, "SCORES_ELEMENTS", 200)
+    queries, keys = (7, 7) if mask == "causal" else (7, 10)
+    query = torch.randn(2, queries, 2 * groups, 3, dtype=DOUBLE).transpose(1, 2)
+    key, value = (torch.randn(2, keys, 2, size, dtype=DOUBLE).transpose(1, 2) for size in (3, 5))
+    gradient, output = torch.randn(2, 2, 2 * groups, queries, 5, dtype=DOUBLE)
+    bias = None
+    if mask.startswith("bias"):
+        bias = torch.randn(1, 2 * groups if mask == "bias-of-heads" else 1, queries, keys, dtype=DOUBLE)
+        bias[..., 2] = torch.finfo(DOUBLE).min
+    found = []
+    for served, inputs in ((WAYS[way], (key, value)), (None, (copies(key, query), copies(value, query)))):
+        monkeypatch.setattr(fused_attention, "fused", lambda *given, served=served: served)
+        attended, logsumexp = attention(query, *inputs, 0.6, mask == "causal", bias)
+        # As if there were other keys with a little weight.
+        whole = found[0][1] + 0.3 if found else logsumexp + 0.3
+        gradients = attention_backward(gradient, query, *inputs, output, whole, 0.6, mask == "causal", bias)
+        found.append([attended, logsumexp, *gradients])
+    found[1][3:] = (part.unflatten(1, (2, groups)).sum(2) for part in found[1][3:])
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape
+        # Sums of ten products for each of three heads, in another order.
+        assert relative_error(one, other) < 64 * torch.finfo(DOUBLE).eps
 
 
 def test_a_query_whose_far_keys_are_hidden_has_no_weight_there(monkeypatch):

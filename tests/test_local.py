@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from local_pairs import OPERANDS, Size, attention_by_hand, operands
+from local_pairs import OPERANDS, Size, attention_by_hand, operands, repeated
 from small_layers import LargestTensor, relative_error
 from small_models import assert_same, greedy
 from small_models import make_model as make_small_model
@@ -26,7 +26,7 @@ from translution.modeling.mixers.masks import AttentionMask, find_packed_texts, 
 from translution.modeling.operators import dispatch, far_blocks, fused_attention, local, pair_autograd, registration
 from translution.modeling.operators import project_each as projections
 from translution.modeling.operators.local import local_attention
-from translution.modeling.operators.pair_layout import bank_layout
+from translution.modeling.operators.pair_layout import PairLayout, bank_layout
 from translution.modeling.operators.project_each import project_each
 from translution.modeling.operators.rotary import image_rotation, text_rotation
 
@@ -605,15 +605,12 @@ def test_generation(name):
 each_operand = pytest.mark.parametrize(("size", "each"), OPERANDS, ids=str)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("has_far", [False, True])
-@each_operand
-def test_operator_equals_a_loop(size, each, has_far, biased):
-    queries, keys, values, far, layout, near_bias, far_bias = operands(size, each)
+def compare_with_a_loop(size, each, has_far, biased, groups=1):
+    queries, keys, values, far, layout, near_bias, far_bias = operands(size, each, groups=groups)
     far, biases = far if has_far else None, (near_bias, far_bias if has_far else None) if biased else (None, None)
     leaves = [*queries, *keys, *values, *(far or [])]
     found, expected = (
-        function(queries, keys, values, far, 2, 0.7, layout, *biases)
+        function(queries, keys, values, far, 2 * groups, 0.7, layout, *biases)
         for function in (local_attention, attention_by_hand)
     )
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
@@ -627,6 +624,85 @@ def test_operator_equals_a_loop(size, each, has_far, biased):
     )
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("has_far", [False, True])
+@each_operand
+def test_operator_equals_a_loop(size, each, has_far, biased, groups):
+    compare_with_a_loop(size, each, has_far, biased, groups)
+
+
+@pytest.mark.parametrize("by_member", [False, True], ids=["groups", "members"])
+def test_blocks_of_queries_with_heads_that_share_keys(by_member, monkeypatch):
+    monkeypatch.setattr(far_blocks, "BIAS_ELEMENTS", 30)
+    if by_member:
+        monkeypatch.setattr(fused_attention, "_CPU", fused_attention._CPU._replace(takes_groups=False))
+    compare_with_a_loop(5, "q", True, True, groups=3)
+    compare_with_a_loop((3, 4), "qkv", True, True, groups=2)
+
+
+@pytest.mark.parametrize("past", [1, 3])
+def test_tokens_before_the_queries_with_heads_that_share_keys(past):
+    """As with a cache: near keys of `past` tokens more, and far ones of all. As good as the same with keys and values repeated."""
+    queries, distance, groups = 4, 3, 3
+    near = PairLayout.for_text(queries + past, queries + past, distance, past=past).near(min(past, distance - 1))
+
+    def make(*shape):
+        return torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+
+    query, far = [make(queries, 6 * 3)], [make(6, queries, 3), make(2, queries + past, 3), make(2, queries + past, 5)]
+    keys, values = ([make(near.height, 2 * width) for _ in range(distance)] for width in (3, 5))
+    weight = torch.randn(2, queries, 6 * 5, dtype=torch.float64)
+    results = []
+    for inputs in ((keys, values, far), repeated(keys, values, far, groups)):
+        output = local_attention(query, *inputs, 6, 0.7, near)
+        leaves = [*query, *keys, *values, *far]
+        results.append([output, *torch.autograd.grad((output * weight).sum(), leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("size", "each"), [(7, "kv"), ((3, 4), "qkv"), (5, "q")], ids=str)
+def test_heads_that_share_keys_are_as_precise_as_copies(size, each, dtype):
+    """In the type of the inputs, copies sum rounded gradients; here they are summed before they are rounded, or as often."""
+    groups = 3
+    queries, keys, values, far, layout, *_ = operands(size, each, dtype, groups=groups, features=8, wide=8)
+    leaves = [*queries, *keys, *values, *far]
+    weight = torch.randn(2, layout.num_queries, 6 * 8)
+    results = {}
+    for name in ("exact", "shared", "copied"):
+        given = [part.detach().to(torch.float64 if name == "exact" else dtype).requires_grad_() for part in leaves]
+        query, *inputs = local._split(given, [len(queries), len(keys), len(values), 3])
+        inputs = repeated(*inputs, groups) if name == "copied" else inputs
+        output = local_attention(query, *inputs, 2 * groups, 0.3, layout)
+        gradients = torch.autograd.grad((output * weight.to(output)).sum(), given, materialize_grads=True)
+        results[name] = [output, *gradients]
+    for shared, copied, exact in zip(results["shared"], results["copied"], results["exact"], strict=True):
+        assert shared.dtype == dtype
+        assert relative_error(shared, exact) < 2 * relative_error(copied, exact) + torch.finfo(dtype).eps
+
+
+def test_nothing_as_large_as_copies_of_near_keys(monkeypatch):
+    """Few queries after many near tokens: keys of all heads would be larger than all else."""
+    queries, tokens, distance, groups, features = 3, 60, 40, 4, 32
+    near = PairLayout.for_text(tokens, tokens, distance, past=tokens - queries).near(distance - 1)
+    query = [torch.randn(1, queries, 2 * groups * features, requires_grad=True)]
+    keys, values = (
+        [torch.randn(1, near.height, 2 * features, requires_grad=True) for _ in range(distance)] for _ in range(2)
+    )
+    far = [
+        torch.randn(1, heads, count, features) for heads, count in ((2 * groups, queries), (2, tokens), (2, tokens))
+    ]
+    largest = LargestTensor()
+    for name in ("_forward", "_backward"):
+        monkeypatch.setattr(local, name, largest.inside(getattr(local, name)))
+    with largest:
+        local_attention(query, keys, values, far, 2 * groups, 0.3, near).sum().backward()
+    # The largest are gradients of far keys and values.
+    assert 0 < largest.made <= tokens * 2 * features < near.height * 2 * groups * features
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -662,9 +738,9 @@ def test_the_operators_are_ones_that_pytorch_knows():
     tokens = torch.randn(2, 3, 4, requires_grad=True)
     matrices = [torch.randn(4, 6, requires_grad=True) for _ in range(2)]
     torch.library.opcheck(registration.operator("project_each").default, (tokens, matrices))
-    for size, each in OPERANDS[:3:2]:
-        queries, keys, values, far, layout, near_bias, far_bias = operands(size, each, torch.float32)
-        settings = (2, 0.7, pair_autograd.pack(layout))
+    for (size, each), groups in itertools.product(OPERANDS[:3:2], (1, 3)):
+        queries, keys, values, far, layout, near_bias, far_bias = operands(size, each, torch.float32, groups=groups)
+        settings = (2 * groups, 0.7, pair_autograd.pack(layout))
         operator = registration.operator("local_attention").default
         far, biases = (far, (near_bias, far_bias)) if each == "kv" else ([], (None, None))
         torch.library.opcheck(operator, (queries, keys, values, far, *biases, *settings))

@@ -43,12 +43,12 @@ def moved(arguments, dtype):
     return [move(given) for given in arguments]
 
 
-def results(function, arguments, has_far=True, biased=False):
+def results(function, arguments, has_far=True, biased=False, heads=HEADS):
     """Output, and gradients of a fixed random combination of it."""
     queries, keys, values, far, layout, near_bias, far_bias = arguments
     far, far_bias = (far, far_bias) if has_far else (None, None)
     biases = (near_bias.detach(), None if far_bias is None else far_bias.detach()) if biased else (None, None)
-    output = function(queries, keys, values, far, HEADS, SCALE, layout, *biases)
+    output = function(queries, keys, values, far, heads, SCALE, layout, *biases)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     leaves = [*queries, *keys, *values, *(far or [])]
     total = (output * weight.to(output)).sum()
@@ -79,6 +79,34 @@ def test_equals_a_loop(size, each, has_far, biased):
     expected = results(attention_by_hand, arguments, has_far, biased)
     found = results(triton_local.local_attention, moved(arguments, EXACT), has_far, biased)
     assert_close(found, [one.to(DEVICE) for one in expected])
+
+
+@pytest.mark.parametrize(
+    ("size", "each", "has_far", "biased", "groups"),
+    [
+        (5, "kv", True, False, 2),
+        (3, "q", True, True, 3),
+        (3, "k", False, True, 2),
+        ((2, 3), "qkv", True, True, 2),
+        ((4, 1), "v", True, False, 3),
+        ((1, 4), "qk", False, False, 2),
+    ],
+    ids=str,
+)
+def test_heads_that_share_keys_equal_a_loop(size, each, has_far, biased, groups):
+    arguments, heads = operands(size, each, batch=1, groups=groups), HEADS * groups
+    expected = results(attention_by_hand, arguments, has_far, biased, heads)
+    found = results(triton_local.local_attention, moved(arguments, EXACT), has_far, biased, heads)
+    assert_close(found, [one.to(DEVICE) for one in expected])
+
+
+@pytest.mark.parametrize(("size", "each", "most"), [(9, "kv", 1), ((1, 5), "v", 3)], ids=str)
+def test_several_programs_and_launches_with_heads_that_share_keys(size, each, most, monkeypatch):
+    monkeypatch.setattr(triton_local, "_TILES", ((16, 4, 1),))
+    monkeypatch.setattr(triton_local, "MAX_TERMS", most)
+    arguments = moved(operands(size, each, batch=2, groups=2), EXACT)
+    found, expected = (results(place.local_attention, arguments, heads=2 * HEADS) for place in (triton_local, local))
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +179,10 @@ def test_scores_far_from_zero(extreme):
     assert_close(results(triton_local.local_attention, moved(arguments, EXACT)), [one.to(DEVICE) for one in expected])
 
 
-def test_the_operators_are_ones_that_pytorch_knows():
-    queries, keys, values, far, layout, *_ = moved(operands(3, "kv", batch=1), torch.float32)
-    arguments = (queries, keys, values, far, None, None, HEADS, SCALE, pack(layout))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_operators_are_ones_that_pytorch_knows(groups):
+    queries, keys, values, far, layout, *_ = moved(operands(3, "kv", batch=1, groups=groups), torch.float32)
+    arguments = (queries, keys, values, far, None, None, HEADS * groups, SCALE, pack(layout))
     # That it can be traced is tested with a mixer.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(registration.operator("triton_local_attention").default, arguments, test_utils=checks)

@@ -4,6 +4,8 @@ A near offset is a shift of keys against queries: its scores are products of two
 nothing for a tensor core to do, and everything is read once. Terms are unrolled; each has a pointer of its own, and those that share
 a tensor follow each other.
 
+`GROUPS` heads of queries, one after the other, share one of keys and values.
+
 Legend: `n` tokens of a program, all of one batch entry and head; text is a grid of one column.
 """
 
@@ -114,6 +116,7 @@ def near_kernel(
     ONE_VALUE: tl.constexpr,
     HAS_FAR: tl.constexpr,
     BIASED: tl.constexpr,
+    GROUPS: tl.constexpr,
     E: tl.constexpr,
     E_WIDTH: tl.constexpr,
     V: tl.constexpr,
@@ -125,6 +128,7 @@ def near_kernel(
     b, a, n = _program(queries, num_heads, TOKENS)
     exists = n < queries
     keys = height * width
+    key_head, key_heads = a // GROUPS, num_heads // GROUPS
     running_max = tl.full((TOKENS,), float("-inf"), WIDE)
     total = tl.zeros((TOKENS,), WIDE)
     mixed = tl.zeros((TOKENS, V_WIDTH), WIDE)
@@ -148,7 +152,7 @@ def near_kernel(
         if NEW_QUERY[t]:
             q = _load(query[t], b, n, exists, queries, a, num_heads, E, E_WIDTH, WIDE)
         j, there = _shifted(n, exists, width, past, height, ROW_OFFSETS[t], COLUMN_OFFSETS[t])
-        k = _load_key(key[t], b, j, there, keys, a, num_heads, ONE_KEY[t], E, E_WIDTH, WIDE)
+        k = _load_key(key[t], b, j, there, keys, key_head, key_heads, ONE_KEY[t], E, E_WIDTH, WIDE)
         score = tl.sum(q * k, axis=1) * scale
         if BIASED:
             place = t * tl.cast(bias_stride_t, tl.int64) + b * bias_stride_b + n.to(tl.int64) * bias_stride_i
@@ -161,7 +165,7 @@ def near_kernel(
         shift = tl.where(running_max == float("-inf"), 0.0, running_max)
         weight, shrink = tl.exp(score - shift), tl.exp(before - shift)
         total = total * shrink + weight
-        v = _load_key(value[t], b, j, there, keys, a, num_heads, ONE_VALUE[t], V, V_WIDTH, WIDE)
+        v = _load_key(value[t], b, j, there, keys, key_head, key_heads, ONE_VALUE[t], V, V_WIDTH, WIDE)
         mixed = mixed * shrink[:, None] + weight[:, None] * v
     # A query may have its pairs among terms of another launch.
     total = tl.where(total == 0.0, 1.0, total)
@@ -193,6 +197,7 @@ def near_query_gradient_kernel(
     NEW_QUERY: tl.constexpr,
     ONE_KEY: tl.constexpr,
     ONE_VALUE: tl.constexpr,
+    GROUPS: tl.constexpr,
     E: tl.constexpr,
     E_WIDTH: tl.constexpr,
     V: tl.constexpr,
@@ -204,6 +209,7 @@ def near_query_gradient_kernel(
     b, a, n = _program(queries, num_heads, TOKENS)
     exists = n < queries
     keys = height * width
+    key_head, key_heads = a // GROUPS, num_heads // GROUPS
     own = (b * queries + n) * num_heads + a
     term_stride = tl.cast(batch_size, tl.int64) * queries * num_heads
     given = _load(gradient, b, n, exists, queries, a, num_heads, V, V_WIDTH, WIDE)
@@ -214,11 +220,11 @@ def near_query_gradient_kernel(
         j, there = _shifted(n, exists, width, past, height, ROW_OFFSETS[t], COLUMN_OFFSETS[t])
         place = t * term_stride + own
         weight = tl.exp(tl.load(scores + place, mask=there, other=float("-inf")) - whole)
-        v = _load_key(value[t], b, j, there, keys, a, num_heads, ONE_VALUE[t], V, V_WIDTH, WIDE)
+        v = _load_key(value[t], b, j, there, keys, key_head, key_heads, ONE_VALUE[t], V, V_WIDTH, WIDE)
         score_gradient = weight * (tl.sum(given * v, axis=1) - delta) * scale
         tl.store(weights + place, weight, mask=exists)
         tl.store(score_gradients + place, score_gradient, mask=exists)
-        k = _load_key(key[t], b, j, there, keys, a, num_heads, ONE_KEY[t], E, E_WIDTH, WIDE)
+        k = _load_key(key[t], b, j, there, keys, key_head, key_heads, ONE_KEY[t], E, E_WIDTH, WIDE)
         if NEW_QUERY[t]:
             total = score_gradient[:, None] * k
         else:
@@ -249,6 +255,7 @@ def near_key_gradient_kernel(
     NEW_VALUE: tl.constexpr,
     ONE_KEY: tl.constexpr,
     ONE_VALUE: tl.constexpr,
+    GROUPS: tl.constexpr,
     E: tl.constexpr,
     E_WIDTH: tl.constexpr,
     V: tl.constexpr,
@@ -256,33 +263,42 @@ def near_key_gradient_kernel(
     WIDE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Gradients of keys and values: each program owns its tokens. Of one key that all queries see, those are a product elsewhere."""
-    keys = height * width
-    b, a, n = _program(keys, num_heads, TOKENS)
+    """Gradients of keys and values: each program owns its tokens. Of one key that all queries see, those are a product elsewhere.
+
+    A program is of one head of keys, and adds up what the heads of queries that share it bring.
+    """
+    keys, key_heads = height * width, num_heads // GROUPS
+    b, key_head, n = _program(keys, key_heads, TOKENS)
     exists = n < keys
     term_stride = tl.cast(batch_size, tl.int64) * queries * num_heads
     for t in tl.static_range(TERMS):
         # The query that sees this key at the term's offset lies as far on the other side.
         i, there = _shifted(n, exists, width, -past, queries // width, -ROW_OFFSETS[t], -COLUMN_OFFSETS[t])
-        place = t * term_stride + (b * queries + i) * num_heads + a
+        place = t * term_stride + (b * queries + i) * num_heads
         if not ONE_KEY[t]:
-            q = _load(query[t], b, i, there, queries, a, num_heads, E, E_WIDTH, WIDE)
-            key_part = tl.load(score_gradients + place, mask=there, other=0.0)[:, None] * q
+            key_part = tl.zeros((TOKENS, E_WIDTH), WIDE)
+            for member in range(GROUPS):
+                a = key_head * GROUPS + member
+                q = _load(query[t], b, i, there, queries, a, num_heads, E, E_WIDTH, WIDE)
+                key_part += tl.load(score_gradients + place + a, mask=there, other=0.0)[:, None] * q
             if NEW_KEY[t]:
                 key_total = key_part
             else:
                 key_total += key_part
             if NEW_KEY[t + 1]:
-                _store(key_gradient[t], key_total, b, n, exists, keys, a, num_heads, E, E_WIDTH)
+                _store(key_gradient[t], key_total, b, n, exists, keys, key_head, key_heads, E, E_WIDTH)
         if not ONE_VALUE[t]:
-            given = _load(gradient, b, i, there, queries, a, num_heads, V, V_WIDTH, WIDE)
-            value_part = tl.load(weights + place, mask=there, other=0.0)[:, None] * given
+            value_part = tl.zeros((TOKENS, V_WIDTH), WIDE)
+            for member in range(GROUPS):
+                a = key_head * GROUPS + member
+                given = _load(gradient, b, i, there, queries, a, num_heads, V, V_WIDTH, WIDE)
+                value_part += tl.load(weights + place + a, mask=there, other=0.0)[:, None] * given
             if NEW_VALUE[t]:
                 value_total = value_part
             else:
                 value_total += value_part
             if NEW_VALUE[t + 1]:
-                _store(value_gradient[t], value_total, b, n, exists, keys, a, num_heads, V, V_WIDTH)
+                _store(value_gradient[t], value_total, b, n, exists, keys, key_head, key_heads, V, V_WIDTH)
 
 
 __all__ = ["near_kernel", "near_key_gradient_kernel", "near_query_gradient_kernel"]

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.class_token import class_blocks
 from ..operators.dispatch import local_operator
-from ..operators.heads import merge_heads, repeat_features, split_heads
+from ..operators.heads import merge_heads, split_heads
 from ..operators.local import of_term
 from ..operators.pair_autograd import accumulation_dtype
 from ..operators.pair_layout import (
@@ -44,7 +44,7 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
 
     Args:
         pairs: the relative part, which has remembered what a cache holds.
-        dense: queries, keys and values of ordinary attention, `[B, A, Q or L, d]`, where a side has such.
+        dense: queries, keys and values of ordinary attention, `[B, A, Q, d]` and `[B, A / groups, L, d]`, where a side has such.
         scale: of the scores.
         mask: what is hidden, beside the future.
     """
@@ -56,23 +56,21 @@ def attend_text(pairs: NearAndFarPairs, dense: DenseHeads, scale: float, mask: A
     for name, side, heads in zip("qkv", (pairs.query, pairs.key, pairs.value), dense, strict=True):
         count = layout.num_queries + (0 if name == "q" else window)
         rows = [offset.reverse_row if name == "q" else offset.row for offset in near.near_offsets()]
-        relative = None
+        relative, heads_of_side = None, num_heads if name == "q" else num_heads // pairs.groups
         if side is not None:
             tokens, matrices = side.tokens[:, side.tokens.shape[1] - count :], _matrices(side)
             relative = [tokens] if matrices is None else project_each(tokens, [matrices[row] for row in rows])
             if side.bias is not None:
                 biases = side.bias.unbind(0)
                 relative = [part + biases[row] for part, row in zip(relative, rows, strict=True)]
-            groups = 1 if name == "q" else pairs.groups
             norm = None if matrices is None else pairs.norms.get(name)
             if norm is not None:
-                relative = [merge_heads(norm(split_heads(part, num_heads // groups))) for part in relative]
+                relative = [merge_heads(norm(split_heads(part, heads_of_side))) for part in relative]
             if pairs.near_rotation is not None and name != "v":
                 turns = tuple(part[:, :, part.shape[2] - count :] for part in pairs.near_rotation)
-                relative = [_rotate_tokens(part, turns, num_heads // groups) for part in relative]
-            relative = [repeat_features(part, num_heads, groups) for part in relative]
+                relative = [_rotate_tokens(part, turns, heads_of_side) for part in relative]
         own = None if heads is None else [merge_heads(heads[:, :, heads.shape[2] - count :])]
-        sides.append(_join(own, relative, num_heads))
+        sides.append(_join(own, relative, heads_of_side))
     far = None
     if layout.has_far_pairs:
         far = [_join_heads(heads, part) for heads, part in zip(dense, pairs.far(), strict=True)]

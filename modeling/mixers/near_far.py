@@ -127,7 +127,9 @@ class AllPairs:
             self.value = self.value._replace(tokens=key if self.shared else value)
 
     def far(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What queries, keys and values bring to far pairs, `[B, A, L, e]`; `None` where that is not relative."""
+        """What queries, keys and values bring to far pairs, `[B, A, Q, e]` and `[B, A / groups, L, e]`; `None` where that is not
+        relative.
+        """
         return None, None, None
 
     def scores(self) -> Tensor:
@@ -223,7 +225,6 @@ class NearAndFarPairs(AllPairs):
         dense_key, dense_value, self.far_key, self.far_value = (
             None if part is None else part[:, :, : self.layout.num_tokens] for part in stored
         )
-        self.far_key, self.far_value = (repeat_heads(part, self.groups) for part in (self.far_key, self.far_value))
         self.distance = self.layout.max_row_distance
         # The token itself is at distance 0, so D - 1 tokens before it are near.
         self.window = 0 if cache is None else max(self.distance - 1, 0)
@@ -244,7 +245,7 @@ class NearAndFarPairs(AllPairs):
 
     def scores(self) -> Tensor:
         """See `AllPairs.scores`."""
-        scores = self.far_query @ self.far_key.transpose(-1, -2)
+        scores = self.far_query @ repeat_heads(self.far_key, self.groups).transpose(-1, -2)
         if self.distance == 0:
             return scores
         near_pairs = AllPairs(
@@ -268,8 +269,9 @@ class NearAndFarPairs(AllPairs):
     def values(self, weights: Tensor) -> Tensor:
         """See `AllPairs.values`."""
         between = distances(self.layout, weights.device)
-        far = weights.masked_fill(between < self.distance, 0).to(self.far_value.dtype)
-        output = merge_heads(far @ self.far_value)
+        far_value = repeat_heads(self.far_value, self.groups)
+        far = weights.masked_fill(between < self.distance, 0).to(far_value.dtype)
+        output = merge_heads(far @ far_value)
         if self.distance == 0:
             return output
         near = weights

@@ -104,11 +104,11 @@ def project_each_backward(gradients: Sequence[Shape], tokens: Shape, matrices: S
 
 
 def local_attention(
-    queries: Sequence[Shape], keys: Any, values: Sequence[Shape], far: Sequence[Shape], *rest: Any
+    queries: Sequence[Shape], keys: Sequence[Shape], values: Sequence[Shape], far: Sequence[Shape], *rest: Any
 ) -> int:
     """Of each pair, near or far, the inner product and the weighted sum; the projections are counted by `project_each`."""
     every, _ = _local_pairs(queries, keys, values, far, rest[-1])
-    return 2 * queries[0][0] * every * (queries[0][-1] + values[0][-1])
+    return 2 * queries[0][0] * every * (queries[0][-1] + _output_features(queries, keys, values))
 
 
 def local_attention_backward(gradient: Shape, output: Shape, logsumexp: Shape, weights: Shape, *rest: Any) -> int:
@@ -116,7 +116,13 @@ def local_attention_backward(gradient: Shape, output: Shape, logsumexp: Shape, w
     queries, keys, values, far = rest[:4]
     every, near = _local_pairs(queries, keys, values, far, rest[-1])
     again = (every - near) * queries[0][-1]
-    return 2 * queries[0][0] * (2 * every * (queries[0][-1] + values[0][-1]) + again)
+    products = queries[0][-1] + _output_features(queries, keys, values)
+    return 2 * queries[0][0] * (2 * every * products + again)
+
+
+def _output_features(queries: Sequence[Shape], keys: Sequence[Shape], values: Sequence[Shape]) -> int:
+    """Those of values, for every head of queries that shares them."""
+    return queries[0][-1] // keys[0][-1] * values[0][-1]
 
 
 def _local_pairs(

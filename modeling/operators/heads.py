@@ -18,6 +18,11 @@ def merge_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
+def groups_of(queries: Tensor, keys: Tensor) -> int:
+    """How many heads of queries share one of keys: `groups`, of `[…, A · e]` and `[…, A / groups · e]`."""
+    return queries.shape[-1] // keys.shape[-1]
+
+
 def repeat_heads(heads: Tensor | None, groups: int) -> Tensor | None:
     """`[B, A / groups, L, e]` to `[B, A, L, e]`: each head serves `groups` heads of queries, one after the other."""
     return heads if heads is None or groups == 1 else heads.repeat_interleave(groups, dim=1)
@@ -37,4 +42,4 @@ def sum_groups(gradient: Tensor, num_heads: int, groups: int) -> Tensor:
     return gradient.unflatten(-1, (num_heads // groups, groups, -1)).sum(-2).flatten(-2)
 
 
-__all__ = ["merge_heads", "repeat_features", "repeat_heads", "split_heads", "sum_groups"]
+__all__ = ["groups_of", "merge_heads", "repeat_features", "repeat_heads", "split_heads", "sum_groups"]

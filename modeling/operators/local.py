@@ -6,6 +6,9 @@ Far pairs are one ordinary attention, see `fused_attention.py`. A near offset sh
 products of two slices, one number per token and head. The two are merged by their log-sum-exp. Nothing of size `[B, A, L, L]`
 exists; what a pair needs is projected once per token and offset, since the tokens are the same for all queries.
 
+Keys and values may have fewer heads, `A / groups`, as many as their features say: each serves `groups` heads of queries, one after the
+other, and is not repeated for them.
+
 Legend: `B` batch, `N` tokens of a grid (text: `L × 1`), `A` heads, `e` features per head, `T` near terms.
 """
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from .far_blocks import FarBlock, far_blocks
 from .fused_attention import attention, attention_backward
-from .heads import split_heads
+from .heads import groups_of, split_heads
 from .pair_autograd import accumulation_dtype, pack, unpack
 from .pair_layout import OffsetPairs, PairLayout
 from .registration import define, register_once
@@ -120,12 +123,42 @@ class _Grid:
         return tokens.unflatten(1, (-1, self.width))[:, place[0], place[1]]
 
 
+class _Heads:
+    """Features as heads that broadcast against each other.
+
+    Queries and keys are both `[…, A, e]`, or where `groups` heads of queries share one of keys `[…, A / groups, groups, e]` and
+    `[…, A / groups, 1, e]`.
+    """
+
+    def __init__(self, num_heads: int, groups: int):
+        self.num_heads, self.groups = num_heads, groups
+        self.query_axes = (num_heads,) if groups == 1 else (num_heads // groups, groups)
+        self.key_axes = (num_heads,) if groups == 1 else (num_heads // groups, 1)
+
+    def queries(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (*self.query_axes, -1))
+
+    def keys(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (*self.key_axes, -1))
+
+    def numbers(self, numbers: Tensor) -> Tensor:
+        """One number for each head of queries, `[…, A]`."""
+        numbers = numbers if self.groups == 1 else numbers.unflatten(-1, self.query_axes)
+        return numbers.unsqueeze(-1)
+
+    def inner(self, space: _Space, queries: Tensor, keys: Tensor) -> Tensor:
+        """Inner products of each head of queries, `[…, A]`, from features side by side."""
+        if self.groups == 1:
+            return _by_head(space.product(queries, keys), self.num_heads).sum(-1, dtype=space.dtype)
+        return space.product(self.queries(queries), self.keys(keys)).sum(-1, dtype=space.dtype).flatten(-2)
+
+
 class _Space:
     """Memory for the products of one term, taken once; in a type that sums over a head can be made of."""
 
     def __init__(self, like: Tensor, queries: int, features: int):
-        wide = accumulation_dtype(like.dtype)
-        self.memory = like.new_empty(like.shape[0] * queries * features, dtype=wide)
+        self.dtype = accumulation_dtype(like.dtype)
+        self.memory = like.new_empty(like.shape[0] * queries * features, dtype=self.dtype)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         shape = torch.broadcast_shapes(left.shape, right.shape)
@@ -153,17 +186,19 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     like, terms = queries[0], max(len(keys), len(values), len(queries))
     grid, wide = _Grid(layout), accumulation_dtype(queries[0].dtype)
-    batch, count, features = like.shape[0], layout.num_queries, values[0].shape[-1]
+    heads = _Heads(num_heads, groups_of(like, keys[0]))
+    batch, count, features = like.shape[0], layout.num_queries, heads.groups * values[0].shape[-1]
     space = _Space(like, count, max(like.shape[-1], features))
     offsets = near_terms(layout, terms)
     lowest = torch.finfo(wide).min
     # One row more for the far pairs, as if they were one key.
     scores = like.new_full((terms + 1, batch, count, num_heads), lowest, dtype=wide)
     for index, offset in enumerate(offsets):
-        product = space.product(
-            grid.of(of_term(queries, index, terms), offset.queries), grid.of(of_term(keys, index, terms), offset.keys)
+        q, k = (
+            grid.of(of_term(queries, index, terms), offset.queries),
+            grid.of(of_term(keys, index, terms), offset.keys),
         )
-        grid.of(scores[index], offset.queries).copy_(_by_head(product, num_heads).sum(-1, dtype=wide))
+        grid.of(scores[index], offset.queries).copy_(heads.inner(space, q, k))
     near_scores = scores[:-1].mul_(scale)
     if near_bias is not None:
         near_scores += near_bias
@@ -174,9 +209,9 @@ def _forward(
     weights = scores.sub_(logsumexp).exp_()
     _by_head(output, num_heads).mul_(weights[-1].unsqueeze(-1))
     for index, offset in enumerate(offsets):
-        target = _by_head(grid.of(output, offset.queries), num_heads)
-        given = _by_head(grid.of(of_term(values, index, terms), offset.keys), num_heads)
-        target.addcmul_(grid.of(weights[index], offset.queries).unsqueeze(-1), given.to(wide))
+        target = heads.queries(grid.of(output, offset.queries))
+        given = heads.keys(grid.of(of_term(values, index, terms), offset.keys))
+        target.addcmul_(heads.numbers(grid.of(weights[index], offset.queries)), given.to(wide))
     return output.to(values[0].dtype), logsumexp, weights[:-1]
 
 
@@ -197,7 +232,8 @@ def _backward(
     """Gradients of queries, keys, values and the far three."""
     grid, wide, terms = _Grid(layout), logsumexp.dtype, len(weights)
     gradient = gradient.contiguous()
-    space = _Space(queries[0], layout.num_queries, max(queries[0].shape[-1], values[0].shape[-1]))
+    heads = _Heads(num_heads, groups_of(queries[0], keys[0]))
+    space = _Space(queries[0], layout.num_queries, max(queries[0].shape[-1], gradient.shape[-1]))
     # What softmax subtracts: Σ_j p_ij <dout_i, v_ij>, which is <dout_i, out_i>.
     delta = _by_head(space.product(gradient, output), num_heads).sum(-1, dtype=wide)
     # A gradient that several terms share is added up in a wider type.
@@ -206,12 +242,22 @@ def _backward(
         for parts in (queries, keys, values)
     ]
 
-    def give(parts: list[Tensor], index: int, place: tuple[slice, slice], factor: Tensor, heads: Tensor) -> None:
+    def give(
+        parts: list[Tensor],
+        index: int,
+        place: tuple[slice, slice],
+        factor: Tensor,
+        other: Tensor,
+        to_keys: bool = True,
+    ) -> None:
         target = of_term(parts, index, terms)
+        adds_up = to_keys and heads.groups > 1
         if target.shape[1] == 1 and layout.num_queries > 1:
-            target += (factor * heads).sum((1, 2), dtype=wide).flatten(-2).unsqueeze(1)
+            target += (factor * other).sum((1, 2, 4) if adds_up else (1, 2), dtype=wide).flatten(1).unsqueeze(1)
+        elif adds_up:
+            heads.keys(grid.of(target, place)).add_(space.product(factor, other).sum(-2, keepdim=True))
         else:
-            _by_head(grid.of(target, place), num_heads).addcmul_(factor, heads)
+            heads.queries(grid.of(target, place)).addcmul_(factor, other)
 
     for index, offset in enumerate(near_terms(layout, terms)):
         q, k, v = (
@@ -220,11 +266,11 @@ def _backward(
         )
         received = grid.of(gradient, offset.queries)
         weight = grid.of(weights[index], offset.queries)
-        score_gradient = _by_head(space.product(received, v), num_heads).sum(-1, dtype=wide)
+        score_gradient = heads.inner(space, received, v)
         score_gradient.sub_(grid.of(delta, offset.queries)).mul_(weight).mul_(scale)
-        weight, score_gradient = (part.unsqueeze(-1).to(gradient.dtype) for part in (weight, score_gradient))
-        q, k, received = (_by_head(part, num_heads) for part in (q, k, received))
-        give(gradients[0], index, offset.queries, score_gradient, k)
+        weight, score_gradient = (heads.numbers(part).to(gradient.dtype) for part in (weight, score_gradient))
+        q, k, received = heads.queries(q), heads.keys(k), heads.queries(received)
+        give(gradients[0], index, offset.queries, score_gradient, k, to_keys=False)
         give(gradients[1], index, offset.keys, score_gradient, q)
         give(gradients[2], index, offset.keys, weight, received)
     gradients = [
@@ -269,13 +315,15 @@ def register_local_operators(
         """Attention over near and far pairs, `[B, Q, A·v]` of the values' dtype.
 
         Args:
-            queries, keys, values: `[B, Q, A·e]`, `[B, N, A·e]` and `[B, N, A·v]` each: what they bring to the pairs of each near
-                offset, in the order of `layout.near_offsets()`, or one tensor for all. A last one may follow that is of one more key,
-                which all queries see: a class token, `[B, 1, A·e]`, or `[B, Q, A·e]` where each query sees it differently.
-            far: queries, keys and values of the far pairs, `[B, A, Q, e]`, `[B, A, L, e]`, `[B, A, L, v]`; `None` where there are none.
-                Of images with clamped offsets, queries and then keys and values for each of the `2D + 1` clamped row offsets from −D
-                to D, `[B, A, N·(2D + 1), e]`, those of the clamped column offsets of a token one after the other.
-            num_heads: `A`.
+            queries, keys, values: `[B, Q, A·e]`, `[B, N, A / groups · e]` and `[B, N, A / groups · v]` each: what they bring to the
+                pairs of each near offset, in the order of `layout.near_offsets()`, or one tensor for all. A last one may follow that is
+                of one more key, which all queries see: a class token, `[B, 1, …]`, or `[B, Q, A·e]` where each query sees it
+                differently.
+            far: queries, keys and values of the far pairs, `[B, A, Q, e]`, `[B, A / groups, L, e]`, `[B, A / groups, L, v]`; `None`
+                where there are none. Of images with clamped offsets, queries and then keys and values for each of the `2D + 1` clamped
+                row offsets from −D to D, `[B, A / groups, N·(2D + 1), e]`, those of the clamped column offsets of a token one after
+                the other.
+            num_heads: `A`, of queries.
             scale: what scores are multiplied by before softmax.
             layout: the near pairs, without a class token.
             near_bias: `[T, B or 1, Q, A or 1]`, added to the scores of near pairs; finite.
@@ -312,7 +360,7 @@ def _register(
         wide = accumulation_dtype(queries[0].dtype)
         terms = max(len(queries), len(keys), len(values))
         return (
-            queries[0].new_empty(batch, count, values[0].shape[-1]),
+            queries[0].new_empty(batch, count, groups_of(queries[0], keys[0]) * values[0].shape[-1]),
             queries[0].new_empty(batch, count, num_heads, dtype=wide),
             queries[0].new_empty(terms, batch, count, num_heads, dtype=wide),
         )

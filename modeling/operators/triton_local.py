@@ -2,7 +2,8 @@
 
 The kernel goes through the terms of a query with a running maximum, beginning with the output and the log-sum-exp of its far pairs. The
 backward pass takes the log-sum-exp of all pairs, first for queries, then for keys and values, of which each program owns some: no
-atomics. The kernels are in `local_kernels.py`, far pairs in `local.py`.
+atomics. Keys and values that heads of queries share are read where they are, and a program of their gradients goes through those heads.
+The kernels are in `local_kernels.py`, far pairs in `local.py`.
 
 Legend: `B` batch, `Q` queries, `A` heads, `e` features per head of queries and keys, `v` of values, `T` near terms.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..kernels.launch import launch, next_power_of_2
 from ..kernels.local_kernels import near_kernel, near_key_gradient_kernel, near_query_gradient_kernel
 from .far_blocks import far_blocks
-from .heads import split_heads
+from .heads import groups_of, split_heads
 from .local import attend_far, far_gradients, merge_far, near_terms, of_term, register_local_operators
 from .pair_autograd import accumulation_dtype
 from .pair_layout import PairLayout
@@ -50,8 +51,10 @@ class _Part(NamedTuple):
     def constants(self, num_heads: int) -> dict[str, Any]:
         """What all kernels are compiled for."""
         query, value = self.queries[0], self.values[0]
-        features, wide = query.shape[-1] // num_heads, value.shape[-1] // num_heads
+        groups = groups_of(query, self.keys[0])
+        features, wide = query.shape[-1] // num_heads, value.shape[-1] // (num_heads // groups)
         return {
+            "GROUPS": groups,
             "TERMS": len(self.queries),
             "ROW_OFFSETS": self.row_offsets,
             "COLUMN_OFFSETS": self.column_offsets,
@@ -95,17 +98,16 @@ def _geometry(layout: PairLayout, batch: int, num_heads: int) -> dict[str, int]:
     }
 
 
-def _launch(kernel: Any, tokens: int, constants: dict[str, Any], **arguments: Any) -> None:
-    """Runs a kernel over tokens of every batch entry and head; tiles of wide heads have fewer tokens."""
+def _launch(kernel: Any, tokens: int, heads: int, constants: dict[str, Any], **arguments: Any) -> None:
+    """Runs a kernel over tokens of every batch entry and head, of queries or of keys; tiles of wide heads have fewer tokens."""
     widest = max(constants["E_WIDTH"], constants["V_WIDTH"])
-    groups = arguments["batch_size"] * arguments["num_heads"]
     options = [
         {"TOKENS": max(min(elements // widest, next_power_of_2(tokens)), 1), "num_warps": warps, "num_stages": stages}
         for elements, warps, stages in _TILES
     ]
     launch(
         kernel,
-        lambda option: (-(-tokens // option["TOKENS"]) * groups,),
+        lambda option: (-(-tokens // option["TOKENS"]) * arguments["batch_size"] * heads,),
         options,
         lambda option: {},
         **arguments,
@@ -132,7 +134,7 @@ def _far(
     if another is None:
         return _Far(*attend_far(far, block, scale), block.queries.start or 0)
     batch, wide = len(like), accumulation_dtype(like.dtype)
-    output = like.new_zeros(batch, layout.num_queries, far[2].shape[-1] * num_heads, dtype=wide)
+    output = like.new_zeros(batch, layout.num_queries, num_heads * far[2].shape[-1], dtype=wide)
     logsumexp = like.new_full((batch, layout.num_queries, num_heads), torch.finfo(wide).min, dtype=wide)
     merge_far(output, logsumexp, far, far_bias, scale, layout)
     return _Far(split_heads(output, num_heads), logsumexp.transpose(1, 2), 0)
@@ -157,11 +159,12 @@ def _forward(
     like, value, terms = queries[0], values[0], max(len(queries), len(keys), len(values))
     batch, wide = len(like), accumulation_dtype(like.dtype)
     shape = (batch, layout.num_queries, num_heads)
+    features = groups_of(like, keys[0]) * value.shape[-1]
     scores = like.new_empty((terms, *shape), dtype=wide)
     others = _far(far, far_bias, scale, layout, like, num_heads)
     for part in _parts(queries, keys, values, layout):
         is_last = part.terms.stop == terms
-        output = value.new_empty(*shape[:2], value.shape[-1], dtype=value.dtype if is_last else wide)
+        output = value.new_empty(*shape[:2], features, dtype=value.dtype if is_last else wide)
         logsumexp = like.new_empty(shape, dtype=wide)
         bias = None if near_bias is None else near_bias[part.terms].expand(-1, *shape)
         found = None if others is None else others.output
@@ -170,6 +173,7 @@ def _forward(
         _launch(
             near_kernel,
             layout.num_queries,
+            num_heads,
             part.constants(num_heads) | {"NEW_QUERY": _is_new(part.queries), "HAS_FAR": others is not None, "BIASED": bias is not None},
             output=output,
             logsumexp=logsumexp,
@@ -226,6 +230,7 @@ def _backward(
         _launch(
             near_query_gradient_kernel,
             layout.num_queries,
+            num_heads,
             common | {"NEW_QUERY": _is_new(part.queries)},
             weights=weights,
             score_gradients=score_gradients,
@@ -242,6 +247,7 @@ def _backward(
         _launch(
             near_key_gradient_kernel,
             layout.num_tokens,
+            num_heads // common["GROUPS"],
             common | {"NEW_KEY": _is_new(part.keys), "NEW_VALUE": _is_new(part.values)},
             weights=weights,
             score_gradients=score_gradients,
@@ -253,9 +259,9 @@ def _backward(
         )
         for index, term in enumerate(range(*part.terms.indices(terms))):
             if common["ONE_KEY"][index]:
-                each[1][index] = _sum(score_gradients[index], part.queries[index], num_heads)
+                each[1][index] = _sum(score_gradients[index], part.queries[index], num_heads, common["GROUPS"])
             if common["ONE_VALUE"][index]:
-                each[2][index] = _sum(weights[index], gradient, num_heads)
+                each[2][index] = _sum(weights[index], gradient, num_heads, common["GROUPS"])
             for side, found in enumerate(each):
                 if index == 0 or found[index] is not found[index - 1]:
                     add(side, term, found[index])
@@ -279,10 +285,13 @@ def _gradients_like(tensors: Sequence[Tensor], whole: bool) -> list[Tensor]:
     return made
 
 
-def _sum(factors: Tensor, tokens: Tensor, num_heads: int) -> Tensor:
-    """`Σ_i factor_i x_i`, `[B, 1, A·e]`, of `[B, Q, A]` and `[B, Q, A·e]`: the gradient of one key that all queries see."""
-    heads = tokens.unflatten(-1, (num_heads, -1))
-    return torch.einsum("bia,biae->bae", factors.to(tokens.dtype), heads).flatten(1).unsqueeze(1)
+def _sum(factors: Tensor, tokens: Tensor, num_heads: int, groups: int) -> Tensor:
+    """`Σ_i factor_i x_i`, also over heads that share a key, `[B, 1, A / groups · e]`, of `[B, Q, A]` and `[B, Q, A·e]`: the gradient of
+    one key that all queries see.
+    """
+    axes = (num_heads // groups, groups)
+    factors, heads = factors.to(tokens.dtype).unflatten(-1, axes), tokens.unflatten(-1, (*axes, -1))
+    return torch.einsum("biag,biage->bae", factors, heads).flatten(1).unsqueeze(1)
 
 
 local_attention = register_local_operators("triton_", _forward, _backward)
