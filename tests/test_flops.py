@@ -206,7 +206,7 @@ def test_pair_kernels_count_as_the_grouped_pairs(kernels):
     calls = {
         "pair_scores": (tokens, tokens, bank, bank, HEADS, pack(layout)),
         "pair_scores_backward": (pairs, tokens, tokens, bank, bank, pack(layout), False, True),
-        "pair_values": (pairs, tokens, bank, pack(layout)),
+        "pair_values": (pairs, tokens, bank, 1, pack(layout)),
     }
     for name, arguments in calls.items():
         totals = set()

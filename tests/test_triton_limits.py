@@ -218,17 +218,21 @@ def launch_with_tensors_far_apart(kernel, grid, options, derived, **arguments):
         dense.copy_(apart)
 
 
-@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(5, 5)], ids=layout_id)
-def test_pairs_with_more_than_2_to_31_elements(layout, checked_integers, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [(PairLayout.for_image(2, 2, 2, 2), 1), (PairLayout.for_text(4, 4), 2)],
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+def test_pairs_with_more_than_2_to_31_elements(layout, groups, checked_integers, monkeypatch):
     monkeypatch.setattr(triton_pairs, "launch", launch_with_tensors_far_apart)
-    heads, tokens = 3, layout.num_tokens
+    heads, tokens = 3 * groups, layout.num_tokens
     query, key = (tensor(3, tokens, 4).requires_grad_() for _ in range(2))
-    banks = [tensor(layout.num_offsets, 4, heads * 2).requires_grad_() for _ in range(2)]
+    banks = [tensor(layout.num_offsets, 4, width * 2).requires_grad_() for width in (heads, 3)]
     pairs = tensor(3, heads, tokens, tokens)
     results = []
     for module in (triton_pairs, reference):
         scores = module.pair_scores(query, key, *banks, heads, layout)
-        values = module.pair_values(pairs, key, banks[1], layout)
+        values = module.pair_values(pairs, key, banks[1], layout, groups)
         gradients = torch.autograd.grad((scores * pairs).sum() + values.square().sum(), (query, key, *banks))
         results.append((scores, values, *gradients))
     for actual, expected in zip(*results, strict=True):
