@@ -289,9 +289,10 @@ def test_opcheck_of_the_basis():
     def tensor(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
-    factors = (tensor(1, 2, 1, tokens, 3), tensor(1, 2, 2, tokens, 3), tensor(1, 2, 2, tokens, 4))
+    # Two heads of queries share one of keys.
+    factors = (tensor(1, 2, 1, tokens, 3), tensor(1, 1, 2, tokens, 3), tensor(1, 1, 2, tokens, 4))
     coefficients = (None, tensor(layout.num_offsets, 2), tensor(layout.num_offsets, 2))
-    arguments = (*factors, *coefficients, *(tensor(1, 2, tokens, 4) for _ in range(3)), None, 0.5, pack(layout))
+    arguments = (*factors, *coefficients, *(tensor(1, n, tokens, 4) for n in (2, 1, 1)), None, 0.5, pack(layout))
     torch.library.opcheck(registration.operator("basis_attention").default, arguments)
 
 
@@ -304,11 +305,12 @@ def test_opcheck(operator):
         return torch.randn(*shape, device=DEVICE, requires_grad=trained)
 
     query, key, pairs = tensor(2, tokens, 4), tensor(2, tokens, 4), tensor(2, 2, tokens, tokens)
-    banks = [tensor(layout.num_offsets, 4, 6) for _ in range(2)]
+    # Two heads of queries share one of keys.
+    banks = [tensor(layout.num_offsets, 4, width) for width in (6, 3)]
     arguments = {
         "pair_scores": (query, key, *banks, 2, pack(layout)),
         "pair_scores_backward": (pairs, query, key, *banks, pack(layout), True, True),
-        "pair_values": (pairs, key, banks[1], 1, pack(layout)),
+        "pair_values": (pairs, key, banks[1], 2, pack(layout)),
     }[operator]
     torch.library.opcheck(registration.operator(f"triton_{operator}").default, arguments)
 
@@ -394,10 +396,10 @@ def test_kernels_compile_without_a_gpu(dtype, option, backend, architecture, sha
     program = Path(__file__).parent / "compile_kernels.py"
     command = [sys.executable, str(program), dtype, str(option), backend, architecture]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
-    compiled = dict(line.split() for line in output.splitlines())
+    names, taken = zip(*(line.split() for line in output.splitlines()), strict=True)
     modules = (triton_pairs, triton_basis, triton_local)
-    assert set(compiled) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert max(map(int, compiled.values())) <= shared << 10
+    assert set(names) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert max(map(int, taken)) <= shared << 10
 
 
 def test_no_triton_is_imported_without_a_gpu():
