@@ -50,6 +50,7 @@ from translution import (
 )
 from translution.modeling.mixers.mixer import Mixer
 from translution.modeling.models import from_attention
+from translution.modeling.operators import triton_basis
 
 
 # Sizes that are odd, and not multiples of each other where they need not be.
@@ -407,8 +408,8 @@ def test_assists_itself_with_its_first_layers():
         assert torch.equal(converted.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
 
 
-def test_kernels():
-    case = "llama-value"
+@pytest.mark.parametrize("case", ["llama-value", "llama-value-basis"])
+def test_kernels(case):
     source = make_source(case, EXACT)
     converted = part_from_source(convert(source, case)).to(DEVICE)
     inputs = {name: value.to(DEVICE) for name, value in make_inputs(source, case, length=3).items()}
@@ -420,6 +421,23 @@ def test_kernels():
         results.append([logits, *torch.autograd.grad((logits * weights).sum(), list(converted.parameters()))])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_the_kernels_of_a_basis_take_keys_and_values_as_they_are(monkeypatch):
+    """With the heads that the source has: nothing is repeated before."""
+    case = "llama-value-basis"
+    source = make_source(case, EXACT)
+    converted = convert(source, case).to(DEVICE)
+    converted.set_attn_implementation("triton")
+    given, attend = [], triton_basis._operator
+
+    def note(*arguments):
+        given.append([part.shape[1] for part in arguments[:3]])
+        return attend(*arguments)
+
+    monkeypatch.setattr(triton_basis, "_operator", note)
+    converted(**{name: value.to(DEVICE) for name, value in make_inputs(source, case, length=2).items()})
+    assert given == [[6, 2, 2]] * 2
 
 
 @pytest.mark.parametrize("case", ["vit-square", "vit-clamped", "dinov2"])

@@ -177,10 +177,11 @@ class TranslutionMixer(Mixer):
             return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
         pairs = self._pairs(path, hidden_states, layout, counts_on, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
+        if path == "basis_kernel":
+            dense = (dense_query, dense_key, dense_value)
+            return self.o_proj(self._basis_attention(pairs, dense, mask.additive)), None
         dense_key, dense_value = repeat_heads(dense_key, self.groups), repeat_heads(dense_value, self.groups)
         dense = (dense_query, dense_key, dense_value)
-        if path == "basis_kernel":
-            return self.o_proj(self._basis_attention(pairs, dense, mask.additive)), None
         if path == "streamed":
             return self.o_proj(self._streamed_attention(pairs, dense)), None
         if path in ("local", "local_kernel"):
@@ -298,13 +299,17 @@ class TranslutionMixer(Mixer):
         dense: tuple[Tensor | None, Tensor | None, Tensor | None],
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
+        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense, heads of keys not repeated."""
+        num_key_heads = self.num_heads // self.groups
+        sides = zip(
+            (pairs.query, pairs.key, pairs.value), dense, (self.num_heads, num_key_heads, num_key_heads), strict=True
+        )
         parts = [
             # Ordinary projections are those of one factor without coefficients.
             (heads[:, :, None], None, None)
             if side is None
-            else (*project_factors(side.tokens, side.bank, self.num_heads), heads)
-            for side, heads in zip((pairs.query, *pairs.repeated()), dense, strict=True)
+            else (*project_factors(side.tokens, side.bank, num_heads), heads)
+            for side, heads, num_heads in sides
         ]
         inputs, coefficients, beside = zip(*parts, strict=True)
         scale = self.scaling if beside[0] is None else self.scaling / 2
