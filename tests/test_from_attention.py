@@ -50,7 +50,7 @@ from translution import (
 )
 from translution.modeling.mixers.mixer import Mixer
 from translution.modeling.models import from_attention
-from translution.modeling.operators import local
+from translution.modeling.operators import local, triton_basis
 
 
 # Sizes that are odd, and not multiples of each other where they need not be.
@@ -441,7 +441,7 @@ def test_keys_reach_local_attention_without_copies_and_gradients_are_the_referen
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11 * float(largest))
 
 
-@pytest.mark.parametrize("case", ["llama-value", "llama"])
+@pytest.mark.parametrize("case", ["llama-value", "llama", "llama-value-basis"])
 def test_kernels(case):
     source = make_source(case, EXACT)
     converted = part_from_source(convert(source, case, **({"max_relative_distance": 1} if case == "llama" else {})))
@@ -455,6 +455,23 @@ def test_kernels(case):
         results.append([logits, *torch.autograd.grad((logits * weights).sum(), list(converted.parameters()))])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_the_kernels_of_a_basis_take_keys_and_values_as_they_are(monkeypatch):
+    """With the heads that the source has: nothing is repeated before."""
+    case = "llama-value-basis"
+    source = make_source(case, EXACT)
+    converted = convert(source, case).to(DEVICE)
+    converted.set_attn_implementation("triton")
+    given, attend = [], triton_basis._operator
+
+    def note(*arguments):
+        given.append([part.shape[1] for part in arguments[:3]])
+        return attend(*arguments)
+
+    monkeypatch.setattr(triton_basis, "_operator", note)
+    converted(**{name: value.to(DEVICE) for name, value in make_inputs(source, case, length=2).items()})
+    assert given == [[6, 2, 2]] * 2
 
 
 @pytest.mark.parametrize("case", ["vit-square", "vit-clamped", "dinov2"])

@@ -146,6 +146,60 @@ def test_text_with_a_past_and_a_band(past, band):
     assert relative_error(*values) < TOLERANCE
 
 
+# Heads of keys, queries' heads of each, features per head, and inner size: heads and features that fill several small tiles, and the last in
+# part.
+GROUPED = [
+    (PairLayout.for_image(1, 2, 1, 2), 3, 2, 5, 17),
+    (PairLayout.for_image(2, 1, 2, 1, max_relative_distance=0, class_token=False), 1, 3, 3, 4),
+    (PairLayout.for_text(4, 5, past=2), 2, 3, 3, 5),
+    (PairLayout.for_text(3, 3, max_relative_distance=1), 1, 2, 9, 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "key_heads", "groups", "size", "features"),
+    GROUPED,
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+@pytest.mark.usefixtures("small_tiles", "poisoned_memory")
+def test_heads_of_queries_share_one_of_keys(layout, key_heads, groups, size, features):
+    """Scores, values and every gradient, from banks that have the keys' heads alone."""
+    heads, queries, tokens = key_heads * groups, layout.num_queries, layout.num_tokens
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
+
+    query, key = tensor(2, queries, features), tensor(2, tokens, features)
+    plain_query, plain_key = tensor(2, queries, heads * size), tensor(2, tokens, key_heads * size)
+    query_bank = tensor(layout.num_offsets, features, heads * size)
+    key_bank = tensor(layout.num_offsets, features, key_heads * size)
+    pairs = tensor(2, heads, queries, tokens)
+    cases = [
+        (query, key, query_bank, key_bank),
+        (plain_query, key, None, key_bank),
+        (query, plain_key, query_bank, None),
+    ]
+    for inputs in cases:
+        given = [tensor for tensor in inputs if tensor is not None]
+        results = [module.pair_scores(*inputs, heads, layout) for module in (triton_pairs, reference)]
+        gradients = [torch.autograd.grad((result * pairs.detach()).sum(), given) for result in results]
+        for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+            assert relative_error(actual, expected) < TOLERANCE
+    results = [module.pair_values(pairs, key, key_bank, layout, groups) for module in (triton_pairs, reference)]
+    gradients = [torch.autograd.grad(result.square().sum(), (pairs, key, key_bank)) for result in results]
+    for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        assert relative_error(actual, expected) < TOLERANCE
+
+
+def test_heads_that_do_not_divide_are_an_error():
+    layout = PairLayout.for_text(2, 2)
+    hidden, bank = torch.zeros(1, 2, 4), torch.zeros(2, 4, 6)
+    with pytest.raises(ValueError, match=r"Queries of 6 features .* got keys of 4"):
+        triton_pairs.pair_scores(hidden, hidden, bank, None, 3, layout)
+    with pytest.raises(ValueError, match=r"`groups` must divide the 3 heads of queries, got 2"):
+        triton_pairs.pair_values(torch.zeros(1, 3, 2, 2), hidden, bank, layout, 2)
+
+
 # Every form of one layout, and two of the others: the interpreter takes seconds for each.
 FORMS = [("qkv", None), ("kv", None), ("v", None), ("kv", 3), ("qk", 3), ("v", 3)]
 BASIS_CASES = [(LAYOUTS[6], *form) for form in FORMS]
@@ -235,9 +289,10 @@ def test_opcheck_of_the_basis():
     def tensor(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
-    factors = (tensor(1, 2, 1, tokens, 3), tensor(1, 2, 2, tokens, 3), tensor(1, 2, 2, tokens, 4))
+    # Two heads of queries share one of keys.
+    factors = (tensor(1, 2, 1, tokens, 3), tensor(1, 1, 2, tokens, 3), tensor(1, 1, 2, tokens, 4))
     coefficients = (None, tensor(layout.num_offsets, 2), tensor(layout.num_offsets, 2))
-    arguments = (*factors, *coefficients, *(tensor(1, 2, tokens, 4) for _ in range(3)), None, 0.5, pack(layout))
+    arguments = (*factors, *coefficients, *(tensor(1, n, tokens, 4) for n in (2, 1, 1)), None, 0.5, pack(layout))
     torch.library.opcheck(registration.operator("basis_attention").default, arguments)
 
 
@@ -250,11 +305,12 @@ def test_opcheck(operator):
         return torch.randn(*shape, device=DEVICE, requires_grad=trained)
 
     query, key, pairs = tensor(2, tokens, 4), tensor(2, tokens, 4), tensor(2, 2, tokens, tokens)
-    banks = [tensor(layout.num_offsets, 4, 6) for _ in range(2)]
+    # Two heads of queries share one of keys.
+    banks = [tensor(layout.num_offsets, 4, width) for width in (6, 3)]
     arguments = {
         "pair_scores": (query, key, *banks, 2, pack(layout)),
         "pair_scores_backward": (pairs, query, key, *banks, pack(layout), True, True),
-        "pair_values": (pairs, key, banks[1], 1, pack(layout)),
+        "pair_values": (pairs, key, banks[1], 2, pack(layout)),
     }[operator]
     torch.library.opcheck(registration.operator(f"triton_{operator}").default, arguments)
 
@@ -340,10 +396,10 @@ def test_kernels_compile_without_a_gpu(dtype, option, backend, architecture, sha
     program = Path(__file__).parent / "compile_kernels.py"
     command = [sys.executable, str(program), dtype, str(option), backend, architecture]
     output = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
-    compiled = dict(line.split() for line in output.splitlines())
+    names, taken = zip(*(line.split() for line in output.splitlines()), strict=True)
     modules = (triton_pairs, triton_basis, triton_local)
-    assert set(compiled) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    assert max(map(int, compiled.values())) <= shared << 10
+    assert set(names) == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert max(map(int, taken)) <= shared << 10
 
 
 def test_no_triton_is_imported_without_a_gpu():

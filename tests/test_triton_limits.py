@@ -13,6 +13,7 @@ from transformers.utils.import_utils import enable_tf32
 from translution.modeling.kernels import basis_kernels, local_kernels, pair_kernels
 from translution.modeling.operators import reference
 from translution.modeling.operators.dispatch import TRITON
+from translution.modeling.operators.heads import repeat_heads
 from translution.modeling.operators.pair_autograd import pack
 from translution.modeling.operators.pair_layout import PairLayout
 
@@ -146,6 +147,56 @@ def test_masks_of_every_shape_and_tokens_of_any_strides(layout, axes):
         torch.testing.assert_close(one, other, **bound)
 
 
+@pytest.mark.parametrize(
+    ("layout", "key_heads", "groups", "query_factors", "dense"),
+    [
+        (PairLayout.for_image(1, 2, 1, 2), 2, 2, 2, False),
+        (PairLayout.for_text(KEYS + 2, 5, 4, past=1), 1, 3, 1, True),
+    ],
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_heads_of_queries_share_one_of_keys_and_values(layout, key_heads, groups, query_factors, dense):
+    """Outputs and every gradient, against keys and values repeated for the heads that share them."""
+    batch, heads, queries, tokens = 2, key_heads * groups, layout.num_queries, layout.num_tokens
+    names = ("query", "key", "value", "query_coefficients", "key_coefficients", "value_coefficients", "dense_query", "dense_key", "dense_value")  # fmt: skip
+    given = dict.fromkeys(names)
+    given["query"] = tensor(batch, heads, query_factors, queries, 5)
+    given["key"], given["value"] = tensor(batch, key_heads, 2, tokens, 5), tensor(batch, key_heads, 3, tokens, 7)
+    given["key_coefficients"], given["value_coefficients"] = (tensor(layout.num_offsets, n) for n in (2, 3))
+    if query_factors > 1:
+        given["query_coefficients"] = tensor(layout.num_offsets, query_factors)
+    if dense:
+        given["dense_query"] = tensor(batch, heads, queries, 3)
+        given["dense_key"], given["dense_value"] = (tensor(batch, key_heads, tokens, 3) for _ in range(2))
+    inputs = [part.requires_grad_() for part in given.values() if part is not None]
+    mask = tensor(batch, heads, queries, tokens) if dense else None
+
+    repeated = dict(given)
+    for name in ("key", "value", "dense_key", "dense_value"):
+        repeated[name] = repeat_heads(given[name], groups)
+    q, k, v, *coefficients, dense_query, dense_key, dense_value = repeated.values()
+    bias = mask + 0.5 * dense_query @ dense_key.transpose(-1, -2) if dense else mask
+    expected = [brute_force(q, k, v, *coefficients, bias, 0.5, layout)]
+    if dense:
+        expected.append(brute_force(q, k, dense_value[:, :, None], *coefficients[:2], None, bias, 0.5, layout))
+    actual = triton_basis.basis_attention(*given.values(), mask, 0.5, layout)[: len(expected)]
+    gradients = [
+        torch.autograd.grad(sum(part.square().sum() for part in result), inputs) for result in (actual, expected)
+    ]
+    for one, other in zip((*actual, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=100 * TOLERANCE, atol=10 * TOLERANCE)
+
+
+def test_heads_that_do_not_match_are_an_error():
+    layout = PairLayout.for_text(2, 2)
+    heads = {count: tensor(1, count, 1, 2, 4) for count in (2, 3, 4)}
+    coefficients = (None, tensor(2, 1), tensor(2, 1))
+    for query, key, value, message in ((4, 3, 3, "`key` must divide the 4 of `query`, got 3"), (4, 2, 4, "`value` must have 2 heads, got 4")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            triton_basis.basis_attention(heads[query], heads[key], heads[value], *coefficients, None, None, None, None, 1.0, layout)  # fmt: skip
+
+
 @pytest.mark.parametrize("layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(4, 4)], ids=layout_id)
 def test_an_empty_batch(layout):
     tokens = layout.num_tokens
@@ -218,17 +269,21 @@ def launch_with_tensors_far_apart(kernel, grid, options, derived, **arguments):
         dense.copy_(apart)
 
 
-@pytest.mark.parametrize("layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(5, 5)], ids=layout_id)
-def test_pairs_with_more_than_2_to_31_elements(layout, checked_integers, monkeypatch):
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [(PairLayout.for_image(2, 2, 2, 2), 1), (PairLayout.for_text(4, 4), 2)],
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+def test_pairs_with_more_than_2_to_31_elements(layout, groups, checked_integers, monkeypatch):
     monkeypatch.setattr(triton_pairs, "launch", launch_with_tensors_far_apart)
-    heads, tokens = 3, layout.num_tokens
+    heads, tokens = 3 * groups, layout.num_tokens
     query, key = (tensor(3, tokens, 4).requires_grad_() for _ in range(2))
-    banks = [tensor(layout.num_offsets, 4, heads * 2).requires_grad_() for _ in range(2)]
+    banks = [tensor(layout.num_offsets, 4, width * 2).requires_grad_() for width in (heads, 3)]
     pairs = tensor(3, heads, tokens, tokens)
     results = []
     for module in (triton_pairs, reference):
         scores = module.pair_scores(query, key, *banks, heads, layout)
-        values = module.pair_values(pairs, key, banks[1], layout)
+        values = module.pair_values(pairs, key, banks[1], layout, groups)
         gradients = torch.autograd.grad((scores * pairs).sum() + values.square().sum(), (query, key, *banks))
         results.append((scores, values, *gradients))
     for actual, expected in zip(*results, strict=True):

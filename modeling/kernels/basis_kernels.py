@@ -2,7 +2,9 @@
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 
-Legend: `i` queries, `j` keys, `m` and `n` factors; a group is a head of a batch entry.
+`GROUPS` heads of queries share one of keys and values, one after the other: `head // GROUPS`, as all batch entries have as many.
+
+Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 @triton.jit
 def _program(blocks, FACTORS: tl.constexpr):
-    """Block, factor and group of a program. All lie on the grid's first axis: the others hold 65,535 programs at most."""
+    """Block, factor and head of a program. All lie on the grid's first axis: the others hold 65,535 programs at most."""
     program = tl.program_id(0)
     rest = program // blocks
     return program % blocks, rest % FACTORS, (rest // FACTORS).to(tl.int64)
@@ -76,17 +78,17 @@ def _bank_rows(
 
 
 @triton.jit
-def _tokens(pointer, group, index, exists, length, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Some tokens of one group, `[index, WIDTH]`, of a tensor `[groups, length, SIZE]`."""
+def _tokens(pointer, head, index, exists, length, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Some tokens of one head, `[index, WIDTH]`, of a tensor `[heads, length, SIZE]`."""
     column = tl.arange(0, WIDTH)
-    place = (group * length + index)[:, None] * SIZE + column[None, :]
+    place = (head * length + index)[:, None] * SIZE + column[None, :]
     return tl.load(pointer + place, mask=exists[:, None] & (column < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def _store_tokens(pointer, group, index, exists, length, value, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+def _store_tokens(pointer, head, index, exists, length, value, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
-    place = (group * length + index)[:, None] * SIZE + column[None, :]
+    place = (head * length + index)[:, None] * SIZE + column[None, :]
     tl.store(pointer + place, value, mask=exists[:, None] & (column < SIZE)[None, :])
 
 
@@ -101,7 +103,8 @@ def _products(
     right,
     right_coefficients,
     rows,
-    group,
+    head,
+    key_head,
     m,
     i,
     i_exists,
@@ -118,10 +121,10 @@ def _products(
     PRECISION: tl.constexpr,
 ):
     """`Σ_n b[row, n] <left_mi, right_nj>`, `[i, j]`."""
-    one = _tokens(left, group * LEFT_N + m, i, i_exists, queries, SIZE, WIDTH)
+    one = _tokens(left, head * LEFT_N + m, i, i_exists, queries, SIZE, WIDTH)
     total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
     for n in tl.static_range(RIGHT_N):
-        other = _tokens(right, group * RIGHT_N + n, j, j_exists, tokens, SIZE, WIDTH)
+        other = _tokens(right, key_head * RIGHT_N + n, j, j_exists, tokens, SIZE, WIDTH)
         product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
         if RIGHT_BASIS:
             product *= _coefficient(right_coefficients, rows, n, RIGHT_N)
@@ -143,7 +146,8 @@ def _scores(
     mask_stride_i,
     mask_stride_j,
     scale,
-    group,
+    head,
+    key_head,
     num_heads,
     i,
     i_exists,
@@ -172,22 +176,22 @@ def _scores(
     total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
     for m in tl.static_range(NQ):
         product = _products(
-            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, queries, tokens,
+            query, key, key_coefficients, rows, head, key_head, m, i, i_exists, j, j_exists, queries, tokens,
             NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
         if Q_BASIS:
             product *= _coefficient(query_coefficients, reverse, m, NQ)
         total += product
     if DENSE_SCORES:
-        one = _tokens(dense_query, group, i, i_exists, queries, D, D_WIDTH)
-        other = _tokens(dense_key, group, j, j_exists, tokens, D, D_WIDTH)
+        one = _tokens(dense_query, head, i, i_exists, queries, D, D_WIDTH)
+        other = _tokens(dense_key, key_head, j, j_exists, tokens, D, D_WIDTH)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION, out_dtype=WIDE)
     total *= scale
     exists = i_exists[:, None] & j_exists[None, :]
     if CAUSAL:
         exists = exists & (i[:, None] + past >= j[None, :])
     if MASKED:
-        place = group // num_heads * mask_stride_b + group % num_heads * mask_stride_a
+        place = head // num_heads * mask_stride_b + head % num_heads * mask_stride_a
         # In 64 bits: a mask may have more than 2³¹ elements.
         place = place + (i.to(tl.int64) * mask_stride_i)[:, None] + (j.to(tl.int64) * mask_stride_j)[None, :]
         total += tl.load(mask + place, mask=exists, other=0.0)
@@ -225,6 +229,7 @@ def forward_kernel(
     base_y,
     class_row,
     first,
+    GROUPS: tl.constexpr,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -246,7 +251,8 @@ def forward_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    block, _, group = _program(tl.cdiv(queries, QUERIES), 1)
+    block, _, head = _program(tl.cdiv(queries, QUERIES), 1)
+    key_head = head // GROUPS
     i = block * QUERIES + tl.arange(0, QUERIES)
     i_exists = i < queries
     running_max = tl.full((QUERIES,), float("-inf"), WIDE)
@@ -267,7 +273,7 @@ def forward_kernel(
         )
         scores = _scores(
             query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-            mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
+            mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
             past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
         running_max_before = running_max
@@ -279,22 +285,22 @@ def forward_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         mixed *= shrink[:, None]
         for m in tl.static_range(NV):
-            one = _tokens(value, group * NV + m, j, j_exists, tokens, V, V_WIDTH)
+            one = _tokens(value, key_head * NV + m, j, j_exists, tokens, V, V_WIDTH)
             weighted = weights
             if V_BASIS:
                 weighted = weights * _coefficient(value_coefficients, rows, m, NV)
             mixed = tl.dot(weighted.to(one.dtype), one, mixed, input_precision=PRECISION, out_dtype=WIDE)
         if DENSE_VALUES:
-            one = _tokens(dense_value, group, j, j_exists, tokens, D, D_WIDTH)
+            one = _tokens(dense_value, key_head, j, j_exists, tokens, D, D_WIDTH)
             dense = tl.dot(
                 weights.to(one.dtype), one, dense * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
             )
     # A query that sees nothing has no weights: 0 / 0, as in any softmax. What is past the end is not stored.
     total = tl.where(i_exists, total, 1.0)
-    _store_tokens(output, group, i, i_exists, queries, mixed / total[:, None], V, V_WIDTH)
+    _store_tokens(output, head, i, i_exists, queries, mixed / total[:, None], V, V_WIDTH)
     if DENSE_VALUES:
-        _store_tokens(dense_output, group, i, i_exists, queries, dense / total[:, None], D, D_WIDTH)
-    tl.store(logsumexp + group * queries + i, running_max + tl.log(total), mask=i_exists)
+        _store_tokens(dense_output, head, i, i_exists, queries, dense / total[:, None], D, D_WIDTH)
+    tl.store(logsumexp + head * queries + i, running_max + tl.log(total), mask=i_exists)
 
 
 @triton.jit
@@ -318,7 +324,8 @@ def _weights(
     logsumexp,
     delta,
     scale,
-    group,
+    head,
+    key_head,
     num_heads,
     i,
     i_exists,
@@ -351,20 +358,20 @@ def _weights(
     """Probabilities of a tile of pairs, and the gradients of their unscaled scores."""
     scores = _scores(
         query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-        mask_stride_i, mask_stride_j, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
+        mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
         past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
     )  # fmt: skip
-    shift = tl.load(logsumexp + group * queries + i, mask=i_exists, other=0.0)
+    shift = tl.load(logsumexp + head * queries + i, mask=i_exists, other=0.0)
     probabilities = tl.exp(scores - shift[:, None])
     gradient = _products(
-        output_gradient, value, value_coefficients, rows, group, 0, i, i_exists, j, j_exists, queries, tokens,
+        output_gradient, value, value_coefficients, rows, head, key_head, 0, i, i_exists, j, j_exists, queries, tokens,
         1, NV, V_BASIS, V, V_WIDTH, WIDE, PRECISION,
     )  # fmt: skip
     if DENSE_VALUES:
-        one = _tokens(dense_output_gradient, group, i, i_exists, queries, D, D_WIDTH)
-        other = _tokens(dense_value, group, j, j_exists, tokens, D, D_WIDTH)
+        one = _tokens(dense_output_gradient, head, i, i_exists, queries, D, D_WIDTH)
+        other = _tokens(dense_value, key_head, j, j_exists, tokens, D, D_WIDTH)
         gradient = tl.dot(one, tl.trans(other), gradient, input_precision=PRECISION, out_dtype=WIDE)
-    mean = tl.load(delta + group * queries + i, mask=i_exists, other=0.0)
+    mean = tl.load(delta + head * queries + i, mask=i_exists, other=0.0)
     return probabilities, probabilities * (gradient - mean[:, None]) * scale
 
 
@@ -402,6 +409,7 @@ def query_gradient_kernel(
     base_y,
     class_row,
     first,
+    GROUPS: tl.constexpr,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -424,7 +432,8 @@ def query_gradient_kernel(
     KEYS: tl.constexpr,
 ):
     """Gradients of some queries' queries by one factor, and of their dense queries."""
-    block, m, group = _program(tl.cdiv(queries, QUERIES), NQ)
+    block, m, head = _program(tl.cdiv(queries, QUERIES), NQ)
+    key_head = head // GROUPS
     i = block * QUERIES + tl.arange(0, QUERIES)
     i_exists = i < queries
     total = tl.zeros((QUERIES, E_WIDTH), WIDE)
@@ -444,7 +453,7 @@ def query_gradient_kernel(
         _, gradient = _weights(
             query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
             mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
-            delta, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
+            delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
             Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
             PRECISION,
         )  # fmt: skip
@@ -452,17 +461,17 @@ def query_gradient_kernel(
         if Q_BASIS:
             own = gradient * _coefficient(query_coefficients, reverse, m, NQ)
         for n in tl.static_range(NK):
-            other = _tokens(key, group * NK + n, j, j_exists, tokens, E, E_WIDTH)
+            other = _tokens(key, key_head * NK + n, j, j_exists, tokens, E, E_WIDTH)
             weighted = own
             if K_BASIS:
                 weighted = own * _coefficient(key_coefficients, rows, n, NK)
             total = tl.dot(weighted.to(other.dtype), other, total, input_precision=PRECISION, out_dtype=WIDE)
         if DENSE_SCORES:
-            other = _tokens(dense_key, group, j, j_exists, tokens, D, D_WIDTH)
+            other = _tokens(dense_key, key_head, j, j_exists, tokens, D, D_WIDTH)
             dense = tl.dot(gradient.to(other.dtype), other, dense, input_precision=PRECISION, out_dtype=WIDE)
-    _store_tokens(query_gradient, group * NQ + m, i, i_exists, queries, total, E, E_WIDTH)
+    _store_tokens(query_gradient, head * NQ + m, i, i_exists, queries, total, E, E_WIDTH)
     if DENSE_SCORES and m == 0:
-        _store_tokens(dense_query_gradient, group, i, i_exists, queries, dense, D, D_WIDTH)
+        _store_tokens(dense_query_gradient, head, i, i_exists, queries, dense, D, D_WIDTH)
 
 
 @_jit
@@ -501,6 +510,7 @@ def key_value_gradient_kernel(
     base_y,
     class_row,
     first,
+    GROUPS: tl.constexpr,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -523,7 +533,7 @@ def key_value_gradient_kernel(
     KEYS: tl.constexpr,
 ):
     """Gradients of some keys' keys and values by one factor, and of their dense keys and values."""
-    block, n, group = _program(tl.cdiv(tokens, KEYS), max(NK, NV))
+    block, n, key_head = _program(tl.cdiv(tokens, KEYS), max(NK, NV))
     j = block * KEYS + tl.arange(0, KEYS)
     j_exists = j < tokens
     keys = tl.zeros((KEYS, E_WIDTH), WIDE)
@@ -533,61 +543,89 @@ def key_value_gradient_kernel(
     begin = 0
     if CAUSAL:
         begin = tl.maximum(block * KEYS - past, 0)
-    for start in range(begin, queries, QUERIES):
-        i = start + tl.arange(0, QUERIES)
-        i_exists = i < queries
-        rows = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, False
-        )
-        reverse = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
-        )
-        probabilities, gradient = _weights(
-            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
-            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
-            delta, scale, group, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
-            Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
-            PRECISION,
-        )  # fmt: skip
-        if n < NK:
-            own = gradient
-            if K_BASIS:
-                own = gradient * _coefficient(key_coefficients, rows, n, NK)
-            for m in tl.static_range(NQ):
-                other = _tokens(query, group * NQ + m, i, i_exists, queries, E, E_WIDTH)
-                weighted = own
-                if Q_BASIS:
-                    weighted = own * _coefficient(query_coefficients, reverse, m, NQ)
-                keys = tl.dot(
-                    tl.trans(weighted.to(other.dtype)), other, keys, input_precision=PRECISION, out_dtype=WIDE
+    for member in range(GROUPS):
+        head = key_head * GROUPS + member
+        for start in range(begin, queries, QUERIES):
+            i = start + tl.arange(0, QUERIES)
+            i_exists = i < queries
+            rows = _bank_rows(
+                i,
+                j,
+                width,
+                past,
+                max_row_distance,
+                max_column_distance,
+                stride_x,
+                base_y,
+                class_row,
+                first,
+                CAUSAL,
+                False,
+            )
+            reverse = _bank_rows(
+                i,
+                j,
+                width,
+                past,
+                max_row_distance,
+                max_column_distance,
+                stride_x,
+                base_y,
+                class_row,
+                first,
+                CAUSAL,
+                True,
+            )
+            probabilities, gradient = _weights(
+                query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
+                mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
+                delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
+                Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
+                PRECISION,
+            )  # fmt: skip
+            if n < NK:
+                own = gradient
+                if K_BASIS:
+                    own = gradient * _coefficient(key_coefficients, rows, n, NK)
+                for m in tl.static_range(NQ):
+                    other = _tokens(query, head * NQ + m, i, i_exists, queries, E, E_WIDTH)
+                    weighted = own
+                    if Q_BASIS:
+                        weighted = own * _coefficient(query_coefficients, reverse, m, NQ)
+                    keys = tl.dot(
+                        tl.trans(weighted.to(other.dtype)), other, keys, input_precision=PRECISION, out_dtype=WIDE
+                    )
+            if n < NV:
+                other = _tokens(output_gradient, head, i, i_exists, queries, V, V_WIDTH)
+                weighted = probabilities
+                if V_BASIS:
+                    weighted = probabilities * _coefficient(value_coefficients, rows, n, NV)
+                values = tl.dot(
+                    tl.trans(weighted.to(other.dtype)), other, values, input_precision=PRECISION, out_dtype=WIDE
                 )
-        if n < NV:
-            other = _tokens(output_gradient, group, i, i_exists, queries, V, V_WIDTH)
-            weighted = probabilities
-            if V_BASIS:
-                weighted = probabilities * _coefficient(value_coefficients, rows, n, NV)
-            values = tl.dot(
-                tl.trans(weighted.to(other.dtype)), other, values, input_precision=PRECISION, out_dtype=WIDE
-            )
-        if DENSE_SCORES:
-            other = _tokens(dense_query, group, i, i_exists, queries, D, D_WIDTH)
-            dense_keys = tl.dot(
-                tl.trans(gradient.to(other.dtype)), other, dense_keys, input_precision=PRECISION, out_dtype=WIDE
-            )
-        if DENSE_VALUES:
-            other = _tokens(dense_output_gradient, group, i, i_exists, queries, D, D_WIDTH)
-            dense_values = tl.dot(
-                tl.trans(probabilities.to(other.dtype)), other, dense_values, input_precision=PRECISION, out_dtype=WIDE
-            )
+            if DENSE_SCORES:
+                other = _tokens(dense_query, head, i, i_exists, queries, D, D_WIDTH)
+                dense_keys = tl.dot(
+                    tl.trans(gradient.to(other.dtype)), other, dense_keys, input_precision=PRECISION, out_dtype=WIDE
+                )
+            if DENSE_VALUES:
+                other = _tokens(dense_output_gradient, head, i, i_exists, queries, D, D_WIDTH)
+                dense_values = tl.dot(
+                    tl.trans(probabilities.to(other.dtype)),
+                    other,
+                    dense_values,
+                    input_precision=PRECISION,
+                    out_dtype=WIDE,
+                )
     if n < NK:
-        _store_tokens(key_gradient, group * NK + n, j, j_exists, tokens, keys, E, E_WIDTH)
+        _store_tokens(key_gradient, key_head * NK + n, j, j_exists, tokens, keys, E, E_WIDTH)
     if n < NV:
-        _store_tokens(value_gradient, group * NV + n, j, j_exists, tokens, values, V, V_WIDTH)
+        _store_tokens(value_gradient, key_head * NV + n, j, j_exists, tokens, values, V, V_WIDTH)
     if n == 0:
         if DENSE_SCORES:
-            _store_tokens(dense_key_gradient, group, j, j_exists, tokens, dense_keys, D, D_WIDTH)
+            _store_tokens(dense_key_gradient, key_head, j, j_exists, tokens, dense_keys, D, D_WIDTH)
         if DENSE_VALUES:
-            _store_tokens(dense_value_gradient, group, j, j_exists, tokens, dense_values, D, D_WIDTH)
+            _store_tokens(dense_value_gradient, key_head, j, j_exists, tokens, dense_values, D, D_WIDTH)
 
 
 @triton.jit
@@ -636,6 +674,7 @@ def coefficient_gradient_kernel(
     base_y,
     class_row,
     first,
+    GROUPS: tl.constexpr,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -658,7 +697,7 @@ def coefficient_gradient_kernel(
     FACTORS: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
-    """Sums over the pairs of some offsets, `[groups, offsets, n]`: of grid offsets, or of a class token's three.
+    """Sums over the pairs of some offsets, `[heads, offsets, n]`: of grid offsets, or of a class token's three.
 
     A tile has `OFFSETS` queries of one grid row and `2 · OFFSETS` keys of another, so that every query meets `OFFSETS`
     neighbouring offsets. For a class token the program's number is the kind of pair.
@@ -675,7 +714,8 @@ def coefficient_gradient_kernel(
         kinds = blocks * (2 * height - 1)
     if CLASS_PAIRS:
         kinds = 3
-    kind, _, group = _program(kinds, 1)
+    kind, _, head = _program(kinds, 1)
+    key_head = head // GROUPS
     lowest = least
     # A class token's pairs: queries and keys are one token or all patches.
     rows_of_grid, low, high, other_steps = 1, 0, 1, 1
@@ -747,14 +787,14 @@ def coefficient_gradient_kernel(
                 probabilities, gradient = _weights(
                     query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
                     dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
-                    dense_output_gradient, logsumexp, delta, scale, group, num_heads, i, i_exists, j, j_exists, rows,
+                    dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows,
                     reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
                     CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
                 )  # fmt: skip
                 if Q_BASIS:
                     for m in tl.static_range(NQ):
                         product = gradient * _products(
-                            query, key, key_coefficients, rows, group, m, i, i_exists, j, j_exists, queries, tokens,
+                            query, key, key_coefficients, rows, head, key_head, m, i, i_exists, j, j_exists, queries, tokens,
                             NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
                         )  # fmt: skip
                         sums = _summed(product, diagonal, CLASS_PAIRS)
@@ -762,9 +802,9 @@ def coefficient_gradient_kernel(
                 if K_BASIS:
                     for n in tl.static_range(NK):
                         product = tl.zeros((OFFSETS, SPAN), WIDE)
-                        other = _tokens(key, group * NK + n, j, j_exists, tokens, E, E_WIDTH)
+                        other = _tokens(key, key_head * NK + n, j, j_exists, tokens, E, E_WIDTH)
                         for m in tl.static_range(NQ):
-                            one = _tokens(query, group * NQ + m, i, i_exists, queries, E, E_WIDTH)
+                            one = _tokens(query, head * NQ + m, i, i_exists, queries, E, E_WIDTH)
                             part = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
                             if Q_BASIS:
                                 part *= _coefficient(query_coefficients, reverse, m, NQ)
@@ -772,9 +812,9 @@ def coefficient_gradient_kernel(
                         sums = _summed(gradient * product, diagonal, CLASS_PAIRS)
                         key_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
                 if V_BASIS:
-                    one = _tokens(output_gradient, group, i, i_exists, queries, V, V_WIDTH)
+                    one = _tokens(output_gradient, head, i, i_exists, queries, V, V_WIDTH)
                     for n in tl.static_range(NV):
-                        other = _tokens(value, group * NV + n, j, j_exists, tokens, V, V_WIDTH)
+                        other = _tokens(value, key_head * NV + n, j, j_exists, tokens, V, V_WIDTH)
                         product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
                         sums = _summed(probabilities * product, diagonal, CLASS_PAIRS)
                         value_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
@@ -789,7 +829,7 @@ def coefficient_gradient_kernel(
         count = num_dy
         if not CAUSAL:
             count = num_dy * (2 * height - 1)
-    sums_place = (group * count + offset)[None, :]
+    sums_place = (head * count + offset)[None, :]
     if Q_BASIS:
         kept = exists[None, :] & (factor < NQ)[:, None]
         tl.store(query_sums + sums_place * NQ + factor[:, None], query_total, mask=kept)

@@ -1,7 +1,10 @@
 """The four Triton kernels over pairs; `triton_pairs.py` launches them and says what each is for.
 
 Text is a grid of one row here: the distance is a column offset. `d = query - key` is the offset of a pair, `row_offset` of grid rows
-and `column_offset` of columns. What the numbers of a geometry mean: `Geometry` in `triton_pairs.py`.
+and `column_offset` of columns. What the numbers of a geometry mean: `_Geometry` in `triton_pairs.py`.
+
+`GROUPS` heads of queries share one of keys, one after the other: head `h` of queries reads head `h // GROUPS` of keys. Programs own
+heads of their own side: each meets `MEMBERS` heads of the other, one after the other, and `SHARED` of them meet the same.
 """
 
 from __future__ import annotations
@@ -53,16 +56,33 @@ def _columns(block, num_heads, E: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def _heads(block, num_heads, stride, HEADS: tl.constexpr):
-    """Of a block of heads: the place of the first, those of all after it, and which exist."""
-    head = tl.arange(0, HEADS)
-    return block.to(tl.int64) * HEADS * stride, head.to(tl.int64) * stride, block * HEADS + head < num_heads
+def _other_columns(
+    block,
+    member,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Columns of the other side that meet those of a block of heads: of `MEMBERS` heads each one, or of one that `SHARED` share."""
+    place = tl.arange(0, HEADS * WIDTH)
+    head = ((block * HEADS + place // WIDTH) * MEMBERS + member) // SHARED
+    return head * E + place % WIDTH
 
 
 @triton.jit
-def _load_heads(pointer, place, exists, block, num_heads, stride, HEADS: tl.constexpr):
+def _heads(block, member, num_heads, stride, HEADS: tl.constexpr, MEMBERS: tl.constexpr):
+    """Of a block of heads, and of one of the `MEMBERS` heads of each: the place of the first, those of all after it, and which exist."""
+    head = tl.arange(0, HEADS)
+    start = (block.to(tl.int64) * (HEADS * MEMBERS) + member) * stride
+    return start, head.to(tl.int64) * MEMBERS * stride, block * HEADS + head < num_heads
+
+
+@triton.jit
+def _load_heads(pointer, place, exists, block, member, num_heads, stride, HEADS: tl.constexpr, MEMBERS: tl.constexpr):
     """One number a row and head, `[rows, HEADS]`."""
-    start, heads, head_exists = _heads(block, num_heads, stride, HEADS)
+    start, heads, head_exists = _heads(block, member, num_heads, stride, HEADS, MEMBERS)
     return tl.load(
         pointer + start + place[:, None] + heads[None, :], mask=exists[:, None] & head_exists[None, :], other=0.0
     )
@@ -141,6 +161,7 @@ def scores_kernel(
     KEY_C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     QUERY_BANK: tl.constexpr,
     KEY_BANK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -160,16 +181,17 @@ def scores_kernel(
         rows, row_offset, column_offset, batch, height, width, first, past
     )
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
-    out_size = num_heads * E
+    key_columns = _other_columns(block, 0, E, WIDTH, HEADS, 1, GROUPS)
+    out_size, key_out_size = num_heads * E, num_heads // GROUPS * E
 
     row = _bank_row(row_offset, column_offset, 1, max_row_distance, max_column_distance, stride_x, base_y)
     product = _side_tile(
         key + entry * key_strides_b + key_token * key_strides_l,
         exists,
-        key_bank + row * KEY_C * out_size,
-        columns,
+        key_bank + row * KEY_C * key_out_size,
+        key_columns,
         column_exists,
-        out_size,
+        key_out_size,
         KEY_C,
         KEY_BANK,
         WIDE,
@@ -191,7 +213,7 @@ def scores_kernel(
         PRECISION,
     )
     by_head = tl.sum(tl.reshape(product, (ROWS, HEADS, WIDTH)), axis=2)
-    start, heads, head_exists = _heads(block, num_heads, score_strides_a, HEADS)
+    start, heads, head_exists = _heads(block, 0, num_heads, score_strides_a, HEADS, 1)
     place = entry * score_strides_b + query_token * score_strides_i + key_token
     tl.store(
         scores + start + place[:, None] + heads[None, :],
@@ -273,6 +295,7 @@ def sum_kernel(
     C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     IS_QUERY: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -288,17 +311,19 @@ def sum_kernel(
     if IS_QUERY:
         own_exists = own_exists & (y >= past)
     entry = entry.to(tl.int64)
+    MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
+    SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
-    out_size = num_heads * E
+    out_size = num_heads * MEMBERS // SHARED * E
     low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
     low_x = x - height + 1 if IS_QUERY else -x
 
-    # One loop over offsets and slices of C, so that loads of the next offset overlap with the products of this one.
+    # One loop over offsets, heads that share the own one and slices of C, so that loads of the next overlap with the products of this one.
     SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
-    for step in range(height * count * SLICES):
-        offset, part = step // SLICES, step % SLICES
+    for step in range(height * count * (MEMBERS * SLICES)):
+        offset, member, part = step // (MEMBERS * SLICES), step // SLICES % MEMBERS, step % SLICES
         row_offset, column_offset = low_x + offset // count, low + offset % count
         query_token, key_token, other, exists = _others(
             x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
@@ -310,15 +335,18 @@ def sum_kernel(
             mask=exists[:, None] & (inner < C)[None, :],
             other=0.0,
         )
+        other_columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, SHARED)
         matrix = tl.load(
-            bank + row * C * out_size + inner[:, None] * out_size + columns[None, :],
+            bank + row * C * out_size + inner[:, None] * out_size + other_columns[None, :],
             mask=(inner < C)[:, None] & column_exists[None, :],
             other=0.0,
         )
         product = tl.dot(other_tokens, matrix, product, input_precision=PRECISION, out_dtype=WIDE)
         if part == SLICES - 1:
             place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
-            weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+            weight = _load_heads(
+                weights, place, exists, block, member, num_heads, weight_strides_a, HEADS, MEMBERS
+            ).to(WIDE)
             total += _times_heads(product, weight, HEADS, WIDTH)
             product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     own = (first + x * width + y).to(tl.int64)
@@ -329,6 +357,38 @@ def sum_kernel(
         total,
         mask=own_exists[:, None] & column_exists[None, :],
     )
+
+
+@triton.jit
+def _add_members(
+    scaled,
+    weights,
+    place,
+    weight_strides_a,
+    tokens,
+    exists,
+    matrix,
+    block,
+    num_heads,
+    column_exists,
+    out_size,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """`w_ij · projection of the other token`, `[rows, HEADS·WIDTH]`, of the first head that own heads meet, and of the others."""
+    for member in range(1, MEMBERS):
+        columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, 1)
+        tile = _side_tile(tokens, exists, matrix, columns, column_exists, out_size, C, BANK, WIDE, BLOCK_C, PRECISION)
+        weight = _load_heads(weights, place, exists, block, member, num_heads, weight_strides_a, HEADS, MEMBERS)
+        scaled += _times_heads(tile, weight.to(WIDE), HEADS, WIDTH)
+    return scaled
 
 
 @_jit
@@ -364,6 +424,7 @@ def token_gradient_kernel(
     OTHER_C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     OTHER_BANK: tl.constexpr,
     IS_QUERY: tl.constexpr,
     WIDE: tl.constexpr,
@@ -380,7 +441,9 @@ def token_gradient_kernel(
     if IS_QUERY:
         own_exists = own_exists & (y >= past)
     entry = entry.to(tl.int64)
-    out_size = num_heads * E
+    MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
+    SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
+    out_size, other_out_size = num_heads * E, num_heads * MEMBERS // SHARED * E
     inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
     low_x = x - height + 1 if IS_QUERY else -x
@@ -394,14 +457,17 @@ def token_gradient_kernel(
             x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
         )
         columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
+        other_columns = _other_columns(block, 0, E, WIDTH, HEADS, MEMBERS, SHARED)
         row = _bank_row(row_offset, column_offset, other_sign, max_row_distance, max_column_distance, stride_x, base_y)
+        other_tokens = others + entry * other_strides_b + other * other_strides_l
+        other_matrix = other_bank + row * OTHER_C * other_out_size
         tile = _side_tile(
-            others + entry * other_strides_b + other * other_strides_l,
+            other_tokens,
             exists,
-            other_bank + row * OTHER_C * out_size,
-            columns,
+            other_matrix,
+            other_columns,
             column_exists,
-            out_size,
+            other_out_size,
             OTHER_C,
             OTHER_BANK,
             WIDE,
@@ -409,15 +475,20 @@ def token_gradient_kernel(
             PRECISION,
         )
         place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
-        weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+        weight = _load_heads(weights, place, exists, block, 0, num_heads, weight_strides_a, HEADS, MEMBERS).to(WIDE)
         row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
         matrix = tl.load(
             bank + row * C * out_size + inner[None, :] * out_size + columns[:, None],
             mask=(inner < C)[None, :] & column_exists[:, None],
             other=0.0,
         )
-        scaled = _times_heads(tile, weight, HEADS, WIDTH).to(bank.dtype.element_ty)
-        total = tl.dot(scaled, matrix, total, input_precision=PRECISION, out_dtype=WIDE)
+        scaled = _times_heads(tile, weight, HEADS, WIDTH)
+        if MEMBERS > 1:
+            scaled = _add_members(
+                scaled, weights, place, weight_strides_a, other_tokens, exists, other_matrix, block, num_heads, column_exists,
+                other_out_size, OTHER_C, E, WIDTH, MEMBERS, OTHER_BANK, WIDE, PRECISION, HEADS, OTHER_BLOCK_C,
+            )  # fmt: skip
+        total = tl.dot(scaled.to(bank.dtype.element_ty), matrix, total, input_precision=PRECISION, out_dtype=WIDE)
     own = (first + x * width + y).to(tl.int64)
     if IS_QUERY:
         own = own - past
@@ -461,6 +532,7 @@ def bank_gradient_kernel(
     OTHER_C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
     OTHER_BANK: tl.constexpr,
     IS_QUERY: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -474,8 +546,11 @@ def bank_gradient_kernel(
     """`Σ xᵀ (w_ij · projection of the other token)` over the pairs of one bank row."""
     row, block = tl.program_id(0), tl.program_id(2)
     inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
+    SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
-    out_size = num_heads * E
+    other_columns = _other_columns(block, 0, E, WIDTH, HEADS, MEMBERS, SHARED)
+    out_size, other_out_size = num_heads * E, num_heads * MEMBERS // SHARED * E
     if CAUSAL:
         low_x, high_x = 0, 0
         low_y = row
@@ -509,13 +584,15 @@ def bank_gradient_kernel(
                 own, other = key_token, query_token
                 if IS_QUERY:
                     own, other = query_token, key_token
+                other_tokens = others + entry * other_strides_b + other * other_strides_l
+                other_matrix = other_bank + other_row * OTHER_C * other_out_size
                 tile = _side_tile(
-                    others + entry * other_strides_b + other * other_strides_l,
+                    other_tokens,
                     exists,
-                    other_bank + other_row * OTHER_C * out_size,
-                    columns,
+                    other_matrix,
+                    other_columns,
                     column_exists,
-                    out_size,
+                    other_out_size,
                     OTHER_C,
                     OTHER_BANK,
                     WIDE,
@@ -523,14 +600,23 @@ def bank_gradient_kernel(
                     PRECISION,
                 )
                 place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
-                weight = _load_heads(weights, place, exists, block, num_heads, weight_strides_a, HEADS).to(WIDE)
+                weight = _load_heads(weights, place, exists, block, 0, num_heads, weight_strides_a, HEADS, MEMBERS).to(
+                    WIDE
+                )
                 own_tokens = tl.load(
                     tokens + (entry * token_strides_b + own * token_strides_l)[None, :] + inner[:, None],
                     mask=exists[None, :] & (inner < C)[:, None],
                     other=0.0,
                 )
-                scaled = _times_heads(tile, weight, HEADS, WIDTH).to(tokens.dtype.element_ty)
-                total = tl.dot(own_tokens, scaled, total, input_precision=PRECISION, out_dtype=WIDE)
+                scaled = _times_heads(tile, weight, HEADS, WIDTH)
+                if MEMBERS > 1:
+                    scaled = _add_members(
+                        scaled, weights, place, weight_strides_a, other_tokens, exists, other_matrix, block, num_heads, column_exists,
+                        other_out_size, OTHER_C, E, WIDTH, MEMBERS, OTHER_BANK, WIDE, PRECISION, HEADS, OTHER_BLOCK_C,
+                    )  # fmt: skip
+                total = tl.dot(
+                    own_tokens, scaled.to(tokens.dtype.element_ty), total, input_precision=PRECISION, out_dtype=WIDE
+                )
     tl.store(
         output + row.to(tl.int64) * C * out_size + inner[:, None] * out_size + columns[None, :],
         total,

@@ -177,15 +177,14 @@ class TranslutionMixer(Mixer):
             return self.o_proj(self._attend_step(hidden_states, layout, mask, rotation, past_key_values)), None
         pairs = self._pairs(path, hidden_states, layout, counts_on, rotation, past_key_values)
         dense_key, dense_value = pairs.remember(past_key_values, self.layer_idx, dense_key, dense_value)
-        if path in ("local", "local_kernel"):
-            dense = (dense_query, dense_key, dense_value)
-            return self.o_proj(self._local_attention(pairs, dense, mask, rotation)), None
-        dense_key, dense_value = repeat_heads(dense_key, self.groups), repeat_heads(dense_value, self.groups)
         dense = (dense_query, dense_key, dense_value)
+        if path in ("local", "local_kernel"):
+            return self.o_proj(self._local_attention(pairs, dense, mask, rotation)), None
         if path == "basis_kernel":
             return self.o_proj(self._basis_attention(pairs, dense, mask.additive)), None
         if path == "streamed":
             return self.o_proj(self._streamed_attention(pairs, dense)), None
+        dense_key, dense_value = repeat_heads(dense_key, self.groups), repeat_heads(dense_value, self.groups)
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
         scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2

@@ -43,7 +43,6 @@ from transformers.utils import logging
 
 from . import basis, decode, gathered, grouped, reference
 from .exporting import is_exporting, say_what_serves
-from .heads import repeat_features, repeat_heads
 from .local import local_attention
 from .pair_layout import PairLayout, StepLayout
 
@@ -355,43 +354,7 @@ def _load() -> None:
         from .triton_local import local_attention
         from .triton_pairs import pair_scores, pair_values
 
-        _loaded.append(Kernels(*_for_groups(pair_scores, pair_values, basis_attention), local_attention))
-
-
-def _for_groups(
-    pair_scores: Callable[..., Tensor],
-    pair_values: Callable[..., Tensor],
-    basis_attention: Callable[..., tuple[Tensor, Tensor | None]],
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor | None]]]:
-    """Kernels that know no groups, see `heads.py`, given keys and values with as many heads as queries have."""
-
-    def scores(
-        query: Tensor,
-        key: Tensor,
-        query_bank: Tensor | None,
-        key_bank: Tensor | None,
-        num_heads: int,
-        layout: PairLayout,
-    ) -> Tensor:
-        width, own_width = (
-            (tokens if bank is None else bank).shape[-1] for tokens, bank in ((query, query_bank), (key, key_bank))
-        )
-        if key_bank is None:
-            key = repeat_features(key, num_heads, width // own_width)
-        else:
-            key_bank = repeat_features(key_bank, num_heads, width // own_width)
-        return pair_scores(query, key, query_bank, key_bank, num_heads, layout)
-
-    def values(
-        probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1
-    ) -> Tensor:
-        return pair_values(probabilities, value, repeat_features(value_bank, probabilities.shape[1], groups), layout)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-        key, value = (repeat_heads(part, query.shape[1] // part.shape[1]) for part in (key, value))
-        return basis_attention(query, key, value, *rest)
-
-    return scores, values, attention
+        _loaded.append(Kernels(pair_scores, pair_values, basis_attention, local_attention))
 
 
 # For users

@@ -6,14 +6,16 @@ With projections `q_m`, `k_m`, `v_m` of every token by every factor, computed be
     out_i = Σ_j p_ij Σ_m bv[o(i, j), m] v_mj          dense out_i = Σ_j p_ij (dense v_j)
 
 with `p` the softmax of `s`. The dense parts are LoR's, and may be missing. Neither scores nor probabilities are stored: the backward
-pass computes them again from the logarithm of the softmax's denominator.
+pass computes them again from the logarithm of the softmax's denominator. Keys and values may have fewer heads than queries
+(`heads.py`): a program that owns some of a head's keys goes through the queries of all heads that share them.
 
 Gradients of coefficients sum over all pairs of an offset. A program owns a few neighbouring offsets and goes through the pairs of
 two rows of the grid at a time, whose offsets lie on diagonals; it writes one sum per batch entry and head. No atomics.
 
 The kernels are in `basis_kernels.py`.
 
-Legend: `B` batch, `A` heads, `R` queries, `L` tokens, `n` factors, `e` their size per head, `d` dense size per head.
+Legend: `B` batch, `A` heads of queries, `G` of them to each of keys and values, `R` queries, `L` tokens, `n` factors, `e` their size per
+head, `d` dense size per head.
 """
 
 from __future__ import annotations
@@ -71,17 +73,22 @@ def basis_attention(
 
     Args:
         query: `[B, A, n, R, e]`; one factor where it has no coefficients.
-        key, value: `[B, A, n, L, e]` likewise; the values' size may differ.
+        key, value: `[B, A / G, n, L, e]` likewise; the values' size may differ. Each head serves `G` of the queries', one after the
+            other.
         query_coefficients, key_coefficients, value_coefficients: `[num_offsets, n]`, or `None` for an ordinary projection.
-        dense_query, dense_key: `[B, A, R, d]` and `[B, A, L, d]`, whose product is added to the scores, or `None`.
-        dense_value: `[B, A, L, d]`, averaged as well, or `None`.
+        dense_query, dense_key: `[B, A, R, d]` and `[B, A / G, L, d]`, whose product is added to the scores, or `None`.
+        dense_value: `[B, A / G, L, d]`, averaged as well, or `None`.
         mask: additive, broadcastable to `[B, A, R, L]`; a causal layout needs none to be causal.
         scale: of the scores.
         layout: the pairs.
 
     Returns:
         `[B, A, R, e]` and `[B, A, R, d]` or `None`, of the tokens' dtype.
+
+    Raises:
+        ValueError: if keys and values differ in the number of their heads, or it does not divide the queries'.
     """
+    _check_heads(query, key, value, dense_query, dense_key, dense_value)
     wide = accumulation_dtype(query.dtype)
     coefficients = [
         None if c is None else c.to(wide) for c in (query_coefficients, key_coefficients, value_coefficients)
@@ -90,6 +97,25 @@ def basis_attention(
         query, key, value, *coefficients, dense_query, dense_key, dense_value, mask, scale, pack(layout)
     )
     return output, None if dense_value is None else dense_output
+
+
+def _check_heads(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dense_query: Tensor | None,
+    dense_key: Tensor | None,
+    dense_value: Tensor | None,
+) -> None:
+    """A kernel that expects other heads than there are would read past the end of a tensor."""
+    num_heads, key_heads = query.shape[1], key.shape[1]
+    if num_heads % key_heads:
+        raise ValueError(f"Heads of `key` must divide the {num_heads} of `query`, got {key_heads}.")
+    wanted = {"value": (value, key_heads), "dense_query": (dense_query, num_heads)}
+    wanted |= {"dense_key": (dense_key, key_heads), "dense_value": (dense_value, key_heads)}
+    for name, (tensor, heads) in wanted.items():
+        if tensor is not None and tensor.shape[1] != heads:
+            raise ValueError(f"`{name}` must have {heads} heads, got {tensor.shape[1]}.")
 
 
 def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: float, layout: PairLayout) -> dict:
@@ -107,6 +133,7 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
         **dict(zip((f"mask_stride_{axis}" for axis in "baij"), strides, strict=True)),
         "scale": scale,
         "num_heads": query.shape[1],
+        "GROUPS": query.shape[1] // key.shape[1],
         "queries": layout.num_queries,
         "tokens": layout.num_tokens,
         "width": layout.width if image else layout.height,
@@ -210,7 +237,7 @@ def _basis_attention_backward(
 ) -> list[Tensor]:
     given = (query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value)  # fmt: skip
     tensors, geometry = _contiguous(dict(zip(_NAMES, given, strict=True))), unpack(layout)
-    wide, groups = logsumexp.dtype, query.shape[0] * query.shape[1]
+    wide, heads, key_heads = logsumexp.dtype, query.shape[0] * query.shape[1], key.shape[0] * key.shape[1]
     delta = (output_gradient.to(wide) * output.to(wide)).sum(-1)
     if dense_value is not None:
         delta += (dense_output_gradient.to(wide) * dense_output.to(wide)).sum(-1)
@@ -226,7 +253,7 @@ def _basis_attention_backward(
     }
     launch(
         query_gradient_kernel,
-        lambda option: (-(-geometry.num_queries // option["QUERIES"]) * query.shape[2] * groups,),
+        lambda option: (-(-geometry.num_queries // option["QUERIES"]) * query.shape[2] * heads,),
         _tile_options(query),
         lambda option: {},
         query_gradient=gradients["query"],
@@ -236,7 +263,7 @@ def _basis_attention_backward(
     factors = max(key.shape[2], value.shape[2])
     launch(
         key_value_gradient_kernel,
-        lambda option: (-(-geometry.num_tokens // option["KEYS"]) * factors * groups,),
+        lambda option: (-(-geometry.num_tokens // option["KEYS"]) * factors * key_heads,),
         _tile_options(query),
         lambda option: {},
         key_gradient=gradients["key"],
@@ -250,7 +277,7 @@ def _basis_attention_backward(
         if coefficients is not None:
             # In the kernel's order of offsets first; there may be more of them than rows, or fewer.
             gradients[f"{name}_coefficients"] = None
-    _coefficient_gradients(gradients, arguments, geometry, groups, query)
+    _coefficient_gradients(gradients, arguments, geometry, heads, query)
     return list(gradients.values())
 
 
@@ -260,7 +287,7 @@ def _fake_basis_attention_backward(*arguments):
 
 
 def _coefficient_gradients(
-    gradients: dict[str, Tensor | None], arguments: dict[str, Any], layout: PairLayout, groups: int, query: Tensor
+    gradients: dict[str, Tensor | None], arguments: dict[str, Any], layout: PairLayout, heads: int, query: Tensor
 ) -> None:
     """Puts the gradients of coefficients, `[num_offsets, n]`, in the place of the `None`s."""
     wanted = [name for name, gradient in gradients.items() if gradient is None]
@@ -277,12 +304,12 @@ def _coefficient_gradients(
     ]
 
     def sums(count: int, class_pairs: bool) -> dict[str, Tensor]:
-        made = {name: query.new_empty(groups, count, arguments[sizes[name]], dtype=wide) for name in wanted}
+        made = {name: query.new_empty(heads, count, arguments[sizes[name]], dtype=wide) for name in wanted}
         outputs = {name.replace("coefficients", "sums"): made.get(name, arguments["logsumexp"]) for name in sizes}
         rows = 1 if layout.causal else 2 * height - 1
         launch(
             coefficient_gradient_kernel,
-            lambda option: ((NUM_CLASS_ROWS if class_pairs else rows * -(-num_dy // option["OFFSETS"])) * groups,),
+            lambda option: ((NUM_CLASS_ROWS if class_pairs else rows * -(-num_dy // option["OFFSETS"])) * heads,),
             options,
             lambda option: {},
             **outputs,

@@ -11,13 +11,17 @@ variant. Each program writes what no other writes, so there are no atomics, and 
 Projections live in registers. No tensor holds an element per pair and feature, and there is no matrix per pair. A class token has
 `2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
 
+Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of keys goes
+through the queries' heads of each, and its sums need no second pass.
+
 The kernels are in `pair_kernels.py`.
 
-Legend: `B` batch, `L` tokens, `A` heads, `C` bank input size, `e` bank output size per head.
+Legend: `B` batch, `L` tokens, `A` heads of queries, `C` bank input size, `e` bank output size per head.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,8 +31,9 @@ from torch import Tensor
 from ..kernels.launch import dot_precision, launch, next_power_of_2
 from ..kernels.pair_kernels import bank_gradient_kernel, scores_kernel, sum_kernel, token_gradient_kernel
 from .class_token import add_class_gradients, add_class_values, write_class_scores
+from .heads import repeat_features
 from .pair_autograd import accumulation_dtype, register_pair_operators
-from .pair_layout import PairLayout
+from .pair_layout import NUM_CLASS_ROWS, PairLayout
 
 
 try:
@@ -81,10 +86,11 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
 
 
 class _Side(NamedTuple):
-    """One side of the pairs: its tokens `[B, tokens, in]`, its bank, how offsets sign its bank rows, whether it is the queries'."""
+    """One side of the pairs: its tokens `[B, tokens, in]`, its bank, its heads, how offsets sign its bank rows, whether it is the queries'."""
 
     tokens: Tensor
     bank: Tensor | None
+    num_heads: int
     sign: int
     is_query: bool
 
@@ -97,12 +103,42 @@ class _Side(NamedTuple):
         """A pointer that a kernel may take, even where it does not read it."""
         return self.tokens if self.bank is None else self.bank
 
+    @property
+    def head_size(self) -> int:
+        """Features per head of what it brings to its pairs."""
+        return _width(self.tokens, self.bank) // self.num_heads
 
-def _sides(query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, layout: PairLayout):
+
+def _width(tokens: Tensor, bank: Tensor | None) -> int:
+    """Features of all heads that one side brings to its pairs."""
+    return (tokens if bank is None else bank).shape[-1]
+
+
+def _sides(
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    num_heads: int,
+    groups: int,
+    layout: PairLayout,
+) -> tuple[_Side, _Side]:
+    """Queries and keys, or those that give values. `num_heads` is the queries', of which `groups` share one of keys."""
+    if num_heads % groups:
+        raise ValueError(f"`groups` must divide the {num_heads} heads of queries, got {groups}.")
     query, key = _rows(query), _rows(key)
     query_bank, key_bank = (None if bank is None else bank.contiguous() for bank in (query_bank, key_bank))
     # A query's matrix is the one of the reverse offset, in text that of the distance.
-    return _Side(query, query_bank, 1 if layout.causal else -1, True), _Side(key, key_bank, 1, False)
+    query_side = _Side(query, query_bank, num_heads, 1 if layout.causal else -1, True)
+    return query_side, _Side(key, key_bank, num_heads // groups, 1, False)
+
+
+def _num_groups(query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None) -> int:
+    """Heads of queries that share one of keys, by what both bring to their pairs."""
+    queries, keys = _width(query, query_bank), _width(key, key_bank)
+    if queries % keys:
+        raise ValueError(f"Queries of {queries} features must have a multiple of the keys', got keys of {keys}.")
+    return queries // keys
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -113,9 +149,10 @@ def _strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
     return {f"{name}_strides_{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=False)}
 
 
-def _shape_of_heads(side: _Side, num_heads: int) -> dict[str, int]:
-    size = (side.in_size if side.bank is None else side.bank.shape[-1]) // num_heads
-    return {"E": size, "WIDTH": next_power_of_2(size)}
+def _shape_of_heads(size: int, one: _Side, other: _Side) -> dict[str, int]:
+    """Sizes of a head, and how many heads of queries share one of keys."""
+    fewer, more = sorted((one.num_heads, other.num_heads))
+    return {"E": size, "WIDTH": next_power_of_2(size), "GROUPS": more // fewer}
 
 
 def _types(tokens: Tensor) -> dict[str, Any]:
@@ -168,11 +205,12 @@ def _scores(
 ) -> Tensor:
     batch = len(query)
     geometry = _geometry(layout, batch)
-    query_side, key_side = _sides(query, key, query_bank, key_bank, layout)
+    groups = _num_groups(query, key, query_bank, key_bank)
+    query_side, key_side = _sides(query, key, query_bank, key_bank, num_heads, groups, layout)
     # A causal layout lacks pairs, and their scores are 0. All others are written.
     allocate = query.new_zeros if layout.causal else query.new_empty
     scores = allocate(batch, num_heads, layout.num_queries, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
-    heads = _shape_of_heads(key_side, num_heads)
+    heads = _shape_of_heads(key_side.head_size, query_side, key_side)
 
     def grid(option: dict[str, int]) -> tuple[int, ...]:
         return len(_tile_table(geometry, batch, option["ROWS"], query.device)), -(-num_heads // option["HEADS"])
@@ -203,7 +241,7 @@ def _scores(
             **_types(query),
         )
     if layout.class_token:
-        write_class_scores(scores, query, key, query_bank, key_bank, layout)
+        write_class_scores(scores, query, *_class_pairs(key, query_bank, key_bank, num_heads, groups, layout))
     return scores
 
 
@@ -218,9 +256,9 @@ def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> i
 
 
 def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens to `output`, `[B, tokens, A·e]`."""
-    batch, num_heads = weights.shape[:2]
-    heads = _shape_of_heads(other, num_heads)
+    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens and heads to `output`, `[B, tokens, A·e]`."""
+    batch, num_heads = len(weights), own.num_heads
+    heads = _shape_of_heads(other.head_size, own, other)
     launch(
         sum_kernel,
         lambda option: (_num_own_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])),
@@ -246,8 +284,8 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output:
 
 def _token_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output: Tensor) -> None:
     """Writes `Σ (w_ij · projection of the other token) W[o]ᵀ` of the grid's own tokens to `output`, `[B, tokens, C]`."""
-    batch, num_heads = weights.shape[:2]
-    heads = _shape_of_heads(own, num_heads)
+    batch, num_heads = len(weights), own.num_heads
+    heads = _shape_of_heads(own.head_size, own, other)
     launch(
         token_gradient_kernel,
         lambda option: (_num_own_tiles(geometry, batch, option), -(-own.in_size // option["BLOCK_C"])),
@@ -277,8 +315,8 @@ def _token_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geomet
 
 def _bank_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, layout: PairLayout) -> Tensor:
     """`Σ xᵀ (w_ij · projection of the other token)` for every bank row of the grid, in the bank's shape; class rows unwritten."""
-    batch, num_heads = weights.shape[:2]
-    heads = _shape_of_heads(own, num_heads)
+    batch, num_heads = len(weights), own.num_heads
+    heads = _shape_of_heads(own.head_size, own, other)
     output = torch.empty_like(own.bank)
     launch(
         bank_gradient_kernel,
@@ -322,6 +360,60 @@ def _gradient_tiles(own: _Side, other: _Side, num_heads: int, width: int) -> lis
     return options
 
 
+def _class_pairs(
+    key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, groups: int, layout: PairLayout
+) -> tuple[Tensor, Tensor | None, Tensor | None, PairLayout]:
+    """Keys, banks and layout for the functions of `class_token.py`, which know no groups.
+
+    Keys have as many heads as queries, but of the banks no more is left, and repeated, than the last row of the grid and those of a
+    class token: where a bank has one row of the grid, the layout finds them.
+    """
+    if groups == 1:
+        return key, query_bank, key_bank, layout
+    query_bank, key_bank = (None if bank is None else bank[-1 - NUM_CLASS_ROWS :] for bank in (query_bank, key_bank))
+    if key_bank is None:
+        key = repeat_features(key, num_heads, groups)
+    else:
+        key_bank = repeat_features(key_bank, num_heads, groups)
+    return key, query_bank, key_bank, replace(layout, bank_height=1, bank_width=1, clamp=True)
+
+
+def _add_class_gradients(
+    gradients: list[Tensor | None],
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_bank: Tensor | None,
+    key_bank: Tensor | None,
+    groups: int,
+    layout: PairLayout,
+) -> None:
+    """As `add_class_gradients`; what belongs to the heads of keys is summed over the queries' heads of each."""
+    if groups == 1:
+        add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
+        return
+    num_heads = gradient.shape[1]
+    key, query_bank, key_bank, layout = _class_pairs(key, query_bank, key_bank, num_heads, groups, layout)
+    query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = gradients
+    if query_bank_gradient is not None:
+        query_bank_gradient = query_bank_gradient[-1 - NUM_CLASS_ROWS :]
+    repeated = [query_gradient, query_bank_gradient, key_gradient, None]
+    if key_gradient is not None and key_bank is None:
+        repeated[2] = key_gradient.new_zeros(key.shape)
+    if key_bank_gradient is not None:
+        repeated[3] = torch.empty_like(key_bank)
+    add_class_gradients(repeated, gradient, query, key, query_bank, key_bank, layout)
+    if key_bank_gradient is not None:
+        key_bank_gradient[-NUM_CLASS_ROWS:] = _sum_groups(repeated[3][1:], num_heads, groups)
+    elif key_gradient is not None:
+        key_gradient += _sum_groups(repeated[2], num_heads, groups)
+
+
+def _sum_groups(features: Tensor, num_heads: int, groups: int) -> Tensor:
+    """The derivative of `repeat_features`: `[…, A·e]` to `[…, A / groups·e]`."""
+    return features.unflatten(-1, (num_heads // groups, groups, -1)).sum(-2).flatten(-2)
+
+
 def _scores_backward(
     gradient: Tensor,
     query: Tensor,
@@ -332,8 +424,9 @@ def _scores_backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    geometry = _geometry(layout, len(query))
-    query_side, key_side = _sides(query, key, query_bank, key_bank, layout)
+    geometry, num_heads = _geometry(layout, len(query)), gradient.shape[1]
+    groups = _num_groups(query, key, query_bank, key_bank)
+    query_side, key_side = _sides(query, key, query_bank, key_bank, num_heads, groups, layout)
     gradients = []
     for own, other, needed in ((query_side, key_side, need_query), (key_side, query_side, need_key)):
         if not needed:
@@ -349,7 +442,7 @@ def _scores_backward(
             bank_gradient = _bank_gradient(gradient, own, other, geometry, layout)
         gradients += [token_gradient, bank_gradient]
     if layout.class_token:
-        add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
+        _add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, groups, layout)
     inputs = (query, query_bank, key, key_bank)
     return tuple(
         query.new_empty(0) if value is None else value.to(like.dtype).contiguous()
@@ -358,13 +451,14 @@ def _scores_backward(
 
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1) -> Tensor:
-    geometry = _geometry(layout, len(value))
+    geometry, num_heads = _geometry(layout, len(value)), probabilities.shape[1]
     value = _rows(value)
-    query_side, key_side = _sides(value, value, None, value_bank, layout)
-    shape = (len(value), layout.num_queries, value_bank.shape[-1])
+    query_side, key_side = _sides(value, value, None, value_bank, num_heads, groups, layout)
+    shape = (len(value), layout.num_queries, value_bank.shape[-1] * groups)
     output = value.new_zeros(shape, dtype=accumulation_dtype(value.dtype))
     _sum(probabilities, query_side, key_side, geometry, output)
     if layout.class_token:
+        value, _, value_bank, layout = _class_pairs(value, None, value_bank, num_heads, groups, layout)
         add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype)
 
