@@ -299,7 +299,7 @@ class TranslutionMixer(Mixer):
         dense: tuple[Tensor | None, Tensor | None, Tensor | None],
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense, heads of keys not repeated."""
+        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense; no heads are repeated."""
         num_key_heads = self.num_heads // self.groups
         sides = zip(
             (pairs.query, pairs.key, pairs.value), dense, (self.num_heads, num_key_heads, num_key_heads), strict=True

@@ -11,8 +11,8 @@ variant. Each program writes what no other writes, so there are no atomics, and 
 Projections live in registers. No tensor holds an element per pair and feature, and there is no matrix per pair. A class token has
 `2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
 
-Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of keys goes
-through the queries' heads of each, and its sums need no second pass.
+Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of
+keys goes through the queries' heads of each, and its sums need no second pass.
 
 The kernels are in `pair_kernels.py`.
 
@@ -86,7 +86,7 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
 
 
 class _Side(NamedTuple):
-    """One side of the pairs: its tokens `[B, tokens, in]`, its bank, its heads, how offsets sign its bank rows, whether it is the queries'."""
+    """One side of the pairs: tokens `[B, tokens, in]`, bank, heads, how offsets sign bank rows, whether it is the queries'."""
 
     tokens: Tensor
     bank: Tensor | None
@@ -256,7 +256,7 @@ def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> i
 
 
 def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens and heads to `output`, `[B, tokens, A·e]`."""
+    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens and heads to `output`."""
     batch, num_heads = len(weights), own.num_heads
     heads = _shape_of_heads(other.head_size, own, other)
     launch(
@@ -365,8 +365,8 @@ def _class_pairs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, PairLayout]:
     """Keys, banks and layout for the functions of `class_token.py`, which know no groups.
 
-    Keys have as many heads as queries, but of the banks no more is left, and repeated, than the last row of the grid and those of a
-    class token: where a bank has one row of the grid, the layout finds them.
+    Keys have as many heads as queries there. Of the banks no more is left, and repeated, than the last row of the grid and
+    the three of a class token: the layout is one whose banks have just those.
     """
     if groups == 1:
         return key, query_bank, key_bank, layout
