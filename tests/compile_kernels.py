@@ -52,7 +52,7 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
         output, output.new_empty(0), output, output.new_empty(0), sums, *given
     )
 
-    # One head of keys for all of the queries': of the loops through those, one of each form, and few factors, as each is unrolled.
+    # One head of keys for all of the queries': each form of a loop through those, with few factors, as they are unrolled.
     alone = len(noted)
     size = FEATURES // HEADS
     triton_pairs._scores_backward(pairs, x, x, None, bank[..., :size], layout, False, True)

@@ -442,7 +442,14 @@ def test_keys_reach_local_attention_without_copies_and_gradients_are_the_referen
 
 
 @pytest.mark.parametrize("case", ["llama-value", "llama", "llama-value-basis"])
-def test_kernels(case):
+def test_kernels(case, monkeypatch):
+    given, attend = [], triton_basis._operator
+
+    def note(*arguments):
+        given.append([part.shape[1] for part in arguments[:3]])
+        return attend(*arguments)
+
+    monkeypatch.setattr(triton_basis, "_operator", note)
     source = make_source(case, EXACT)
     converted = part_from_source(convert(source, case, **({"max_relative_distance": 1} if case == "llama" else {})))
     converted.to(DEVICE)
@@ -455,23 +462,8 @@ def test_kernels(case):
         results.append([logits, *torch.autograd.grad((logits * weights).sum(), list(converted.parameters()))])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
-
-
-def test_the_kernels_of_a_basis_take_keys_and_values_as_they_are(monkeypatch):
-    """With the heads that the source has: nothing is repeated before."""
-    case = "llama-value-basis"
-    source = make_source(case, EXACT)
-    converted = convert(source, case).to(DEVICE)
-    converted.set_attn_implementation("triton")
-    given, attend = [], triton_basis._operator
-
-    def note(*arguments):
-        given.append([part.shape[1] for part in arguments[:3]])
-        return attend(*arguments)
-
-    monkeypatch.setattr(triton_basis, "_operator", note)
-    converted(**{name: value.to(DEVICE) for name, value in make_inputs(source, case, length=2).items()})
-    assert given == [[6, 2, 2]] * 2
+    # Keys and values have the heads of the source: none is repeated before.
+    assert given == [[6, 2, 2]] * (2 if case == "llama-value-basis" else 0)
 
 
 @pytest.mark.parametrize("case", ["vit-square", "vit-clamped", "dinov2"])

@@ -146,13 +146,11 @@ def test_text_with_a_past_and_a_band(past, band):
     assert relative_error(*values) < TOLERANCE
 
 
-# Heads of keys, queries' heads of each, features per head, and inner size: heads and features that fill several small tiles, and the last in
-# part.
+# Heads of keys, queries' heads of each, features per head, inner size: some fill several small tiles, and the last in part.
 GROUPED = [
-    (PairLayout.for_image(1, 2, 1, 2), 3, 2, 5, 17),
+    (PairLayout.for_image(1, 2, 1, 2), 3, 2, 3, 17),
     (PairLayout.for_image(2, 1, 2, 1, max_relative_distance=0, class_token=False), 1, 3, 3, 4),
-    (PairLayout.for_text(4, 5, past=2), 2, 3, 3, 5),
-    (PairLayout.for_text(3, 3, max_relative_distance=1), 1, 2, 9, 3),
+    (PairLayout.for_text(3, 3, max_relative_distance=1, past=1), 3, 2, 5, 5),
 ]
 
 

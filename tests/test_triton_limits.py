@@ -159,11 +159,10 @@ def test_masks_of_every_shape_and_tokens_of_any_strides(layout, axes):
 def test_heads_of_queries_share_one_of_keys_and_values(layout, key_heads, groups, query_factors, dense):
     """Outputs and every gradient, against keys and values repeated for the heads that share them."""
     batch, heads, queries, tokens = 2, key_heads * groups, layout.num_queries, layout.num_tokens
-    names = ("query", "key", "value", "query_coefficients", "key_coefficients", "value_coefficients", "dense_query", "dense_key", "dense_value")  # fmt: skip
-    given = dict.fromkeys(names)
+    given = dict.fromkeys(triton_basis._NAMES)
     given["query"] = tensor(batch, heads, query_factors, queries, 5)
-    given["key"], given["value"] = tensor(batch, key_heads, 2, tokens, 5), tensor(batch, key_heads, 3, tokens, 7)
-    given["key_coefficients"], given["value_coefficients"] = (tensor(layout.num_offsets, n) for n in (2, 3))
+    given["key"], given["value"] = tensor(batch, key_heads, 2, tokens, 5), tensor(batch, key_heads, 2, tokens, 7)
+    given["key_coefficients"], given["value_coefficients"] = (tensor(layout.num_offsets, 2) for _ in range(2))
     if query_factors > 1:
         given["query_coefficients"] = tensor(layout.num_offsets, query_factors)
     if dense:
@@ -191,10 +190,11 @@ def test_heads_of_queries_share_one_of_keys_and_values(layout, key_heads, groups
 def test_heads_that_do_not_match_are_an_error():
     layout = PairLayout.for_text(2, 2)
     heads = {count: tensor(1, count, 1, 2, 4) for count in (2, 3, 4)}
-    coefficients = (None, tensor(2, 1), tensor(2, 1))
-    for query, key, value, message in ((4, 3, 3, "`key` must divide the 4 of `query`, got 3"), (4, 2, 4, "`value` must have 2 heads, got 4")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            triton_basis.basis_attention(heads[query], heads[key], heads[value], *coefficients, None, None, None, None, 1.0, layout)  # fmt: skip
+    rest = (None, tensor(2, 1), tensor(2, 1), None, None, None, None, 1.0, layout)
+    with pytest.raises(ValueError, match="`key` must divide the 4 of `query`, got 3"):
+        triton_basis.basis_attention(heads[4], heads[3], heads[3], *rest)
+    with pytest.raises(ValueError, match="`value` must have 2 heads, got 4"):
+        triton_basis.basis_attention(heads[4], heads[2], heads[4], *rest)
 
 
 @pytest.mark.parametrize("layout", [PairLayout.for_image(2, 3, 2, 3), PairLayout.for_text(4, 4)], ids=layout_id)

@@ -2,7 +2,7 @@
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 
-`GROUPS` heads of queries share one of keys and values, one after the other: `head // GROUPS`, as all batch entries have as many.
+`GROUPS` heads of queries share one of keys and values, one after the other: `key_head` is `head // GROUPS`.
 
 Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries.
 """
@@ -273,8 +273,8 @@ def forward_kernel(
         )
         scores = _scores(
             query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-            mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
-            past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+            mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries,
+            tokens, past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
         running_max_before = running_max
         running_max = tl.maximum(running_max, tl.max(scores, axis=1))
@@ -358,8 +358,8 @@ def _weights(
     """Probabilities of a tile of pairs, and the gradients of their unscaled scores."""
     scores = _scores(
         query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-        mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens,
-        past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+        mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries,
+        tokens, past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
     )  # fmt: skip
     shift = tl.load(logsumexp + head * queries + i, mask=i_exists, other=0.0)
     probabilities = tl.exp(scores - shift[:, None])
@@ -451,11 +451,11 @@ def query_gradient_kernel(
             i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
         )
         _, gradient = _weights(
-            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
-            mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
-            delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
-            Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
-            PRECISION,
+            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
+            dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
+            dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows,
+            reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
+            CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
         )  # fmt: skip
         own = gradient
         if Q_BASIS:
@@ -577,11 +577,11 @@ def key_value_gradient_kernel(
                 True,
             )
             probabilities, gradient = _weights(
-                query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value,
-                mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient, dense_output_gradient, logsumexp,
-                delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries, tokens, past, NQ, NK, NV,
-                Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE,
-                PRECISION,
+                query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
+                dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
+                dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows,
+                reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
+                CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
             )  # fmt: skip
             if n < NK:
                 own = gradient

@@ -3,8 +3,8 @@
 Text is a grid of one row here: the distance is a column offset. `d = query - key` is the offset of a pair, `row_offset` of grid rows
 and `column_offset` of columns. What the numbers of a geometry mean: `_Geometry` in `triton_pairs.py`.
 
-`GROUPS` heads of queries share one of keys, one after the other: head `h` of queries reads head `h // GROUPS` of keys. Programs own
-heads of their own side: each meets `MEMBERS` heads of the other, one after the other, and `SHARED` of them meet the same.
+`GROUPS` heads of queries share one of keys, one after the other: head `h` of queries reads head `h // GROUPS` of keys.
+Programs own heads of one side: each meets `MEMBERS` heads of the other, one after the other, and `SHARED` of them the same.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _other_columns(
     MEMBERS: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Columns of the other side that meet those of a block of heads: of `MEMBERS` heads each one, or of one that `SHARED` share."""
+    """Columns of the other side that meet those of a block of own heads, of one of the `MEMBERS` heads that each meets."""
     place = tl.arange(0, HEADS * WIDTH)
     head = ((block * HEADS + place // WIDTH) * MEMBERS + member) // SHARED
     return head * E + place % WIDTH
@@ -73,7 +73,7 @@ def _other_columns(
 
 @triton.jit
 def _heads(block, member, num_heads, stride, HEADS: tl.constexpr, MEMBERS: tl.constexpr):
-    """Of a block of heads, and of one of the `MEMBERS` heads of each: the place of the first, those of all after it, and which exist."""
+    """Of one of the `MEMBERS` heads of each of a block: the place of the first, those of all after it, and which exist."""
     head = tl.arange(0, HEADS)
     start = (block.to(tl.int64) * (HEADS * MEMBERS) + member) * stride
     return start, head.to(tl.int64) * MEMBERS * stride, block * HEADS + head < num_heads
@@ -318,7 +318,7 @@ def sum_kernel(
     low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
     low_x = x - height + 1 if IS_QUERY else -x
 
-    # One loop over offsets, heads that share the own one and slices of C, so that loads of the next overlap with the products of this one.
+    # One loop over offsets, heads that own ones meet and slices of C, so that the next loads overlap with these products.
     SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
@@ -382,7 +382,7 @@ def _add_members(
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`w_ij · projection of the other token`, `[rows, HEADS·WIDTH]`, of the first head that own heads meet, and of the others."""
+    """Adds `w_ij · projection of the other token`, `[rows, HEADS·WIDTH]`, of all but the first head that own heads meet."""
     for member in range(1, MEMBERS):
         columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, 1)
         tile = _side_tile(tokens, exists, matrix, columns, column_exists, out_size, C, BANK, WIDE, BLOCK_C, PRECISION)
@@ -611,8 +611,8 @@ def bank_gradient_kernel(
                 scaled = _times_heads(tile, weight, HEADS, WIDTH)
                 if MEMBERS > 1:
                     scaled = _add_members(
-                        scaled, weights, place, weight_strides_a, other_tokens, exists, other_matrix, block, num_heads, column_exists,
-                        other_out_size, OTHER_C, E, WIDTH, MEMBERS, OTHER_BANK, WIDE, PRECISION, HEADS, OTHER_BLOCK_C,
+                        scaled, weights, place, weight_strides_a, other_tokens, exists, other_matrix, block, num_heads,
+                        column_exists, other_out_size, OTHER_C, E, WIDTH, MEMBERS, OTHER_BANK, WIDE, PRECISION, HEADS, OTHER_BLOCK_C,
                     )  # fmt: skip
                 total = tl.dot(
                     own_tokens, scaled.to(tokens.dtype.element_ty), total, input_precision=PRECISION, out_dtype=WIDE

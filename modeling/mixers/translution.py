@@ -298,7 +298,7 @@ class TranslutionMixer(Mixer):
         dense: tuple[Tensor | None, Tensor | None, Tensor | None],
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense."""
+        """`[B, L, C']`, by one kernel, from what each side brings to the pairs and what is dense; no heads are repeated."""
         sides, own_heads = (pairs.query, pairs.key, pairs.value), self.num_heads // self.groups
         parts = [
             # Ordinary projections are those of one factor without coefficients.

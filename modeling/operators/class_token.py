@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .heads import merge_heads, repeat_features, split_heads, sum_groups
+from .heads import merge_heads, projected_size, repeat_features, split_heads, sum_groups
 from .pair_layout import CLASS_FROM_PATCH, CLASS_TO_CLASS, PATCH_FROM_CLASS, PairLayout
 
 
@@ -30,7 +30,7 @@ def write_class_scores(
     scores: Tensor, query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, layout: PairLayout
 ) -> None:
     """Writes `<q_ij, k_ij>` of a class token's pairs into `scores`, `[B, A, L, L]`."""
-    num_heads, width = scores.shape[1], _width(query, query_bank)
+    num_heads, width = scores.shape[1], projected_size(query, query_bank)
     for queries, keys, row, reverse in class_blocks(layout):
         # Scores are kept in a type that can hold the sum over a head, so they are summed in it.
         q = _project(query[:, queries], query_bank, reverse, num_heads, width).to(scores.dtype)
@@ -61,7 +61,7 @@ def add_class_gradients(
     `gradients` holds those four, or `None` where one is not wanted; that of plain keys may have `A` heads. Token gradients are added
     to, the three rows of a bank's gradient written.
     """
-    num_heads, width = gradient.shape[1], _width(query, query_bank)
+    num_heads, width = gradient.shape[1], projected_size(query, query_bank)
     query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = gradients
     for queries, keys, row, reverse in class_blocks(layout):
         weight = gradient[:, :, queries, keys].to(query.dtype)
@@ -71,7 +71,7 @@ def add_class_gradients(
         if key_gradient is not None:
             q = _project(query[:, queries], query_bank, reverse, num_heads, width)
             projected = merge_heads(weight.transpose(-1, -2) @ q)
-            projected = sum_groups(projected, num_heads, width // _width(key_gradient, key_bank))
+            projected = sum_groups(projected, num_heads, width // projected_size(key_gradient, key_bank))
             _add(key_gradient, key_bank_gradient, key, key_bank, keys, row, projected)
 
 
@@ -90,11 +90,6 @@ def _add(
     token_gradient[:, place] += gradient @ bank[row].t()
     if bank_gradient is not None:
         bank_gradient[row] = tokens[:, place].flatten(0, 1).t() @ gradient.flatten(0, 1)
-
-
-def _width(tokens: Tensor, bank: Tensor | None) -> int:
-    """Features of the projections."""
-    return (tokens if bank is None else bank).shape[-1]
 
 
 def _project(tokens: Tensor, bank: Tensor | None, row: int, num_heads: int, width: int) -> Tensor:

@@ -18,9 +18,21 @@ def merge_heads(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def groups_of(queries: Tensor, keys: Tensor) -> int:
-    """How many heads of queries share one of keys: `groups`, of `[…, A · e]` and `[…, A / groups · e]`."""
-    return queries.shape[-1] // keys.shape[-1]
+def projected_size(tokens: Tensor, bank: Tensor | None) -> int:
+    """Features of what tokens bring to their pairs, `A·e`: projected by a bank, or as they are."""
+    return (tokens if bank is None else bank).shape[-1]
+
+
+def groups_of(query: Tensor, key: Tensor, query_bank: Tensor | None = None, key_bank: Tensor | None = None) -> int:
+    """How many heads of queries share one of keys, `groups`: queries bring `A·e` features to a pair, keys `A / groups · e`.
+
+    Raises:
+        ValueError: if the one is no multiple of the other.
+    """
+    queries, keys = projected_size(query, query_bank), projected_size(key, key_bank)
+    if queries % keys:
+        raise ValueError(f"Queries of {queries} features must have a multiple of the keys', got keys of {keys}.")
+    return queries // keys
 
 
 def repeat_heads(heads: Tensor | None, groups: int) -> Tensor | None:
@@ -42,4 +54,12 @@ def sum_groups(gradient: Tensor, num_heads: int, groups: int) -> Tensor:
     return gradient.unflatten(-1, (num_heads // groups, groups, -1)).sum(-2).flatten(-2)
 
 
-__all__ = ["groups_of", "merge_heads", "repeat_features", "repeat_heads", "split_heads", "sum_groups"]
+__all__ = [
+    "groups_of",
+    "merge_heads",
+    "projected_size",
+    "repeat_features",
+    "repeat_heads",
+    "split_heads",
+    "sum_groups",
+]

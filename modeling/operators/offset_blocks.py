@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .heads import repeat_features, sum_groups
+from .heads import groups_of, repeat_features, sum_groups
 from .pair_autograd import accumulation_dtype
 from .pair_layout import ColumnShift, OffsetPairs, PairLayout
 
@@ -321,10 +321,9 @@ def make_sides(
         # One input of several banks is arranged once.
         is_last = place > 0 and tensor is tensors[place - 1]
         arranged.append(arranged[-1] if is_last else tokens_first(tensor))
-    widths = [(tensor if bank is None else bank).shape[-1] for tensor, bank in zip(tensors, banks, strict=True)]
     return [
-        Side(tokens, bank, layout, place == 0, num_heads, widths[0] // width)
-        for place, (tokens, bank, width) in enumerate(zip(arranged, banks, widths, strict=True))
+        Side(tokens, bank, layout, place == 0, num_heads, groups_of(arranged[0], tokens, banks[0], bank))
+        for place, (tokens, bank) in enumerate(zip(arranged, banks, strict=True))
     ]
 
 

@@ -14,8 +14,8 @@ two rows of the grid at a time, whose offsets lie on diagonals; it writes one su
 
 The kernels are in `basis_kernels.py`.
 
-Legend: `B` batch, `A` heads of queries, `G` of them to each of keys and values, `R` queries, `L` tokens, `n` factors, `e` their size per
-head, `d` dense size per head.
+Legend: `B` batch, `A` heads of queries, `G` of them to each of keys and values, `R` queries, `L` tokens, `n` factors,
+`e` their size per head, `d` dense size per head.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def basis_attention(
 
     Args:
         query: `[B, A, n, R, e]`; one factor where it has no coefficients.
-        key, value: `[B, A / G, n, L, e]` likewise; the values' size may differ. Each head serves `G` of the queries', one after the
-            other.
+        key, value: `[B, A / G, n, L, e]` likewise; the values' size may differ. Each head serves `G` of the queries',
+            one after the other.
         query_coefficients, key_coefficients, value_coefficients: `[num_offsets, n]`, or `None` for an ordinary projection.
         dense_query, dense_key: `[B, A, R, d]` and `[B, A / G, L, d]`, whose product is added to the scores, or `None`.
         dense_value: `[B, A / G, L, d]`, averaged as well, or `None`.

@@ -11,8 +11,8 @@ variant. Each program writes what no other writes, so there are no atomics, and 
 Projections live in registers. No tensor holds an element per pair and feature, and there is no matrix per pair. A class token has
 `2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
 
-Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of keys goes
-through the queries' heads of each, and its sums need no second pass.
+Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of
+keys goes through the queries' heads of each, and its sums need no second pass.
 
 The kernels are in `pair_kernels.py`.
 
@@ -21,7 +21,6 @@ Legend: `B` batch, `L` tokens, `A` heads of queries, `C` bank input size, `e` ba
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,9 +30,9 @@ from torch import Tensor
 from ..kernels.launch import dot_precision, launch, next_power_of_2
 from ..kernels.pair_kernels import bank_gradient_kernel, scores_kernel, sum_kernel, token_gradient_kernel
 from .class_token import add_class_gradients, add_class_values, write_class_scores
-from .heads import repeat_features
+from .heads import groups_of, projected_size
 from .pair_autograd import accumulation_dtype, register_pair_operators
-from .pair_layout import NUM_CLASS_ROWS, PairLayout
+from .pair_layout import PairLayout
 
 
 try:
@@ -86,7 +85,7 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
 
 
 class _Side(NamedTuple):
-    """One side of the pairs: its tokens `[B, tokens, in]`, its bank, its heads, how offsets sign its bank rows, whether it is the queries'."""
+    """One side of the pairs: tokens `[B, tokens, in]`, bank, heads, how offsets sign bank rows, whether it is the queries'."""
 
     tokens: Tensor
     bank: Tensor | None
@@ -106,12 +105,7 @@ class _Side(NamedTuple):
     @property
     def head_size(self) -> int:
         """Features per head of what it brings to its pairs."""
-        return _width(self.tokens, self.bank) // self.num_heads
-
-
-def _width(tokens: Tensor, bank: Tensor | None) -> int:
-    """Features of all heads that one side brings to its pairs."""
-    return (tokens if bank is None else bank).shape[-1]
+        return projected_size(self.tokens, self.bank) // self.num_heads
 
 
 def _sides(
@@ -131,14 +125,6 @@ def _sides(
     # A query's matrix is the one of the reverse offset, in text that of the distance.
     query_side = _Side(query, query_bank, num_heads, 1 if layout.causal else -1, True)
     return query_side, _Side(key, key_bank, num_heads // groups, 1, False)
-
-
-def _num_groups(query: Tensor, key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None) -> int:
-    """Heads of queries that share one of keys, by what both bring to their pairs."""
-    queries, keys = _width(query, query_bank), _width(key, key_bank)
-    if queries % keys:
-        raise ValueError(f"Queries of {queries} features must have a multiple of the keys', got keys of {keys}.")
-    return queries // keys
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -205,7 +191,7 @@ def _scores(
 ) -> Tensor:
     batch = len(query)
     geometry = _geometry(layout, batch)
-    groups = _num_groups(query, key, query_bank, key_bank)
+    groups = groups_of(query, key, query_bank, key_bank)
     query_side, key_side = _sides(query, key, query_bank, key_bank, num_heads, groups, layout)
     # A causal layout lacks pairs, and their scores are 0. All others are written.
     allocate = query.new_zeros if layout.causal else query.new_empty
@@ -241,7 +227,7 @@ def _scores(
             **_types(query),
         )
     if layout.class_token:
-        write_class_scores(scores, query, *_class_pairs(key, query_bank, key_bank, num_heads, groups, layout))
+        write_class_scores(scores, query, key, query_bank, key_bank, layout)
     return scores
 
 
@@ -256,7 +242,7 @@ def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> i
 
 
 def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens and heads to `output`, `[B, tokens, A·e]`."""
+    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens and heads to `output`."""
     batch, num_heads = len(weights), own.num_heads
     heads = _shape_of_heads(other.head_size, own, other)
     launch(
@@ -360,60 +346,6 @@ def _gradient_tiles(own: _Side, other: _Side, num_heads: int, width: int) -> lis
     return options
 
 
-def _class_pairs(
-    key: Tensor, query_bank: Tensor | None, key_bank: Tensor | None, num_heads: int, groups: int, layout: PairLayout
-) -> tuple[Tensor, Tensor | None, Tensor | None, PairLayout]:
-    """Keys, banks and layout for the functions of `class_token.py`, which know no groups.
-
-    Keys have as many heads as queries, but of the banks no more is left, and repeated, than the last row of the grid and those of a
-    class token: where a bank has one row of the grid, the layout finds them.
-    """
-    if groups == 1:
-        return key, query_bank, key_bank, layout
-    query_bank, key_bank = (None if bank is None else bank[-1 - NUM_CLASS_ROWS :] for bank in (query_bank, key_bank))
-    if key_bank is None:
-        key = repeat_features(key, num_heads, groups)
-    else:
-        key_bank = repeat_features(key_bank, num_heads, groups)
-    return key, query_bank, key_bank, replace(layout, bank_height=1, bank_width=1, clamp=True)
-
-
-def _add_class_gradients(
-    gradients: list[Tensor | None],
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_bank: Tensor | None,
-    key_bank: Tensor | None,
-    groups: int,
-    layout: PairLayout,
-) -> None:
-    """As `add_class_gradients`; what belongs to the heads of keys is summed over the queries' heads of each."""
-    if groups == 1:
-        add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
-        return
-    num_heads = gradient.shape[1]
-    key, query_bank, key_bank, layout = _class_pairs(key, query_bank, key_bank, num_heads, groups, layout)
-    query_gradient, query_bank_gradient, key_gradient, key_bank_gradient = gradients
-    if query_bank_gradient is not None:
-        query_bank_gradient = query_bank_gradient[-1 - NUM_CLASS_ROWS :]
-    repeated = [query_gradient, query_bank_gradient, key_gradient, None]
-    if key_gradient is not None and key_bank is None:
-        repeated[2] = key_gradient.new_zeros(key.shape)
-    if key_bank_gradient is not None:
-        repeated[3] = torch.empty_like(key_bank)
-    add_class_gradients(repeated, gradient, query, key, query_bank, key_bank, layout)
-    if key_bank_gradient is not None:
-        key_bank_gradient[-NUM_CLASS_ROWS:] = _sum_groups(repeated[3][1:], num_heads, groups)
-    elif key_gradient is not None:
-        key_gradient += _sum_groups(repeated[2], num_heads, groups)
-
-
-def _sum_groups(features: Tensor, num_heads: int, groups: int) -> Tensor:
-    """The derivative of `repeat_features`: `[…, A·e]` to `[…, A / groups·e]`."""
-    return features.unflatten(-1, (num_heads // groups, groups, -1)).sum(-2).flatten(-2)
-
-
 def _scores_backward(
     gradient: Tensor,
     query: Tensor,
@@ -425,7 +357,7 @@ def _scores_backward(
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry, num_heads = _geometry(layout, len(query)), gradient.shape[1]
-    groups = _num_groups(query, key, query_bank, key_bank)
+    groups = groups_of(query, key, query_bank, key_bank)
     query_side, key_side = _sides(query, key, query_bank, key_bank, num_heads, groups, layout)
     gradients = []
     for own, other, needed in ((query_side, key_side, need_query), (key_side, query_side, need_key)):
@@ -442,7 +374,7 @@ def _scores_backward(
             bank_gradient = _bank_gradient(gradient, own, other, geometry, layout)
         gradients += [token_gradient, bank_gradient]
     if layout.class_token:
-        _add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, groups, layout)
+        add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
     inputs = (query, query_bank, key, key_bank)
     return tuple(
         query.new_empty(0) if value is None else value.to(like.dtype).contiguous()
@@ -458,7 +390,6 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     output = value.new_zeros(shape, dtype=accumulation_dtype(value.dtype))
     _sum(probabilities, query_side, key_side, geometry, output)
     if layout.class_token:
-        value, _, value_bank, layout = _class_pairs(value, None, value_bank, num_heads, groups, layout)
         add_class_values(output, probabilities, value, value_bank, layout)
     return output.to(value.dtype)
 
