@@ -90,6 +90,7 @@ TENSOR_PARALLEL = {
     "text-vectors": ("text", True, VARIANTS["relative-vectors"]),
     "image-convolution": ("image", True, {**VARIANTS["convolution"], "pooling": "mean"}),
     "text-convolution": ("text", True, VARIANTS["convolution"]),
+    "text-hybrid": ("text", True, VARIANTS["hybrid"]),
     # The second layer is whole in every process.
     "text-acmix": ("text", True, {"mixer_types": ["translution", "acmix"]}),
 }
@@ -454,7 +455,7 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
             trainer(folder, model_for(m, **FULL), s, **a)
         )
     for name, (modality, masked, fields) in TENSOR_PARALLEL.items():
-        files = folder / f"heads-{name}" if name.endswith("-full") else None
+        files = folder / f"heads-{name}" if name == "text-full" else None
         found[f"heads-{name}"] = lambda m=modality, w=masked, d=files, f=fields: run_tensor_parallel(m, w, d, **f)
     found["heads-refused"] = lambda: refusal(num_attention_heads=3)
     for name, fields in VARIANTS.items():

@@ -19,6 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
+from common.training_memory import bytes_alone, bytes_fully_sharded, bytes_tensor_parallel
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
@@ -302,15 +303,34 @@ def test_each_process_has_the_parameters_of_its_heads(shared):
     assert "model.layers.1" not in layers
 
 
-@pytest.mark.parametrize(
-    ("case", "auto"), [("image", AutoModelForImageClassification), ("text", AutoModelForCausalLM)]
-)
-def test_models_with_shared_heads_are_saved_whole(shared, case, auto):
-    folder = shared.folder / f"heads-{case}-full" / "saved"
-    modality, _, fields = worker.TENSOR_PARALLEL[f"{case}-full"]
+@pytest.mark.parametrize("case", worker.TENSOR_PARALLEL)
+def test_memory_is_that_of_a_process(shared, case):
+    """What the table of docs/training.md is computed by, without a second process, counts what each of two really has."""
+    modality, _, fields = worker.TENSOR_PARALLEL[case]
+    found, whole = shared[f"heads-{case}"], worker.model_for(modality, **fields)
+    sizes = {name: parameter.numel() for name, parameter in whole.named_parameters()}
+    own = {name: int(found.get(f"share of {name}", torch.tensor(size)).prod()) for name, size in sizes.items()}
+    assert bytes_tensor_parallel(whole.config, 2) == (4 * 4 + 2) * sum(own.values())
+    assert bytes_alone(whole) == (4 * 4 + 2) * sum(sizes.values())
+
+
+def test_memory_of_fsdp_is_that_of_a_process(shared):
+    """The rows that a process really has of banks, half the rows of the rest, and a layer that is whole for a while."""
+    whole, found = worker.model_for("image", **FULL), shared["fsdp-image"]
+    own = 0
+    for name, parameter in whole.named_parameters():
+        rows = found.get(f"rows of {name}", torch.tensor([(len(parameter) + 1) // 2]))
+        own += int(rows[0]) * parameter[0].numel()
+    layer = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
+    assert bytes_fully_sharded(whole, 2) == 4 * 4 * own + (2 + 2) * layer
+
+
+def test_models_with_shared_heads_are_saved_whole(shared):
+    modality, _, fields = worker.TENSOR_PARALLEL["text-full"]
     source = worker.model_for(modality, **fields).double()
-    loaded = auto.from_pretrained(folder, dtype=torch.float64)
+    loaded = AutoModelForCausalLM.from_pretrained(shared.folder / "heads-text-full" / "saved", dtype=torch.float64)
     assert largest_difference(source.state_dict(), loaded.state_dict()) == 0
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert "distributed_config" not in loaded.config.to_dict()
 
 
