@@ -162,6 +162,12 @@ class TranslutionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "translution"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Heads of mixers by `modeling/mixers/tensor_parallel.py`; Transformers divides `embed_tokens` by itself.
+    base_model_tp_plan = {
+        "layers.*.mixer": "translution_heads",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
 
     modality: str = "image"
     hidden_size: int = 192

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs from the CSVs in scripts/results.
+"""Writes the tables of README.md and docs from the CSVs in scripts/results; that of memory from the configs.
 
     python docs/tables.py
 
@@ -20,14 +20,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import pandas as pd  # noqa: E402
 from common.tables import markdown  # noqa: E402
+from common.training_memory import (  # noqa: E402
+    bytes_alone,
+    bytes_fully_sharded,
+    bytes_tensor_parallel,
+    unallocated,
+)
 from studies.from_attention import ATTENTION, LONGER, TASKS, TRANSLUTION, frame_of  # noqa: E402
 from studies.report import paired_gain  # noqa: E402
+
+from translution import TranslutionConfig  # noqa: E402
+from translution.configuration.configuration_translution import SIZES  # noqa: E402
 
 
 RESULTS = ROOT / "scripts" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("benchmarks.md", "from_attention.md", "local.md", "study.md")),
+    *(ROOT / "docs" / name for name in ("benchmarks.md", "from_attention.md", "local.md", "study.md", "training.md")),
 )
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PASSES = {"forward": "forward", "forward+backward": "forward + backward"}
@@ -342,6 +351,42 @@ def local_table() -> str:
     return markdown(columns, lines)
 
 
+# Training
+
+
+def memory_table() -> str:
+    """What parameters take of each GPU in training, by size, mixer and number of GPUs."""
+    # Those of the CSV, by their names there; the rest was not run.
+    run = {row["implementation"] for row in read_rows("cpu", suite="training")}
+    mixers = {
+        "attention": {"mixer_types": "attention"},
+        "local": {"preset": "local"},
+        "LoR 8, kv": {"relative_rank": 8},
+        "full, kv": {},
+    }
+    lines = []
+    for size in SIZES:
+        for mixer, fields in mixers.items():
+            config = TranslutionConfig.from_size(size, num_labels=1000, **fields)
+            model = unallocated(config)
+            cells = [f"{model.num_parameters() / 1e6:,.1f} M", gigabytes(bytes_alone(model))]
+            for gpus in (2, 8):
+                cells.append(gigabytes(bytes_fully_sharded(model, gpus)))
+                shared = "–"
+                if config.num_attention_heads % gpus == 0:
+                    shared = gigabytes(bytes_tensor_parallel(config, gpus))
+                cells.append(shared)
+            mark = " †" if size == "tiny" and mixer in run else ""
+            lines.append([size, f"{mixer}{mark}", *cells])
+    columns = ["size", "mixer", "parameters", "1 GPU"]
+    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in ("FSDP2", "heads shared")]
+    return markdown(columns, lines, texts=2)
+
+
+def gigabytes(size: int) -> str:
+    return number(str(size / 1e9), 2 if size < 10e9 else 0)
+
+
 def origin(name: str) -> str:
     """Machine, versions and commits of a CSV."""
     rows = read_rows(name)
@@ -354,6 +399,7 @@ def origin(name: str) -> str:
 
 TABLES = {
     "results": results_table,
+    "memory": memory_table,
     "second learning rate": second_rate_table,
     "budgets": budgets_table,
     "from attention": from_attention_table,

@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 
@@ -72,6 +73,26 @@ VARIANTS = {
     "convolution": {"mixer_types": "convolution"},
     "acmix": {"mixer_types": "acmix"},
     "hybrid": {"mixer_types": ["rope_attention", "translution"]},
+}
+
+LOR = VARIANTS["lor"]
+# Models whose heads processes share: modality, whether there is a mask, fields.
+TENSOR_PARALLEL = {
+    "image-full": ("image", False, FULL),
+    "text-full": ("text", True, {"relative_projections": "kv", "tie_word_embeddings": True}),
+    "image-local": ("image", False, {"max_relative_distance": 1, "far_offsets": "shared"}),
+    "text-local": ("text", True, {"mixer_types": "rope_translution", "max_relative_distance": 3}),
+    "image-lor": ("image", True, LOR),
+    "text-lor": ("text", True, {**LOR, "relative_projections": "kv"}),
+    "image-basis": ("image", True, VARIANTS["basis"]),
+    "text-basis": ("text", True, VARIANTS["lor-basis"]),
+    "image-bias": ("image", True, VARIANTS["relative-bias"]),
+    "text-vectors": ("text", True, VARIANTS["relative-vectors"]),
+    "image-convolution": ("image", True, {**VARIANTS["convolution"], "pooling": "mean"}),
+    "text-convolution": ("text", True, VARIANTS["convolution"]),
+    "text-hybrid": ("text", True, VARIANTS["hybrid"]),
+    # The second layer is whole in every process.
+    "text-acmix": ("text", True, {"mixer_types": ["translution", "acmix"]}),
 }
 
 SHUFFLED = {"train_sampling_strategy": "random", "dataloader_drop_last": True}
@@ -219,6 +240,100 @@ def run_fsdp(
     return result
 
 
+# Tensor parallelism
+
+
+def tensor_parallel_inputs(modality: str) -> dict[str, Tensor]:
+    """Whole batches: every process has all of them. Texts are padded; images have an additive mask for each head."""
+    batch = stack(samples_for(modality, 4))
+    if modality == "image":
+        torch.manual_seed(1)
+        tokens = 1 + (IMAGE["image_size"] // IMAGE["patch_size"]) ** 2
+        shape = (4, SIZE["num_attention_heads"], tokens, tokens)
+        batch["attention_mask"] = torch.randn(shape, dtype=torch.float64)
+    return batch
+
+
+def logits_and_gradients(model: nn.Module, modality: str, masked: bool = True) -> dict[str, Tensor]:
+    batch = tensor_parallel_inputs(modality)
+    if not masked:
+        del batch["attention_mask"]
+    logits = model(**{**batch, "labels": None}).logits
+    cross_entropy(*predictions(logits, batch["labels"])).backward()
+    gradients = {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": logits.detach(), **gradients}
+
+
+def generated(model: nn.Module, cache: str) -> dict[str, Tensor]:
+    """What follows three beginnings of different lengths: tokens, and the logits that they were chosen by."""
+    ids = stack(text_samples(3))["input_ids"][:, :5]
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    output = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation=cache,
+        disable_compile=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return {f"{cache} tokens": output.sequences, f"{cache} logits": torch.stack(output.logits)}
+
+
+def probabilities(model: nn.Module, modality: str) -> dict[str, Tensor]:
+    """What the layers attend to, of a batch without masks."""
+    batch = tensor_parallel_inputs(modality)
+    inputs = {name: values for name, values in batch.items() if name not in ("labels", "attention_mask")}
+    found = model(**inputs, output_attentions=True).attentions
+    return {f"attention of layer {index}": weights for index, weights in enumerate(found)}
+
+
+def load_shared(source: PreTrainedModel, folder: Path | None = None) -> PreTrainedModel:
+    """A model whose heads the processes share, from files in a folder, or from the weights of `source`, which is quicker."""
+    options = {"dtype": torch.float64, "distributed_config": DistributedConfig(tp_plan="auto")}
+    if folder is None:
+        return type(source).from_pretrained(None, config=source.config, state_dict=source.state_dict(), **options)
+    if PartialState().is_main_process:
+        source.save_pretrained(folder)
+    PartialState().wait_for_everyone()
+    return type(source).from_pretrained(folder, **options)
+
+
+def run_tensor_parallel(
+    modality: str, masked: bool = True, folder: Path | None = None, **fields: Any
+) -> dict[str, Tensor]:
+    """Runs a model whose heads the processes share, and generates with it; with a `folder` it is loaded and saved there."""
+    source = model_for(modality, **fields)
+    model = load_shared(source, None if folder is None else folder / "whole")
+    result = logits_and_gradients(model, modality, masked)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            result[f"gradient of {name}"] = result[f"gradient of {name}"].full_tensor()
+            result[f"share of {name}"] = torch.tensor(parameter.to_local().shape)
+    with torch.no_grad():
+        if modality == "text":
+            for cache in ("dynamic", "static"):
+                result.update(generated(model, cache))
+        if "relative_projections" in fields:
+            model.set_attn_implementation("eager")
+            result.update(probabilities(model, modality))
+    if folder is not None:
+        model.save_pretrained(folder / "saved")
+    return result
+
+
+def refusal(**fields: Any) -> dict[str, Tensor]:
+    """The bytes of what is said of a model that two processes cannot share."""
+    try:
+        load_shared(model_for("image", **fields))
+    except ValueError as error:
+        return {"message": torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
+    return {}
+
+
 # Accelerate's loop
 
 
@@ -339,6 +454,10 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Tensor]]]:
         found[name] = lambda m=modality, s=samples, a=arguments: train_and_evaluate(
             trainer(folder, model_for(m, **FULL), s, **a)
         )
+    for name, (modality, masked, fields) in TENSOR_PARALLEL.items():
+        files = folder / f"heads-{name}" if name == "text-full" else None
+        found[f"heads-{name}"] = lambda m=modality, w=masked, d=files, f=fields: run_tensor_parallel(m, w, d, **f)
+    found["heads-refused"] = lambda: refusal(num_attention_heads=3)
     for name, fields in VARIANTS.items():
         for modality in ("image", "text"):
             # Two steps: DDP complains in the second about parameters that got no gradient in the first.

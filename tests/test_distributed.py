@@ -1,4 +1,4 @@
-"""Two processes do what one does: the same losses and final weights, however the work is shared.
+"""Two processes do what one does: the same losses and final weights, however batches or the heads of a model are shared.
 
 One launch of `distributed_worker.py` runs every case in two processes over gloo, through the launch file that the
 documentation names; each test runs one case in this process and compares.
@@ -19,12 +19,16 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_multi_gpu_env
+from common.training_memory import bytes_alone, bytes_fully_sharded, bytes_tensor_parallel
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, GPT2Config, GPT2LMHeadModel
+
+from translution import TranslutionForCausalLM
+from translution.modeling.mixers.tensor_parallel import check_heads
 
 
 LAUNCH_FILES = Path(__file__).resolve().parent.parent / "scripts" / "accelerate"
@@ -47,6 +51,8 @@ def launch(folder):
     command += ["--config_file", str(LAUNCH_FILES / "two_cpu_processes.yaml"), worker.__file__, str(folder)]
     # A launch of its own, whatever launched the tests.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    # Transformers shares a model among the accelerators that it sees.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     run = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=worker.LIFETIME + 60, check=False
     )
@@ -234,6 +240,110 @@ def test_accelerate_in_bfloat16(shared):
         return torch.cat([(state[name].double() - before[name].double()).flatten() for name in before])
 
     assert torch.cosine_similarity(update(found), update(exact), dim=0) > 0.99
+
+
+# Tensor parallelism
+
+
+def run_alone(modality, masked, fields):
+    """What `worker.run_tensor_parallel` does, in one process; everything but shares."""
+    model = worker.model_for(modality, **fields).double()
+    result = worker.logits_and_gradients(model, modality, masked)
+    with torch.no_grad():
+        if modality == "text":
+            for cache in ("dynamic", "static"):
+                result.update(worker.generated(model, cache))
+        if "relative_projections" in fields:
+            model.set_attn_implementation("eager")
+            result.update(worker.probabilities(model, modality))
+    return result
+
+
+@pytest.mark.parametrize("case", worker.TENSOR_PARALLEL)
+def test_processes_share_heads(shared, case):
+    """Logits, gradients, generated tokens with a cache and attention weights are those of one process, up to rounding."""
+    expected, found = run_alone(*worker.TENSOR_PARALLEL[case]), shared[f"heads-{case}"]
+    # Some gradients are sums of large terms that cancel, so that rounding is measured by the largest of them all.
+    scale = max(value.abs().max() for name, value in expected.items() if name.startswith("gradient"))
+    for name, value in expected.items():
+        if name.endswith("tokens"):
+            assert torch.equal(found[name], value)
+            continue
+        # Sums over features and tokens, at most a few hundred terms, in another order: errors grow with the root of it.
+        unit = torch.finfo(torch.float64).eps * (scale if name.startswith("gradient") else value.abs().max())
+        assert (found[name] - value).abs().max() <= 64 * unit, name
+        assert value.any()
+
+
+def test_each_process_has_the_parameters_of_its_heads(shared):
+    """Of every kind of parameter the local shape: 2 heads of 8 features, rank 4, so that the first has 8 of 16, 4 of 8."""
+    offsets, distances = 7 * 7 + 3, worker.TEXT["max_position_embeddings"]
+    expected = {
+        "image-full": {"q_bank": (offsets, 16, 8), "o_proj.weight": (16, 8), "o_proj.bias": (16,)},
+        "text-full": {"q_proj.weight": (8, 16), "v_bank": (distances, 16, 8)},
+        "image-local": {"k_bank": (3 * 3 + 1 + 3, 16, 8)},
+        "image-lor": {"q_bank": (offsets, 8, 4), "q_down.weight": (8, 16), "v_up.weight": (8, 8)},
+        # The query's features are used head by head, those of keys and values all of them by each head's bank.
+        "text-lor": {"q_down.weight": (4, 16), "k_down.weight": (8, 16), "k_proj.weight": (8, 16)},
+        "image-basis": {"k_factors": (3, 16, 8), "k_coefficients": (offsets, 3)},
+        "image-bias": {"relative_bias": (offsets, 1), "v_proj.weight": (8, 16)},
+        "text-vectors": {"relative_key": (distances, 8)},
+        "image-convolution": {"window_weight": (9, 16, 8), "class_proj.weight": (8, 16)},
+    }
+    for case, shapes in expected.items():
+        for name, shape in shapes.items():
+            assert tuple(shared[f"heads-{case}"][f"share of model.layers.1.mixer.{name}"]) == shape, (case, name)
+    beside = shared["heads-text-full"]
+    assert tuple(beside["share of model.embed_tokens.weight"]) == (128, 16)
+    assert tuple(beside["share of model.layers.0.mlp.fc1.weight"]) == (16, 16)
+    assert tuple(beside["share of model.layers.0.mlp.fc2.weight"]) == (16, 16)
+    # ACmix is no `DTensor` at all.
+    layers = {name[9:].rpartition(".mixer.")[0] for name in shared["heads-text-acmix"] if name.startswith("share of ")}
+    assert "model.layers.0" in layers
+    assert "model.layers.1" not in layers
+
+
+@pytest.mark.parametrize("case", worker.TENSOR_PARALLEL)
+def test_memory_is_that_of_a_process(shared, case):
+    """What the table of docs/training.md is computed by, without a second process, counts what each of two really has."""
+    modality, _, fields = worker.TENSOR_PARALLEL[case]
+    found, whole = shared[f"heads-{case}"], worker.model_for(modality, **fields)
+    sizes = {name: parameter.numel() for name, parameter in whole.named_parameters()}
+    own = {name: int(found.get(f"share of {name}", torch.tensor(size)).prod()) for name, size in sizes.items()}
+    assert bytes_tensor_parallel(whole.config, 2) == (4 * 4 + 2) * sum(own.values())
+    assert bytes_alone(whole) == (4 * 4 + 2) * sum(sizes.values())
+
+
+def test_memory_of_fsdp_is_that_of_a_process(shared):
+    """The rows that a process really has of banks, half the rows of the rest, and a layer that is whole for a while."""
+    whole, found = worker.model_for("image", **FULL), shared["fsdp-image"]
+    own = 0
+    for name, parameter in whole.named_parameters():
+        rows = found.get(f"rows of {name}", torch.tensor([(len(parameter) + 1) // 2]))
+        own += int(rows[0]) * parameter[0].numel()
+    layer = sum(parameter.numel() for parameter in whole.model.layers[0].parameters())
+    assert bytes_fully_sharded(whole, 2) == 4 * 4 * own + (2 + 2) * layer
+
+
+def test_models_with_shared_heads_are_saved_whole(shared):
+    modality, _, fields = worker.TENSOR_PARALLEL["text-full"]
+    source = worker.model_for(modality, **fields).double()
+    loaded = AutoModelForCausalLM.from_pretrained(shared.folder / "heads-text-full" / "saved", dtype=torch.float64)
+    assert largest_difference(source.state_dict(), loaded.state_dict()) == 0
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert "distributed_config" not in loaded.config.to_dict()
+
+
+def test_heads_that_processes_cannot_share_are_refused(shared):
+    message = bytes(shared["heads-refused"]["message"].tolist()).decode()
+    assert "`tp_size` must divide `num_attention_heads` 3, got 2" in message
+
+
+def test_converted_models_do_not_share_heads():
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=32)
+    model = TranslutionForCausalLM.from_attention(GPT2LMHeadModel(config))
+    with pytest.raises(ValueError, match=r"`tp_size` must be 1 .*`trunk_config`.*got 2"):
+        check_heads(model, 2)
 
 
 # Launch files

@@ -32,6 +32,9 @@ class ACmixMixer(RelativeBiasAttentionMixer):
     (text `[C', T, k]`), `attention_rate` and `convolution_rate` `[1]`.
     """
 
+    # `shift_maps` mixes the heads.
+    divides_by_heads = False
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.kernel_size = config.kernel_size

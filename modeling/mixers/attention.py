@@ -106,6 +106,10 @@ class RelativeBiasAttentionMixer(AttentionMixer):
         super().__init__(config, layer_idx)
         self.relative_bias = nn.Parameter(torch.empty(self.bank_layout.num_offsets, self.num_heads))
 
+    def head_axis(self, name: str) -> int | None:
+        """See `Mixer.head_axis`."""
+        return -1 if name == "relative_bias" else super().head_axis(name)
+
     def score_bias(self, layout: PairLayout | StepLayout) -> Tensor:
         table = self.resample(self.relative_bias, layout)
         return table[layout.rows(table.device)].permute(2, 0, 1)

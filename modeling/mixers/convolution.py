@@ -64,6 +64,10 @@ class ConvolutionMixer(Mixer):
         mixed = convolve_image(tokens[:, 1:], self.kernel(), layout)
         return self.o_proj(torch.cat((self.class_proj(tokens[:, :1]).to(mixed.dtype), mixed), dim=1)), None
 
+    def head_axis(self, name: str) -> int | None:
+        """See `Mixer.head_axis`."""
+        return -1 if name == "window_weight" else super().head_axis(name)
+
     def kernel(self) -> Tensor:
         """The bank as a convolution kernel, `[C', C, k, k]` or `[C', C, k]`: PyTorch's taps run against the offsets."""
         if self.config.modality == "text":

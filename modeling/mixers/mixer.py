@@ -25,7 +25,15 @@ class Mixer(nn.Module):
         config: of the model.
         layer_idx: the layer.
         layout: of the largest input that parameters with one row per offset are made for; by default that of `config`.
+
+    How processes share a mixer is read by `tensor_parallel.py`:
+
+        divides_by_heads: whether each may compute some of the heads alone.
+        gathered_inputs: names of projections that read features of all heads.
     """
+
+    divides_by_heads = True
+    gathered_inputs: tuple[str, ...] = ()
 
     def __init__(self, config, layer_idx: int, layout: PairLayout | None = None):
         super().__init__()
@@ -73,6 +81,16 @@ class Mixer(nn.Module):
     def relative_parameters(self) -> list[nn.Parameter]:
         """Parameters of what depends on the offset; a mixer may have more of them than those with one row per offset."""
         return [getattr(self, name) for name in self.offset_parameters()]
+
+    def head_axis(self, name: str) -> int | None:
+        """Axis of a parameter, `q_proj.weight` for one, that has the heads one after the other; `None` if heads share it.
+
+        The output projection is not asked for: it has them in its input.
+        """
+        owner, _, parameter = name.rpartition(".")
+        if owner.endswith("_proj"):
+            return 0
+        return -1 if parameter.endswith(("_bank", "_factors")) else None
 
     def resample(self, table: Tensor, layout: PairLayout | StepLayout) -> Tensor:
         """A parameter with one row per offset, `[num_offsets, …]`, resampled where `layout` is made for another grid."""

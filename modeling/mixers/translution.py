@@ -66,6 +66,9 @@ class TranslutionMixer(Mixer):
             relative part of LoR has none.
     """
 
+    # Every output feature of it needs the relative features of all heads.
+    gathered_inputs = ("v_up",)
+
     def __init__(
         self,
         config,
@@ -120,6 +123,14 @@ class TranslutionMixer(Mixer):
         parts = [getattr(self, name, None) for name in LOW_RANK_PARTS]
         own = [parameter for _, parameter in self.named_parameters(recurse=False)]
         return [*own, *(parameter for part in parts if part is not None for parameter in part.parameters())]
+
+    def head_axis(self, name: str) -> int | None:
+        """See `Mixer.head_axis`."""
+        owner = name.partition(".")[0]
+        if owner in LOW_RANK_PARTS:
+            # A bank reads the features of all heads, `[num_offsets, R, R]`.
+            return None if owner in [f"{side}_down" for side in self.relative] else 0
+        return super().head_axis(name)
 
     @property
     def kind(self) -> str:

@@ -30,6 +30,7 @@ from ..mixers.converted import ConvertedMixer
 from ..mixers.initial_weights import EMBEDDING_STD, init_linear, init_mixer
 from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask, positions_count_on
 from ..mixers.mixer import Mixer
+from ..mixers.tensor_parallel import check_heads
 from ..operators.dispatch import AUTO, EAGER, TRITON
 from ..operators.pair_layout import PairLayout, StepLayout, bank_layout
 from ..operators.resampling import resample_offsets, resample_positions
@@ -148,6 +149,17 @@ class TranslutionPreTrainedModel(OffsetTraining, PreTrainedModel):
             if pretrained_model_name_or_path is not None:
                 check_index(pretrained_model_name_or_path, **where)
             raise
+
+    @classmethod
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Transformers' own, called by `from_pretrained`: divides a model among processes before its weights are read.
+
+        Raises:
+            ValueError: if the heads cannot be divided among `tp_size` processes; the message says why.
+        """
+        if mesh_manager is not None and distributed_config.tp_size > 1:
+            check_heads(model, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def save_pretrained(self, *args: Any, **kwargs: Any):
         """Transformers' own; see there. The names of tensors are those of `state_dict`."""
@@ -613,6 +625,7 @@ class TranslutionForCausalLM(FromAttention, TranslutionPreTrainedModel, Generati
     """Causal language model: a second LayerNorm, then a Linear head without bias."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: TranslutionConfig):
         check_modality(self, config, "text")
