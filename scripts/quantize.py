@@ -145,7 +145,9 @@ def main(arguments: Sequence[str]):
         for name in options.model:
             for row in measure(name, options.revision):
                 rows.append(row)
-                print(f"{row['data']}, {row['weights']}: {row['metric']} {row['value']}, {row['weight_bytes']:,} bytes")
+                print(
+                    f"{row['data']}, {row['weights']}: {row['metric']} {row['value']}, {row['weight_bytes']:,} bytes"
+                )
         write_csv(options.measure, FIELDS, rows)
         return
     if len(options.model) > 1:
