@@ -96,7 +96,9 @@ def test_an_image_whose_mask_hides_pairs_needs_the_weight_itself():
     """Convolution then reads the matrix of its class token as a part of a bank."""
     model = quantize_int8(make_model("image", "convolution", dtype=torch.float32))
     inputs = make_inputs(model.config)
-    inputs["attention_mask"] = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1]])
+    # Of pairs of 6 patches and the class token: some, which no mask of tokens could hide.
+    hidden = torch.zeros(2, 1, 7, 7).bernoulli(0.3).bool() & ~torch.eye(7).bool()
+    inputs["attention_mask"] = torch.zeros(2, 1, 7, 7).masked_fill(hidden, -torch.inf)
     expected = reference_logits(model, inputs)
     assert (model(**inputs).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
