@@ -36,7 +36,10 @@ from translution.configuration.configuration_translution import SIZES  # noqa: E
 RESULTS = ROOT / "scripts" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("benchmarks.md", "from_attention.md", "local.md", "study.md", "training.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("benchmarks.md", "deployment.md", "from_attention.md", "local.md", "study.md", "training.md")
+    ),
 )
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 PASSES = {"forward": "forward", "forward+backward": "forward + backward"}
@@ -387,6 +390,26 @@ def gigabytes(size: int) -> str:
     return number(str(size / 1e9), 2 if size < 10e9 else 0)
 
 
+# Weights in fewer bits
+
+
+def quantization_table() -> str:
+    rows = read_rows("quantization")
+    lines = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        whole = only(rows, data=data, weights="float32")
+        for row in (row for row in rows if row["data"] == data):
+            share = float(row["weight_bytes"]) / float(whole["weight_bytes"])
+            figures = [number(row["value"], 2), number(row["weight_bytes"]), f"{share:.0%}"]
+            lines.append([data, row["metric"], row["weights"], *figures])
+    return markdown(["data", "figure", "weights", "value", "bytes", "of float32"], lines, texts=3)
+
+
+def quantization_origin() -> str:
+    (torchao,) = {row["torchao"] for row in read_rows("quantization")}
+    return f"{origin('quantization')[:-1]}; torchao {torchao}."
+
+
 def origin(name: str) -> str:
     """Machine, versions and commits of a CSV."""
     rows = read_rows(name)
@@ -412,6 +435,8 @@ TABLES = {
     "generation": generation_table,
     "local": local_table,
     "origin of local_cpu.csv": lambda: origin("local_cpu"),
+    "quantization": quantization_table,
+    "origin of quantization.csv": quantization_origin,
     "origin of cpu.csv": lambda: origin("cpu"),
     "origin of generation_cpu.csv": lambda: origin("generation_cpu"),
 }

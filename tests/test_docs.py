@@ -28,7 +28,13 @@ PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sor
 # Links of this page lead to the others.
 LINKED = {**PAGES, "modeling/README.md": ROOT / "modeling" / "README.md"}
 # Above blocks that are not run, and what in such a block shows that it cannot be.
-NOT_RUN = {"<!-- not run: needs the Hub -->": "user/name", "<!-- not run: needs timm -->": "import timm"}
+NOT_RUN = {
+    "<!-- not run: needs the Hub -->": "user/name",
+    "<!-- not run: needs timm -->": "import timm",
+    # These run in `test_journeys.py`, after the commands that make what they need.
+    "<!-- not run: needs runs/pictures -->": "runs/pictures/",
+    "<!-- not run: needs runs/texts-int8 -->": '"runs/texts-int8"',
+}
 OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 
 each_page = pytest.mark.parametrize("name", PAGES)
@@ -106,7 +112,7 @@ def problems(words: list[str]) -> list[str]:
         targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.MULTILINE)
         return [word for word in rest if "=" not in word and word not in targets]
     if words[:2] == ["pip", "install"]:
-        extras = {extra for word in rest[1:] for extra in re.findall(r"\[(\w+)\]", word)}
+        extras = {extra for word in rest[1:] for extra in re.findall(r"[\[,](\w+)(?=[,\]])", word)}
         return [extra for extra in extras if f"\n{extra} = [" not in read(ROOT / "pyproject.toml")]
     if words[:2] == ["accelerate", "launch"]:
         rest = rest[1:]
@@ -142,7 +148,9 @@ def test_options_in_the_text_exist():
     known = frozenset().union(*map(options_of, sorted(scripts)))
     for name, page in PAGES.items():
         prose = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
-        spans = " ".join(span for span in re.findall(r"`([^`]+)`", prose) if not span.startswith(("pip", "make")))
+        spans = " ".join(
+            span for span in re.findall(r"`([^`]+)`", prose) if not span.startswith(("pip", "make", "torchrun"))
+        )
         assert set(OPTION.findall(spans)) <= known, name
 
 

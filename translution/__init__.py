@@ -19,6 +19,7 @@ from .modeling.models.modeling_translution import (
     TranslutionModel,
     TranslutionPreTrainedModel,
 )
+from .modeling.models.quantization import quantize_int8
 from .modeling.models.text_classification import (
     TranslutionForSequenceClassification,
     TranslutionForTokenClassification,
@@ -47,4 +48,5 @@ __all__ = [
     "TranslutionModel",
     "TranslutionPreTrainedModel",
     "explain_dispatch",
+    "quantize_int8",
 ]

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.dispatch import pair_operators
 from ..operators.pair_layout import CLASS_TO_CLASS, NUM_CLASS_ROWS, PairLayout, StepLayout
+from ..operators.quantized import dense
 from .cache import remember, remember_recent
 from .masks import ALL_VISIBLE, AttentionMask, causal_mask
 from .mixer import Mixer
@@ -57,7 +58,7 @@ class ConvolutionMixer(Mixer):
             bank = self.window_weight
             if layout.class_token:
                 class_rows = bank.new_zeros(NUM_CLASS_ROWS, *bank.shape[1:])
-                class_rows[CLASS_TO_CLASS] = self.class_proj.weight.T
+                class_rows[CLASS_TO_CLASS] = dense(self.class_proj.weight, bank.dtype).T
                 bank = torch.cat((bank, class_rows))
             return self.o_proj(convolve_pairs(hidden_states, bank, layout, mask, self.kernel_size, path)), None
         tokens = visible_tokens(hidden_states, mask)

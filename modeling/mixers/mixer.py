@@ -78,6 +78,11 @@ class Mixer(nn.Module):
         names = [name for name, _ in self.named_parameters(recurse=False)]
         return [name for name in names if name.startswith("relative_") or name.endswith(("_bank", "_coefficients"))]
 
+    def offset_matrices(self) -> list[str]:
+        """Names of the parameters that hold a matrix for each offset, or for each factor of a basis: `[number, in, out]`."""
+        matrices = [f"{name}_{part}" for name in "qkv" for part in ("bank", "factors")]
+        return [name for name, _ in self.named_parameters(recurse=False) if name in matrices]
+
     def relative_parameters(self) -> list[nn.Parameter]:
         """Parameters of what depends on the offset; a mixer may have more of them than those with one row per offset."""
         return [getattr(self, name) for name in self.offset_parameters()]

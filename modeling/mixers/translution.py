@@ -15,6 +15,7 @@ from ..operators.basis import OffsetBasis, project_factors
 from ..operators.dispatch import kernels
 from ..operators.heads import merge_heads, repeat_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
+from ..operators.quantized import dense
 from ..operators.rotary import rotate, text_rotation
 from ..operators.streamed import streamed_attention
 from .local import attend_image, attend_step, attend_text
@@ -368,7 +369,7 @@ class TranslutionMixer(Mixer):
             return None
         tokens, bank, bias = hidden_states, None, getattr(self, f"{name}_bias_bank")
         if name in self.relative:
-            tokens, bank = projected, self._bank(name, layout)
+            tokens, bank = projected, self._bank(name, layout, projected.dtype)
             if isinstance(bank, OffsetBasis) and (self.rotates_pairs or path not in KEEPS_BASIS):
                 bank = bank.bank()
         if self.low_rank:
@@ -379,11 +380,12 @@ class TranslutionMixer(Mixer):
             bank = bank.to(tokens.dtype)
         return PairInputs(tokens, bank, None if bias is None else self.resample(bias, layout).to(tokens.dtype))
 
-    def _bank(self, name: str, layout: PairLayout | StepLayout) -> Tensor | OffsetBasis:
+    def _bank(self, name: str, layout: PairLayout | StepLayout, dtype: torch.dtype) -> Tensor | OffsetBasis:
+        """The bank for these offsets; one that is quantised is computed anew in `dtype`."""
         if self.offset_basis is None:
-            return self.resample(getattr(self, f"{name}_bank"), layout)
+            return self.resample(dense(getattr(self, f"{name}_bank"), dtype), layout)
         coefficients = self.resample(getattr(self, f"{name}_coefficients"), layout)
-        return OffsetBasis(coefficients, getattr(self, f"{name}_factors"))
+        return OffsetBasis(coefficients, dense(getattr(self, f"{name}_factors"), dtype))
 
 
 __all__ = ["TranslutionMixer"]

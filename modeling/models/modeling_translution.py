@@ -291,11 +291,13 @@ class TranslutionModel(TranslutionPreTrainedModel):
             image_size: pixels, an int or `[height, width]`; a multiple of `patch_size`.
 
         Raises:
-            ValueError: for a text model, or a size that the trunk of another model does not take.
+            ValueError: for a text model, a quantised one, or a size that the trunk of another model does not take.
             huggingface_hub.errors.StrictDataclassError: for a size that the config refuses.
         """
         if self.config.modality != "image":
             raise ValueError(f"`resize_image` needs `modality` 'image', got {self.config.modality!r}.")
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError("`resize_image` needs weights that are not quantised: resize the model first.")
         resized = type(self.config).from_dict({**self.config.to_dict(), "image_size": image_size})
         old_grid, new_grid, layout = self.config.grid_height_width, resized.grid_height_width, bank_layout(resized)
         if self.trunk is not None:

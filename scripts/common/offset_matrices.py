@@ -6,6 +6,7 @@ Legend: `O` offsets, `C` hidden size, `C'` features of all heads, `R` those of t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from translution.modeling.mixers.translution import TranslutionMixer
 from translution.modeling.operators.basis import OffsetBasis
 from translution.modeling.operators.heads import repeat_features
 from translution.modeling.operators.pair_layout import PairLayout
+from translution.modeling.operators.quantized import dense
 
 
 # Of offsets that are no place in a grid: the one that all far pairs share, and those of the class token, in the bank's order.
@@ -37,19 +39,21 @@ def bank_matrices(mixer: TranslutionMixer, projection: str) -> Tensor:
         mixer: one with that projection.
         projection: one letter of `mixer.relative`.
     """
+
+    def read(name: str) -> Tensor:
+        weight = attrgetter(name)(mixer)
+        return dense(weight, weight.dtype).detach()
+
     if mixer.offset_basis is None:
-        bank = getattr(mixer, f"{projection}_bank")
+        bank = read(f"{projection}_bank")
     else:
-        bank = OffsetBasis(
-            getattr(mixer, f"{projection}_coefficients"), getattr(mixer, f"{projection}_factors")
-        ).bank()
-    bank = bank.detach()
+        bank = OffsetBasis(read(f"{projection}_coefficients"), read(f"{projection}_factors")).bank()
     if mixer.factors_have_biases:
         bank = bank[:, :-1]
     if mixer.low_rank:
-        bank = getattr(mixer, f"{projection}_down").weight.detach().T @ bank
+        bank = read(f"{projection}_down.weight").T @ bank
         if projection == "v":
-            bank = repeat_features(bank, mixer.num_heads, mixer.groups) @ mixer.v_up.weight.detach().T
+            bank = repeat_features(bank, mixer.num_heads, mixer.groups) @ read("v_up.weight").T
     return bank
 
 
