@@ -8,16 +8,23 @@ PIP_FLAGS ?=
 # Two processes share the tests, and each starts others: more threads would wait for one another.
 TEST_THREADS ?= 1
 
+INSTALL = $(RUN) -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable
+
 .PHONY: install demo test benchmark quality style clean
 
-install: $(VENV)/.installed
+install: $(VENV)/.for-tests
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[demo,train,test]'
+	$(INSTALL) '.[demo,train]'
 	touch $@
 
-demo: install
+# Apart: Transformers imports torchao wherever it is installed, which then logs what it misses.
+$(VENV)/.for-tests: $(VENV)/.installed
+	$(INSTALL) '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py --output_dir $(DEMO_DIR)
 
 test: install
@@ -25,7 +32,7 @@ test: install
 	$(RUN) -m ruff format --check .
 	OMP_NUM_THREADS=$(TEST_THREADS) TRANSLUTION_TEST_THREADS=$(TEST_THREADS) $(RUN) -m pytest --numprocesses 2 --dist worksteal --quiet
 
-benchmark: install
+benchmark: $(VENV)/.installed
 	$(RUN) scripts/benchmark.py
 
 quality: install

@@ -62,6 +62,8 @@ def copy_code(folder: Path) -> list[Path]:
             raise ValueError(f"two modules would be named {copy.name}; side by side only one has room.")
         copies[copy] = _side_by_side(source)
     for copy, text in copies.items():
+        # It may be the same file as in another checkpoint, a hard link, which keeps its code.
+        copy.unlink(missing_ok=True)
         copy.write_text(text, encoding="utf-8")
     return list(copies)
 

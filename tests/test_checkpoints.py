@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from training.checkpoints import share_code
 from training.trainer import WholeCheckpointTrainer
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -370,3 +371,39 @@ def test_text_is_refused_in_the_same_way(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(OSError, match=r"^model.safetensors of .* must be whole"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_code_of_checkpoints_is_on_the_disk_once(tmp_path, monkeypatch, links):
+    def no_links(*paths):
+        raise OSError("no hard links here")
+
+    first, second, saved = (tmp_path / name for name in ("checkpoint-1", "checkpoint-2", "saved"))
+    for folder, other in ((first, "old"), (second, "new"), (saved, "new")):
+        folder.mkdir()
+        (folder / "same.py").write_text("same")
+        (folder / "other.py").write_text(other)
+        (folder / "alone.txt").write_text("text")
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    share_code(saved, tmp_path)
+    assert (saved / "same.py").samefile(first / "same.py") == links
+    assert (saved / "other.py").samefile(second / "other.py") == links
+    assert not (saved / "alone.txt").samefile(first / "alone.txt")
+    assert {path.name: path.read_text() for path in saved.iterdir()} == {
+        "same.py": "same",
+        "other.py": "new",
+        "alone.txt": "text",
+    }
+
+
+def test_code_that_is_written_again_is_that_of_one_folder(tmp_path):
+    config = TranslutionConfig(**TINY)
+    first, second = tmp_path / "first", tmp_path / "second"
+    config.save_pretrained(first)
+    second.mkdir()
+    code = first / "modeling_translution.py"
+    code.write_text("of an older version")
+    os.link(code, second / code.name)
+    config.save_pretrained(second)
+    assert code.read_text() == "of an older version"

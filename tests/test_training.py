@@ -365,6 +365,9 @@ def test_a_finished_run_takes_no_further_step(scripts, images, pictures):
     arguments += ["--save_steps", "1", "--max_train_samples", "12"]
     whole = images(*arguments, name="whole")
     before, metrics = states(whole), read(whole)["metrics"]
+    code = [folder / "modeling_translution.py" for folder in (whole, *whole.glob("checkpoint-*"))]
+    assert len(code) > 2
+    assert all(path.samefile(code[0]) for path in code)
     with stopped_at(scripts("training.trainer").WholeCheckpointTrainer, "save_state"):
         images(*arguments, name="stopped")
     for name in ("whole", "stopped"):

@@ -1,8 +1,11 @@
-"""The search for the newest complete checkpoint."""
+"""The search for the newest complete checkpoint, and code that checkpoints share."""
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import logging
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -28,6 +31,28 @@ def newest_checkpoint(folder: Path) -> Path | None:
             return steps[step]
         logger.warning("%s is left out: %s", steps[step], reason)
     return None
+
+
+def share_code(folder: Path, run: Path) -> None:
+    """Has the code that a saved model brings on the disk once for all checkpoints of a run, by hard links.
+
+    Each folder still has all files, and keeps them when the others are deleted, moved or written anew.
+
+    Args:
+        folder: a model that has just been saved.
+        run: the folder with the checkpoints.
+    """
+    for path in folder.glob("*.py"):
+        for other in sorted(run.glob(f"checkpoint-*/{path.name}")):
+            if path.samefile(other):
+                break
+            if filecmp.cmp(path, other, shallow=False):
+                link = path.with_suffix(".link")
+                # Not every file system has them: then it stays a copy.
+                with contextlib.suppress(OSError):
+                    os.link(other, link)
+                    link.replace(path)
+                break
 
 
 def why_incomplete(checkpoint: Path) -> str | None:

@@ -134,7 +134,12 @@ def finish_saving(folder: Path):
     if paths and not WEIGHTS_FILE.fullmatch(paths[0].name):
         delete_model(folder)
     for path in paths:
-        os.replace(path, folder / path.name)
+        target = folder / path.name
+        if target.exists() and target.samefile(path):
+            # Hard links of one file: renaming leaves both.
+            path.unlink()
+        else:
+            os.replace(path, target)
     final.rmdir()
 
 

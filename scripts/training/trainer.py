@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from training.averaging import WeightAverage, restore_weights, save_weights
-from training.checkpoints import TRAINER_STATE, UNAVERAGED
+from training.checkpoints import TRAINER_STATE, UNAVERAGED, share_code
 from training.fine_tuning import decay_learning_rates
 from training.hub import explain, push
 from training.output_folder import FINAL_MODEL, finish_saving
@@ -125,6 +125,7 @@ class WholeCheckpointTrainer(Trainer):
                 for path in list(inner.iterdir()):
                     path.rename(partial / path.name)
                 inner.rmdir()
+                share_code(partial, folder)
         # No process continues before the checkpoint is in its place.
         self.accelerator.wait_for_everyone()
         if pushes and self.args.hub_strategy != "end" and self.is_world_process_zero():
@@ -169,6 +170,8 @@ class WholeCheckpointTrainer(Trainer):
         with self._averaged(), self._shared(folder / FINAL_MODEL) as partial:
             super().save_model(str(partial), _internal_call=True)
             self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                share_code(partial, folder)
         if self.args.should_save:
             finish_saving(folder)
 
