@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
         ValueError: if `run.json` is no JSON object, or its `task` is none of `TASKS`.
     """
     directory = Path(directory)
-    run = _without_null(_read(directory / RUN))
+    run = _without_places(_without_null(_read(directory / RUN)))
     if run.get("task") not in TASKS:
         raise ValueError(f"`task` of {directory / RUN} must be one of {', '.join(TASKS)}, got {run.get('task')!r}.")
     config = TranslutionConfig.from_dict(_read(directory / "config.json"))
@@ -78,6 +79,27 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
         fields={field: _plain(getattr(config, field)) for field in _told(config)},
         citation=bibtex(),
     )
+
+
+def _without_places(run: dict[str, Any]) -> dict[str, Any]:
+    """The command and the settings of a run with the last part of each path that is of one machine alone."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(item) for item in value]
+        is_place = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+        return Path(value).name if is_place else value
+
+    def short_word(word: str) -> str:
+        option, equals, value = word.partition("=")
+        return f"{option}={short(value)}" if equals and option.startswith("--") else short(word)
+
+    found = dict(run)
+    if isinstance(run.get("command"), str):
+        found["command"] = shlex.join(map(short_word, shlex.split(run["command"])))
+    if isinstance(run.get("hyperparameters"), dict):
+        found["hyperparameters"] = {name: short(value) for name, value in run["hyperparameters"].items()}
+    return found
 
 
 def origin_of(card: str | Path | None) -> dict[str, Any]:
