@@ -12,11 +12,12 @@ from pathlib import Path
 
 CONFIGURATION, MODELING = "configuration_translution", "modeling_translution"
 # Modules beside `modeling_translution.py` with classes that users load.
-OTHER_HEADS = ("backbone", "text_classification")
+OTHER_HEADS = ("backbone", "masked_image_modeling", "text_classification")
 # For each Auto class the module and the class that it loads, beside those of every modality.
 HEADS = {
     "image": {
         "AutoModelForImageClassification": (MODELING, "TranslutionForImageClassification"),
+        "AutoModelForMaskedImageModeling": ("masked_image_modeling", "TranslutionForMaskedImageModeling"),
         "AutoBackbone": ("backbone", "TranslutionBackbone"),
     },
     "text": {

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from translution import (
     TranslutionBackbone,
+    TranslutionForMaskedImageModeling,
     TranslutionForSequenceClassification,
     TranslutionForTokenClassification,
 )
@@ -28,6 +29,7 @@ from translution import (
 OTHER_HEADS = {
     TranslutionForSequenceClassification: ("text", "logits", lambda batch: (batch, 3)),
     TranslutionForTokenClassification: ("text", "logits", lambda batch: (batch, 7, 3)),
+    TranslutionForMaskedImageModeling: ("image", "reconstruction", lambda batch: (batch, 3, 12, 10)),
     TranslutionBackbone: ("image", "feature_maps", lambda batch: (batch, 12, 3, 2)),
 }
 
@@ -37,7 +39,10 @@ def make_other(head, variant="full-kv"):
     model = head(make_config(modality, variant, pad_token_id=0)).eval()
 
     def call(batch=2, **arguments):
-        outputs = model(**make_inputs(model.config, batch), **arguments)
+        inputs = make_inputs(model.config, batch)
+        if head is TranslutionForMaskedImageModeling:
+            inputs["bool_masked_pos"] = torch.rand(batch, num_tokens(model.config) - 1) < 0.5
+        outputs = model(**inputs, **arguments)
         return outputs, outputs[name][0] if name == "feature_maps" else outputs[name]
 
     return call, shape

@@ -18,6 +18,7 @@ from translution import (
     TranslutionConfig,
     TranslutionForCausalLM,
     TranslutionForImageClassification,
+    TranslutionForMaskedImageModeling,
     TranslutionForSequenceClassification,
     TranslutionForTokenClassification,
 )
@@ -25,6 +26,8 @@ from translution import (
 
 TEXT = {"vocab_size": 20, "max_position_embeddings": 16, "mixer_types": ["translution", "rope_attention"]}
 IMAGE = {"image_size": 8, "patch_size": 4, "mixer_types": ["translution", "convolution"]}
+# What a head needs besides.
+OTHERS = {"AutoModelForMaskedImageModeling": {"bool_masked_pos": torch.tensor([[True, False, False, True]])}}
 # For each modality its heads by their Auto class, fields of the config, and an input.
 MODELS = {
     "text": (
@@ -37,7 +40,11 @@ MODELS = {
         torch.arange(6)[None],
     ),
     "image": (
-        {"AutoModelForImageClassification": TranslutionForImageClassification, "AutoBackbone": TranslutionBackbone},
+        {
+            "AutoModelForImageClassification": TranslutionForImageClassification,
+            "AutoModelForMaskedImageModeling": TranslutionForMaskedImageModeling,
+            "AutoBackbone": TranslutionBackbone,
+        },
         IMAGE,
         torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
     ),
@@ -61,15 +68,16 @@ else:
 load = _BaseAutoModelClass.from_pretrained.__func__
 for name in sys.argv[1:]:
     auto, stored = getattr(transformers, name), load_file(f"{name}.safetensors")
+    inputs, output = stored.pop("input"), stored.pop("output")
     model = load(auto, f"{name}-first", trust_remote_code=True)
     model.save_pretrained(f"{name}-second")
     again = load(auto, f"{name}-second", trust_remote_code=True)
     for one in (model, again):
-        outputs = one(stored["input"])
-        result = outputs.logits if "logits" in outputs else outputs.feature_maps[0]
-        assert_close_in_rounding(result, stored["output"])
+        outputs = one(inputs, **stored)
+        (result,) = (outputs[key] for key in ("logits", "reconstruction", "feature_maps") if key in outputs)
+        assert_close_in_rounding(result[0] if name == "AutoBackbone" else result, output)
     if name == "AutoModelForCausalLM":
-        assert model.generate(stored["input"], max_new_tokens=3, pad_token_id=0).shape == (1, 9)
+        assert model.generate(inputs, max_new_tokens=3, pad_token_id=0).shape == (1, 9)
 """
 
 
@@ -81,8 +89,11 @@ def test_loads_without_the_package(tmp_path):
         for auto_class, model_class in heads.items():
             model = model_class(TranslutionConfig(modality=modality, **TINY, **fields)).double().eval()
             model.save_pretrained(tmp_path / f"{auto_class}-first")
-            output = model(inputs).feature_maps[0] if auto_class == "AutoBackbone" else model(inputs).logits
-            save_file({"input": inputs, "output": output.detach()}, tmp_path / f"{auto_class}.safetensors")
+            others = OTHERS.get(auto_class, {})
+            outputs = model(inputs, **others)
+            (output,) = (outputs[key] for key in ("logits", "reconstruction", "feature_maps") if key in outputs)
+            output = (output[0] if auto_class == "AutoBackbone" else output).detach()
+            save_file({"input": inputs, "output": output, **others}, tmp_path / f"{auto_class}.safetensors")
     path = without_package(tmp_path / "path")
     result = subprocess.run(
         [sys.executable, "-c", LOAD_AND_SAVE, *of_modality],

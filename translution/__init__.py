@@ -6,6 +6,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -13,6 +14,7 @@ from transformers import (
 from .configuration.configuration_translution import TranslutionConfig
 from .modeling.mixers.layer import TranslutionAttention
 from .modeling.models.backbone import TranslutionBackbone
+from .modeling.models.masked_image_modeling import TranslutionForMaskedImageModeling
 from .modeling.models.modeling_translution import (
     TranslutionForCausalLM,
     TranslutionForImageClassification,
@@ -30,6 +32,7 @@ from .modeling.operators.dispatch import explain_dispatch
 AutoConfig.register(TranslutionConfig.model_type, TranslutionConfig, exist_ok=True)
 AutoModel.register(TranslutionConfig, TranslutionModel, exist_ok=True)
 AutoModelForImageClassification.register(TranslutionConfig, TranslutionForImageClassification, exist_ok=True)
+AutoModelForMaskedImageModeling.register(TranslutionConfig, TranslutionForMaskedImageModeling, exist_ok=True)
 AutoModelForCausalLM.register(TranslutionConfig, TranslutionForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(TranslutionConfig, TranslutionForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(TranslutionConfig, TranslutionForTokenClassification, exist_ok=True)
@@ -43,6 +46,7 @@ __all__ = [
     "TranslutionConfig",
     "TranslutionForCausalLM",
     "TranslutionForImageClassification",
+    "TranslutionForMaskedImageModeling",
     "TranslutionForSequenceClassification",
     "TranslutionForTokenClassification",
     "TranslutionModel",

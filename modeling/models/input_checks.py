@@ -51,6 +51,24 @@ def check_pixels(pixel_values: Tensor | None, image_size: tuple[int, int], inter
         )
 
 
+def check_masked_patches(bool_masked_pos: Tensor, mask_token: Tensor | None, batch: int, patches: int):
+    """Whether masked patches are booleans `[B, patches]`, or integers 0 and 1, and there is a token to take their place."""
+    got = f"got shape {list(bool_masked_pos.shape)} and {bool_masked_pos.dtype}"
+    if mask_token is None:
+        raise ValueError(
+            "`bool_masked_pos` needs a model with a mask token, `TranslutionForMaskedImageModeling` or "
+            f"`TranslutionModel(config, use_mask_token=True)`, and must be None for others; {got}."
+        )
+    wanted = f"`bool_masked_pos` must be booleans, or integers 0 and 1, [batch, patches] {[batch, patches]}"
+    integers = bool_masked_pos.dtype in INTEGERS
+    if list(bool_masked_pos.shape) != [batch, patches] or not (integers or bool_masked_pos.dtype == torch.bool):
+        raise ValueError(f"{wanted}, {got}.")
+    if integers and can_look(bool_masked_pos):
+        wrong = bool_masked_pos[(bool_masked_pos < 0) | (bool_masked_pos > 1)]
+        if wrong.numel():
+            raise ValueError(f"{wanted}, got {wrong[0].item()}.")
+
+
 def check_cache(cache: Cache | None):
     """Whether a cache has the layers that mixers write to, see `cache.py`."""
     if cache is None:
@@ -147,6 +165,7 @@ __all__ = [
     "check_cache",
     "check_class_labels",
     "check_logits_to_keep",
+    "check_masked_patches",
     "check_modality",
     "check_pixels",
     "check_position_ids",

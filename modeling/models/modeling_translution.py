@@ -41,6 +41,7 @@ from .input_checks import (
     check_cache,
     check_class_labels,
     check_logits_to_keep,
+    check_masked_patches,
     check_modality,
     check_pixels,
     check_position_ids,
@@ -215,9 +216,9 @@ class TranslutionPreTrainedModel(OffsetTraining, PreTrainedModel):
         if std is None and isinstance(module, nn.Linear):
             init_linear(module)
         if isinstance(module, TranslutionPatchEmbeddings):
-            init.normal_(module.cls_token, std=EMBEDDING_STD if std is None else std)
-            if module.position_embeddings is not None:
-                init.normal_(module.position_embeddings, std=EMBEDDING_STD if std is None else std)
+            for parameter in (module.cls_token, module.mask_token, module.position_embeddings):
+                if parameter is not None:
+                    init.normal_(parameter, std=EMBEDDING_STD if std is None else std)
         elif isinstance(module, Mixer):
             init_mixer(module, std)
 
@@ -243,21 +244,27 @@ class TranslutionModel(TranslutionPreTrainedModel):
     """The trunk: embeddings, blocks and a final LayerNorm, without a head. Returns `[B, L, C]`.
 
     Images have a class token before their patches, so that `L = 1 + patches`.
+
+    Args:
+        config: of the model.
+        use_mask_token: whether there is a token in place of the patches that `bool_masked_pos` names.
     """
 
-    def __init__(self, config: TranslutionConfig):
+    def __init__(self, config: TranslutionConfig, use_mask_token: bool = False):
+        if use_mask_token:
+            check_modality(self, config, "image")
         super().__init__(config)
-        self.trunk = None if config.trunk_config is None else build_trunk(config)
+        self.trunk = None if config.trunk_config is None else build_trunk(config, use_mask_token)
         if self.trunk is None:
-            self._make_layers()
+            self._make_layers(use_mask_token)
         self.main_input_name = "pixel_values" if config.modality == "image" else "input_ids"
         self.has_rotary_layers = any(name.startswith("rope_") for name in config.mixer_types)
         self.post_init()
 
-    def _make_layers(self):
+    def _make_layers(self, use_mask_token: bool):
         config = self.config
         if config.modality == "image":
-            self.embeddings = TranslutionPatchEmbeddings(config)
+            self.embeddings = TranslutionPatchEmbeddings(config, use_mask_token)
         else:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             if config.use_absolute_position_embeddings:
@@ -331,6 +338,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        bool_masked_pos: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -351,6 +359,9 @@ class TranslutionModel(TranslutionPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`, images):
                 Whether to take images of another size, a multiple of `patch_size`: what is learned per offset, and absolute
                 embeddings, are resampled for their grid. With `max_relative_distance` offsets need no resampling.
+            bool_masked_pos (`torch.BoolTensor` of shape `(batch, patches)`, *optional*, images):
+                Patches that are replaced by the mask token, row by row; integers 0 and 1 are allowed too. Needs a model
+                with a mask token.
 
         Raises:
             ValueError: for inputs of the other modality, or of the wrong shape or range.
@@ -358,10 +369,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
         wants_weights = self._wants_weights(kwargs)
         if self.config.modality == "image":
             self._refuse_text(input_ids, inputs_embeds, past_key_values)
-            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, bool_masked_pos)
             shared = self._image_pairs(pixel_values, attention_mask, hidden_states)
         else:
-            refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
+            self._refuse_images(pixel_values, bool_masked_pos)
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
             shared = self._text_pairs(
                 inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights
@@ -380,6 +391,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
     def _refuse_text(self, input_ids: Any, inputs_embeds: Any, past_key_values: Any):
         unwanted = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "past_key_values": past_key_values}
         refuse("image", "`pixel_values`", **unwanted)
+
+    def _refuse_images(self, pixel_values: Any, bool_masked_pos: Any):
+        unwanted = {"pixel_values": pixel_values, "bool_masked_pos": bool_masked_pos}
+        refuse("text", "`input_ids` or `inputs_embeds`", **unwanted)
 
     def _image_pairs(self, pixel_values: Tensor, attention_mask: Tensor | None, like: Tensor) -> dict[str, Any]:
         """The pairs of an image, and those that a mask hides; `like` has the type of hidden states."""
@@ -434,6 +449,7 @@ class TranslutionModel(TranslutionPreTrainedModel):
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        bool_masked_pos: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See `forward`: the same with the trunk of another model, which embeds tokens and positions itself."""
@@ -448,9 +464,16 @@ class TranslutionModel(TranslutionPreTrainedModel):
             # Trunks interpolate a square of positions only; images of `image_size` need no interpolation.
             other_size = tuple(pixel_values.shape[2:]) != self.config.image_height_width
             interpolates = interpolate_pos_encoding and other_size
-            inputs.update(pixel_values=pixel_values, **image_options(self.trunk, interpolates))
+            if bool_masked_pos is not None:
+                batch, patches = pixel_values.shape[0], inputs["layout"].num_tokens - 1
+                check_masked_patches(bool_masked_pos, self.trunk.embeddings.mask_token, batch, patches)
+            inputs.update(
+                pixel_values=pixel_values,
+                bool_masked_pos=bool_masked_pos,
+                **image_options(self.trunk, interpolates),
+            )
         else:
-            refuse("text", "`input_ids` or `inputs_embeds`", pixel_values=pixel_values)
+            self._refuse_images(pixel_values, bool_masked_pos)
             inputs_embeds = self._embed_tokens(input_ids, inputs_embeds)
             inputs = self._text_pairs(
                 inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, wants_weights

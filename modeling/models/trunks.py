@@ -281,8 +281,12 @@ def source_config(config: TranslutionConfig) -> PreTrainedConfig:
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
-def build_trunk(config: TranslutionConfig) -> PreTrainedModel:
+def build_trunk(config: TranslutionConfig, use_mask_token: bool = False) -> PreTrainedModel:
     """The trunk that `config.trunk_config` names, with Translution in the layers that `config.mixer_types` says.
+
+    Args:
+        config: of the Translution model.
+        use_mask_token: whether a trunk for images has to have a token in place of masked patches.
 
     Raises:
         ValueError: if the source is not supported.
@@ -290,6 +294,9 @@ def build_trunk(config: TranslutionConfig) -> PreTrainedModel:
     source = source_config(config)
     family = check_source(source, config.modality)
     trunk = AutoModel.from_config(source, attn_implementation=SDPA, **family.trunk_options)
+    if use_mask_token and trunk.embeddings.mask_token is None:
+        # An option of the class in one family and a field of the config in another; their embeddings use it alike.
+        trunk.embeddings.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
     replace_attention(trunk, config)
     return trunk
 
