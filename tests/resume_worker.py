@@ -5,6 +5,7 @@
 Forking spares each run the imports.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -152,6 +153,8 @@ def main(kind, folder):
     importlib.import_module("training.model_card")
     trainer.DEFAULT_CALLBACKS.append(Kill)
     arguments = [*COMMON, *(IMAGE if kind == "image" else [*TEXT, "--train_dir", f"{folder}/texts"])]
+    # What is imported stays: no forked process goes through it, or copies it, to look for garbage.
+    gc.freeze()
     moments = random.Random(0)
     patches = [
         lambda: kill_at(2, 0.0),
