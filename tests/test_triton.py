@@ -296,7 +296,7 @@ def test_opcheck_of_the_basis():
 
 @pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
 def test_opcheck(operator):
-    layout = LAYOUTS[1]
+    layout = PairLayout.for_image(1, 2, 1, 2)
     tokens, trained = layout.num_tokens, operator != "pair_scores_backward"
 
     def tensor(*shape):
