@@ -10,6 +10,7 @@ from the last tokenized part of the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from common.command import run_command
 from datasets import IterableDataset
@@ -25,7 +26,21 @@ from training.trainer import WholeCheckpointTrainer
 from training.weights import load_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from translution import TranslutionForCausalLM
+from translution import TranslutionConfig, TranslutionForCausalLM
+
+
+def parse(arguments: Sequence[str]) -> Run:
+    """The run of a command line; errors as `parse_arguments`."""
+    description = __doc__.splitlines()[0]
+    return Run.parse("run_clm.py", "text-generation", TextDataArguments, [BlockArguments], arguments, description)
+
+
+def model_config(args: ModelArguments, block: BlockArguments, **of_tokenizer: Any) -> TranslutionConfig:
+    """The config of a new model, with the fields that the tokenizer decides; errors as `new_config`."""
+    decided = {"modality": "text", **of_tokenizer}
+    if block.block_size is not None:
+        decided["max_position_embeddings"] = block.block_size
+    return new_config(args, decided, {})
 
 
 def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -35,11 +50,8 @@ def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTraine
         ValueError: for options that contradict each other, the config, or the checkpoint.
     """
     if args.model_name_or_path is None:
-        decided = {"modality": "text", "vocab_size": len(tokenizer)}
-        decided |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if block.block_size is not None:
-            decided["max_position_embeddings"] = block.block_size
-        model = TranslutionForCausalLM(new_config(args, decided, {}))
+        tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model = TranslutionForCausalLM(model_config(args, block, vocab_size=len(tokenizer), **tokens))
     else:
         refuse_new_model_options(args)
         model = load_checkpoint(AutoModelForCausalLM, args)
@@ -62,9 +74,7 @@ def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTraine
 
 
 def main(arguments: Sequence[str]):
-    run = Run.parse(
-        "run_clm.py", "text-generation", TextDataArguments, [BlockArguments], arguments, __doc__.splitlines()[0]
-    )
+    run = parse(arguments)
     data_args, training, (block_args,) = run.data, run.training, run.others
     if training.label_smoothing_factor:
         # The Trainer shifts labels only for the model classes of Transformers.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.command import run_command
 from datasets import IterableDataset
@@ -26,7 +27,7 @@ from training.weights import load_checkpoint
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 from transformers import ViTImageProcessorPil as ImageProcessor
 
-from translution import TranslutionForImageClassification
+from translution import TranslutionConfig, TranslutionForImageClassification
 
 
 @dataclass
@@ -74,6 +75,21 @@ class ImageArguments:
         return Canvas(self.canvas_size, PLACEMENTS[0] if self.placement is None else self.placement)
 
 
+def parse(arguments: Sequence[str]) -> Run:
+    """The run of a command line; errors as `parse_arguments`."""
+    own = [ImageArguments, AugmentationArguments]
+    description = __doc__.splitlines()[0]
+    return Run.parse(
+        "run_image_classification.py", "image-classification", ImageDataArguments, own, arguments, description
+    )
+
+
+def model_config(args: ModelArguments, image: ImageArguments, **labels: Any) -> TranslutionConfig:
+    """The config of a new model, with `labels` as classes; errors as `new_config`."""
+    asked = {"image_size": image.image_size, "patch_size": image.patch_size}
+    return new_config(args, {"modality": "image", **labels}, asked)
+
+
 def load_model(
     args: ModelArguments, image: ImageArguments, names: list[str] | None
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -86,8 +102,7 @@ def load_model(
     if names is not None:
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if args.model_name_or_path is None:
-        asked = {"image_size": image.image_size, "patch_size": image.patch_size}
-        config = new_config(args, {"modality": "image", **labels}, asked)
+        config = model_config(args, image, **labels)
         if config.num_channels != 3:
             raise ValueError(f"`num_channels` must be 3, pictures are read as RGB, got {config.num_channels}.")
         height, width = config.image_height_width
@@ -120,11 +135,7 @@ def samples(data: AnyDataset | None, transform: ImageTransform, seed: int | None
 
 
 def main(arguments: Sequence[str]):
-    own = [ImageArguments, AugmentationArguments]
-    description = __doc__.splitlines()[0]
-    run = Run.parse(
-        "run_image_classification.py", "image-classification", ImageDataArguments, own, arguments, description
-    )
+    run = parse(arguments)
     data_args, training, (image_args, augmentation) = run.data, run.training, run.others
     with training.main_process_first(desc="reading the pictures"):
         train, evaluation = load_images(data_args, training.do_eval, not run.only_evaluates)

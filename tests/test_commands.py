@@ -28,6 +28,7 @@ CALLS = [
     ("convert_original_to_hf", ["--checkpoint", "nowhere", "--output", "out"], 1, "'nowhere'"),
     ("convert_attention_to_translution", ["--model", "nowhere", "--output", "out"], 1, "no folder 'nowhere'"),
     ("quantize", ["nowhere", "--output", "out"], 1, "error: there is no folder 'nowhere'"),
+    ("sweep", ["nowhere.yaml", "--output_dir", "out"], 1, "error: There is no recipe nowhere.yaml"),
     ("model_card", ["nowhere"], 1, "run.json is missing"),
     ("benchmark", ["--repeats", "0"], 2, "--repeats must be at least 1, got 0"),
     ("gpu_check", ["--minutes", "soon"], 2, "invalid float value: 'soon'"),
