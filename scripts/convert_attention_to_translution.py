@@ -112,7 +112,8 @@ def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict
     base = data.get("base_model") if Path(model).is_dir() else model
     return {
         "task": TASKS[modality],
-        "converted_from": base if isinstance(base, str) else Path(model).name,
+        # A folder may hold what was trained further from its base.
+        "converted_from": Path(model).name if Path(model).is_dir() else model,
         "base_model": base,
         **{name: data.get(name) for name in LICENSE},
         "command": command,

@@ -183,6 +183,15 @@ def test_bad_logits_to_keep(kept):
     assert_rejected(("`logits_to_keep`", "7", "got"), model, **make_inputs(model.config), logits_to_keep=kept)
 
 
+def test_what_is_named_is_what_was_given():
+    model = make_model("text")
+    kept = torch.tensor([-7, -9])
+    assert_rejected(("at least -7", "got -9"), model, **make_inputs(model.config), logits_to_keep=kept)
+    ids = make_inputs(model.config)["input_ids"]
+    for dtype in (torch.float32, torch.bool):
+        assert_rejected(("`input_ids`", "integers", str(dtype)), model, input_ids=ids.to(dtype))
+
+
 @pytest.mark.parametrize(
     "position_ids", [torch.arange(7), torch.zeros(1, 1, 7).long(), torch.zeros(2, 7), torch.zeros(2, 7).bool()]
 )

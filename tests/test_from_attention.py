@@ -289,6 +289,29 @@ def test_a_generated_token_copies_no_bank(case):
     assert 0 < max(sizes) < matrices.numel()
 
 
+@pytest.mark.parametrize("case", ["llama-value", "llama-low-rank", "llama-low-rank-query", "llama-nothing-near"])
+def test_a_generated_token_copies_no_cached_heads(case):
+    source = make_source(case)
+    converted = convert(source, case)
+    tokens = torch.randint(1, 23, (1, 41))
+    cache = DynamicCache(config=converted.config)
+    converted(tokens[:, :40], past_key_values=cache)
+    shapes = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            parts = [part for part in tree_leaves(result) if isinstance(part, torch.Tensor)]
+            shapes.update(tuple(sorted(size for size in part.shape if size > 1)) for part in parts)
+            return result
+
+    with torch.no_grad(), Record():
+        converted(tokens[:, 40:], past_key_values=cache)
+    # Keys of 41 tokens: two heads of four features, and not the six of queries.
+    assert (2, 4, 41) in shapes
+    assert not {(4, 6, 41), (24, 41)} & shapes
+
+
 @pytest.mark.parametrize("case", TEXTS)
 def test_generates_what_the_source_generates(case):
     source = make_source(case)
@@ -630,10 +653,16 @@ def test_another_dropout(case):
     config = convert(source, case).config
     for name in ("attention_dropout", "hidden_dropout_prob"):
         assert getattr(config, name) == getattr(source.config, name, 0.1 if case == "gpt2" else 0.0)
+    epsilon = {"llama": "rms_norm_eps", "gpt2": "layer_norm_epsilon", "vit": "layer_norm_eps"}[case]
+    assert config.layer_norm_eps == getattr(source.config, epsilon)
+    if case == "gpt2":
+        # What nobody changes is as in the source, where rates differ.
+        config.trunk_config["embd_pdrop"] = 0.75
+        trunk = HEADS["text"](config).model.trunk
+        assert (trunk.drop.p, trunk.h[0].mlp.dropout.p) == (0.75, 0.1)
     config = config.from_dict(config.to_dict(), attention_dropout=0.25, hidden_dropout_prob=0.5)
     trunk = HEADS[modality_of(case)](config).model.trunk
-    # GPT-2 has one more, of its embeddings; attention that is not replaced has modules of its own.
-    rates = [module.p for name, module in trunk.named_modules() if isinstance(module, nn.Dropout) and name != "drop"]
+    rates = [module.p for module in trunk.modules() if isinstance(module, nn.Dropout)]
     assert set(rates) == (set() if case == "llama" else {0.5})
     assert {module.attention_dropout for module in trunk.modules() if isinstance(module, Mixer)} == {0.25}
 
@@ -689,7 +718,9 @@ def test_converts_a_folder_by_command(tmp_path, capsys):
     data = ModelCard.load(output / "README.md").data.to_dict()
     assert {name: data.get(name) for name in origin} == origin
     assert (output / "LICENSE.txt").read_text(encoding="utf-8") == "You may."
-    assert "Converted from `user/base`" in (output / "README.md").read_text(encoding="utf-8")
+    assert "| `trunk_config` | vit |" in (output / "README.md").read_text(encoding="utf-8")
+    # The folder may have been trained further than its base.
+    assert "Converted from `source`" in (output / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="--overwrite"):
         convert_attention_to_translution.main(arguments)
 

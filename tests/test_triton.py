@@ -271,13 +271,17 @@ def test_lower_precision_within_twice_plain_pytorch(subset, rank, basis, dtype):
 
 
 def test_the_same_twice():
-    """Bit for bit, from the same tensors: no sum depends on which program came first."""
+    """From the same tensors: no sum depends on which program came first. On a GPU bit for bit; a CPU's products depend on addresses."""
     layout = LAYOUTS[1]
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN)
     mixer, hidden_states, _, weight = on_device(mixer, hidden_states, None, weight, torch.float32)
     first, second = (run(mixer, TRITON, hidden_states, layout, None, weight) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in first:
+        if DEVICE == "cuda":
+            assert torch.equal(first[name], second[name]), name
+        else:
+            assert_close_in_rounding(first[name], second[name])
 
 
 def test_opcheck_of_the_basis():

@@ -53,7 +53,7 @@ class ConvertedMixer(TranslutionMixer):
       1. The other factors are random and their coefficients 0, so that the coefficients have a gradient, and then the factors.
       `{q,k,v}_factors`, `[n, C, C']`, have one row more where the source has biases, `[n, C + 1, C']`.
     - Low-rank: the dense part is attention's. It is averaged with the relative part, so that the projections that decide its
-      scores and its values are twice as large, which is exact in every type. The relative part begins with nothing: the
+      scores and its values are twice as large, which rounds nothing. The relative part begins with nothing: the
       matrices (with a basis: the coefficients) of values, and of keys or else of queries, are zero, all other parameters
       random. So what is learned first is what depends on the offset, as `B` is of LoRA.
 

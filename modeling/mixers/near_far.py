@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis
 from ..operators.dispatch import pair_operators
-from ..operators.heads import merge_heads, repeat_heads, split_heads
+from ..operators.heads import grouped_product, merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout, distances
 from ..operators.rotary import rotate, rotate_bank
 from .cache import remember, remember_recent
@@ -170,12 +170,12 @@ class AllPairs:
         scores = 0
         for row in range(len(bank)):
             # Of a text both banks are read at the same row.
-            of_row = self._heads("q", row) @ self._heads("k", row).transpose(-1, -2)
+            of_row = grouped_product(self._heads("q", row), self._heads("k", row).transpose(-1, -2))
             scores = scores + of_row.masked_fill(rows != row, 0)
         return scores
 
     def _heads(self, name: str, row: int) -> Tensor:
-        """Queries or keys by one matrix, normed and rotated, `[B, A, queries or L, e]`."""
+        """Queries or keys by one matrix, normed and rotated, `[B, A, queries, e]` or `[B, A / groups, L, e]`."""
         side = self.query if name == "q" else self.key
         heads = side.tokens if side.bank is None else side.by_row(row)
         heads = split_heads(heads, self.num_heads if name == "q" else self.num_heads // self.groups)
@@ -183,7 +183,7 @@ class AllPairs:
         if self.rotation is not None:
             turns = tuple(part[..., part.shape[-2] - heads.shape[2] :, :] for part in self.rotation)
             heads = rotate(heads, turns).to(heads.dtype)
-        return heads if name == "q" else repeat_heads(heads, self.groups)
+        return heads
 
 
 class NearAndFarPairs(AllPairs):
@@ -245,7 +245,7 @@ class NearAndFarPairs(AllPairs):
 
     def scores(self) -> Tensor:
         """See `AllPairs.scores`."""
-        scores = self.far_query @ repeat_heads(self.far_key, self.groups).transpose(-1, -2)
+        scores = grouped_product(self.far_query, self.far_key.transpose(-1, -2))
         if self.distance == 0:
             return scores
         near_pairs = AllPairs(
@@ -269,9 +269,8 @@ class NearAndFarPairs(AllPairs):
     def values(self, weights: Tensor) -> Tensor:
         """See `AllPairs.values`."""
         between = distances(self.layout, weights.device)
-        far_value = repeat_heads(self.far_value, self.groups)
-        far = weights.masked_fill(between < self.distance, 0).to(far_value.dtype)
-        output = merge_heads(far @ far_value)
+        far = weights.masked_fill(between < self.distance, 0).to(self.far_value.dtype)
+        output = merge_heads(grouped_product(far, self.far_value))
         if self.distance == 0:
             return output
         near = weights

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from ..operators.basis import OffsetBasis, project_factors
 from ..operators.dispatch import kernels
-from ..operators.heads import merge_heads, repeat_heads, split_heads
+from ..operators.heads import grouped_product, merge_heads, split_heads
 from ..operators.pair_layout import PairLayout, StepLayout
 from ..operators.quantized import dense
 from ..operators.rotary import rotate, text_rotation
@@ -196,13 +196,12 @@ class TranslutionMixer(Mixer):
             return self.o_proj(self._basis_attention(pairs, dense, mask.additive)), None
         if path == "streamed":
             return self.o_proj(self._streamed_attention(pairs, dense)), None
-        dense_key, dense_value = repeat_heads(dense_key, self.groups), repeat_heads(dense_value, self.groups)
 
         # Scaling the queries first, a tensor of tokens, saves a pass over the pairs.
         scale = self.scaling if dense_query is None or not self.scores_are_relative else self.scaling / 2
         scores = None
         if dense_query is not None:
-            scores = (dense_query * scale) @ dense_key.transpose(-1, -2)
+            scores = grouped_product(dense_query * scale, dense_key.transpose(-1, -2))
         if self.scores_are_relative:
             relative_scores = pairs.scores()
             scores = relative_scores * scale if scores is None else torch.add(scores, relative_scores, alpha=scale)
@@ -210,7 +209,7 @@ class TranslutionMixer(Mixer):
 
         output = None
         if dense_value is not None:
-            output = merge_heads(weights.to(dense_value.dtype) @ dense_value)
+            output = merge_heads(grouped_product(weights.to(dense_value.dtype), dense_value))
         if "v" in self.relative:
             relative_output = pairs.values(weights)
             output = relative_output if output is None else (output + self.v_up(relative_output)) / 2

@@ -117,7 +117,10 @@ def check_logits_to_keep(kept: int | Tensor, tokens: Tensor):
     """Whether a text of `[B, L, C]` tokens has the positions to compute logits for."""
     length = tokens.shape[1]
     if isinstance(kept, Tensor) and kept.ndim == 1 and kept.dtype in INTEGERS:
-        check_range("logits_to_keep", kept + length * (kept < 0), length, "the text's length")
+        if can_look(kept) and (wrong := kept[(kept < -length) | (kept >= length)]).numel():
+            raise ValueError(
+                f"`logits_to_keep` must be at least {-length} and less than {length}, the text's length, got {wrong[0].item()}."
+            )
     elif isinstance(kept, Tensor | bool) or not isinstance(kept, int) or not 0 <= kept <= length:
         if isinstance(kept, Tensor):
             kept = f"shape {list(kept.shape)} and {kept.dtype}"

@@ -38,6 +38,7 @@ from ..operators.rotary import image_rotation, text_rotation
 from .embeddings import TranslutionPatchEmbeddings
 from .from_attention import FromAttention
 from .input_checks import (
+    INTEGERS,
     check_cache,
     check_class_labels,
     check_logits_to_keep,
@@ -507,9 +508,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
         if inputs_embeds is None:
-            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in INTEGERS:
                 raise ValueError(
-                    f"`input_ids` must be [batch, length] with a length of at least 1, got shape {list(input_ids.shape)}."
+                    f"`input_ids` must be integers [batch, length] with a length of at least 1, got shape {list(input_ids.shape)} "
+                    f"and {input_ids.dtype}."
                 )
             check_range("input_ids", input_ids, self.get_input_embeddings().num_embeddings, "`vocab_size`")
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -28,7 +28,7 @@ SDPA, EAGER = "sdpa", "eager"
 # What each family calls the dropout of attention weights, and that of what a layer puts out.
 DROPOUTS = {
     "attention_dropout": ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"),
-    "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop"),
+    "hidden_dropout_prob": ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop"),
 }
 # Config fields of a source that say nothing of its trunk, or that the Translution config has itself.
 NOT_OF_TRUNK = (
@@ -254,6 +254,10 @@ def convert_config(
         value = getattr(source, name, None)
         if value is not None:
             kept[name] = value
+    # For those who read the config; the trunk has its own.
+    epsilons = (getattr(source, name, None) for name in ("layer_norm_eps", "rms_norm_eps", "layer_norm_epsilon"))
+    kept["layer_norm_eps"] = next(value for value in epsilons if value is not None)
+    kept["rope_theta"] = (getattr(source, "rope_parameters", None) or {}).get("rope_theta", 10000.0)
     kept["head_dim"] = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
     for name, theirs in DROPOUTS.items():
         # Llama has none of hidden states.
@@ -275,9 +279,11 @@ def source_config(config: TranslutionConfig) -> PreTrainedConfig:
     fields.update(
         {"vocab_size": config.vocab_size} if family.modality == "text" else {"image_size": config.image_size}
     )
-    fields.update(
-        {theirs: getattr(config, name) for name, several in DROPOUTS.items() for theirs in several if theirs in fields}
-    )
+    for name, names in DROPOUTS.items():
+        own = [theirs for theirs in names if theirs in fields]
+        # What was not changed stays, also where the trunk has several that differ.
+        if own and getattr(config, name) != fields[own[0]]:
+            fields.update(dict.fromkeys(own, getattr(config, name)))
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .basis import OffsetBasis
-from .heads import repeat_features
 from .pair_autograd import accumulation_dtype
 from .pair_layout import StepLayout
 from .rotary import rotate
@@ -43,14 +42,15 @@ def pair_scores(
         return _basis_scores(query, key, query_bank, key_bank, num_heads, layout, groups)
     order = layout.by_distance(query.device)
     query = _project_one(query, query_bank, biases[0], order.numel()).unflatten(-1, (num_heads, -1))
-    key = _project_each(key, key_bank, biases[1], order)
-    key = repeat_features(key, num_heads, groups).unflatten(-1, (num_heads, -1))
+    key = _project_each(key, key_bank, biases[1], order).unflatten(-1, (num_heads // groups, -1))
     if rotation is not None:
         # `[B, 1, L, e]` as `[L, B, 1, e]`.
         turns = [part.permute(2, 0, 1, 3) for part in rotation]
         query = rotate(query, tuple(part[-1:] for part in turns)).to(query.dtype)
         key = rotate(key, tuple(part.index_select(0, order) for part in turns)).to(key.dtype)
-    scores = (query * key).sum(-1, dtype=accumulation_dtype(query.dtype))  # [distances, B, A]
+    if groups > 1:
+        query, key = query.unflatten(2, (-1, groups)), key.unsqueeze(3)
+    scores = (query * key).sum(-1, dtype=accumulation_dtype(query.dtype)).flatten(2)  # [distances, B, A]
     return scores.index_select(0, layout.slot_distances(query.device)).permute(1, 2, 0).unsqueeze(2)
 
 
@@ -74,14 +74,15 @@ def pair_values(
     if isinstance(value_bank, OffsetBasis):
         return _basis_values(probabilities, value, value_bank, num_heads, layout, groups)
     order = layout.by_distance(value.device)
-    projected = repeat_features(_project_each(value, value_bank, bias, order), num_heads, groups)
-    projected = projected.unflatten(-1, (num_heads, -1))
+    projected = _project_each(value, value_bank, bias, order).unflatten(-1, (num_heads // groups, -1))
     weights = probabilities.index_select(-1, order)
     if not isinstance(layout.position, int) or layout.position + 1 < order.numel():
         # Distances that no token has yet point to slot 0, whose probability is not theirs.
         weights = weights * (layout.position >= torch.arange(order.numel(), device=value.device))
-    weights = weights.permute(2, 0, 1)
-    return (weights.unsqueeze(-1) * projected).sum(0).flatten(1)[:, None]
+    if groups > 1:
+        weights = weights.unflatten(1, (-1, groups))  # [B, A / groups, groups, distances]
+        return (weights @ projected.permute(1, 2, 0, 3)).flatten(1)[:, None]
+    return (weights.permute(2, 0, 1).unsqueeze(-1) * projected).sum(0).flatten(1)[:, None]
 
 
 def _product(tokens: Tensor, bank: Tensor, bias: Tensor | None) -> Tensor:

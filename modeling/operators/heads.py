@@ -47,6 +47,16 @@ def repeat_features(tokens: Tensor, num_heads: int, groups: int) -> Tensor:
     return tokens.unflatten(-1, (num_heads // groups, -1)).repeat_interleave(groups, dim=-2).flatten(-2)
 
 
+def grouped_product(heads: Tensor, shared: Tensor) -> Tensor:
+    """`heads @ shared` where heads share one: `[B, A, n, x]` by `[B, A / groups, x, y]`, `[B, A, n, y]`; nothing is repeated."""
+    groups = heads.shape[1] // shared.shape[1]
+    if groups == 1:
+        return heads @ shared
+    # To what they share, several heads are one with more rows.
+    rows = heads.unflatten(1, (-1, groups)).flatten(2, 3)
+    return (rows @ shared).unflatten(2, (groups, -1)).flatten(1, 2)
+
+
 def sum_groups(gradient: Tensor, num_heads: int, groups: int) -> Tensor:
     """The gradient of what `repeat_features` repeated: `[…, A·e]` to `[…, A / groups · e]`."""
     if groups == 1:
@@ -55,6 +65,7 @@ def sum_groups(gradient: Tensor, num_heads: int, groups: int) -> Tensor:
 
 
 __all__ = [
+    "grouped_product",
     "groups_of",
     "merge_heads",
     "projected_size",

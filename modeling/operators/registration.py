@@ -19,10 +19,10 @@ import torch
 from .flops import count_flops
 
 
-# A checkpoint's copy lies in one folder, beside the configuration's files, and has no layer for other networks. No operator
+# A checkpoint's copy lies in one folder, beside the configuration's files, without the layer for other networks and quantization. No operator
 # depends on those.
 FLAT_NAME = "operators_registration"
-NOT_OF_MODELS = ("__init__", "configuration_translution", "configuration_remote_code", "layer")
+NOT_OF_MODELS = ("__init__", "configuration_translution", "configuration_remote_code", "layer", "quantization")
 # Imports within the package, and what `remote_code.py` makes of them there.
 _IMPORT = re.compile(r"^[ \t]*from \.[\w.]* import (?:\([^)]*\)|[^\n]*)$", flags=re.MULTILINE)
 _ADDED = re.compile(r"^if False:\n(?:    from \.\w+ import \*  # noqa: F403\n)+", flags=re.MULTILINE)

@@ -76,7 +76,8 @@ def model_card(directory: Path, name: str | None = None) -> ModelCard:
         run=run,
         variant=describe(config),
         auto_class=TASKS[run["task"]],
-        fields={field: _plain(getattr(config, field)) for field in _told(config)},
+        fields={field: _plain(getattr(config, field)) for field in _told(config)}
+        | ({} if config.trunk_config is None else {"trunk_config": config.trunk_config["model_type"]}),
         citation=bibtex(),
     )
 

@@ -137,7 +137,7 @@ def _require_parquet(name: str, column: str, rows: int | None) -> int:
         with pq.ParquetFile(name) as file:
             schema, count = file.schema_arrow, file.metadata.num_rows
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{name} must be Parquet, it is not: {error}.") from None
+        raise ValueError(f"{name} must be Parquet, it is not: {str(error).rstrip('.')}.") from None
     if column not in schema.names:
         raise ValueError(f"{name} must have the column `{column}`, it has {', '.join(schema.names) or 'none'}.")
     kind = schema.field(column).type
