@@ -361,6 +361,7 @@ def memory_table() -> str:
     """What parameters take of each GPU in training, by size, mixer and number of GPUs."""
     # Those of the CSV, by their names there; the rest was not run.
     run = {row["implementation"] for row in read_rows("cpu", suite="training")}
+    run |= {row["implementation"] for row in read_rows("local_cpu") if row["case"].startswith("tiny image")}
     mixers = {
         "attention": {"mixer_types": "attention"},
         "local": {"preset": "local"},

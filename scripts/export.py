@@ -223,7 +223,7 @@ def export(model: PreTrainedModel, name: str, output: Path) -> tuple[float, tupl
 
 def describe_input(config: TranslutionConfig) -> str:
     if config.modality == "text":
-        return f"int64 [batch, length], of at most {config.max_position_embeddings} tokens"
+        return f"int64 [batch, length], tried up to {config.max_position_embeddings} tokens"
     sizes = ", ".join(str(size) for size in (config.num_channels, *config.image_height_width))
     return f"float32 [batch, {sizes}], as the image processor makes them"
 

@@ -10,17 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from common.command import run_command
+from common.saved_files import write_whole
+from common.tables import as_csv
 from datasets import IterableDataset
+from predict import FIELDS, classify, expand
+from predict import load as load_classifier
 from training.arguments import ModelArguments, new_config, refuse_new_model_options
 from training.augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
 from training.canvas import PLACEMENTS, Canvas
 from training.data_arguments import ImageDataArguments
 from training.image_data import load_images, with_classes
-from training.loading import AnyDataset
+from training.loading import AnyDataset, require_folder
 from training.metrics import CONFUSION, evaluation_metrics, image_metrics, likeliest_classes
+from training.output_folder import lasting_options
 from training.run import Run
 from training.trainer import ImageTrainer
 from training.weights import load_checkpoint
@@ -28,6 +34,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from transformers import ViTImageProcessorPil as ImageProcessor
 
 from translution import TranslutionConfig, TranslutionForImageClassification
+
+
+# What is written of `test_dir`.
+PREDICTIONS = "predictions.csv"
 
 
 @dataclass
@@ -128,25 +138,64 @@ def load_model(
     return model, processor
 
 
+def canvas_of(folder: Path) -> Canvas | None:
+    """The canvas that a run in a folder was trained on, if any."""
+    lasting = lasting_options(folder)
+    size, placement = lasting.get("canvas_size"), lasting.get("placement")
+    return None if size is None else Canvas(size, placement or PLACEMENTS[0])
+
+
 def samples(data: AnyDataset | None, transform: ImageTransform, seed: int | None) -> ImageSamples | ImageStream | None:
     if data is None:
         return None
     return (ImageStream if isinstance(data, IterableDataset) else ImageSamples)(data, transform, seed)
 
 
+def pictures_to_predict(folder: str | None, canvas: Canvas | None) -> list[str]:
+    """The pictures in `test_dir` and below it.
+
+    Raises:
+        FileNotFoundError: if it is no folder.
+        ValueError: if it has no pictures, or they would have to be placed on a canvas.
+    """
+    if folder is None:
+        return []
+    require_folder(folder, "test_dir")
+    if canvas is not None:
+        raise ValueError(
+            f"`test_dir` needs whole canvases and no `canvas_size`, got {folder} and {canvas.canvas_size}."
+        )
+    return expand([folder])
+
+
+def write_predictions(run: Run, model: str, pictures: Sequence[str]) -> None:
+    """Writes `predictions.csv`: of each picture the file, the likeliest class and its probability."""
+    classes = classify(load_classifier(model), pictures, top_k=1, batch_size=run.training.per_device_eval_batch_size)
+    rows = [row for found in classes for row in found]
+    write_whole(run.folder / PREDICTIONS, as_csv(FIELDS["image-classification"], rows).encode())
+    print(f"{len(rows)} pictures classified: {run.folder / PREDICTIONS}", flush=True)
+
+
 def main(arguments: Sequence[str]):
     run = parse(arguments)
     data_args, training, (image_args, augmentation) = run.data, run.training, run.others
-    with training.main_process_first(desc="reading the pictures"):
-        train, evaluation = load_images(data_args, training.do_eval, not run.only_evaluates)
+    pictures = pictures_to_predict(data_args.test_dir, image_args.canvas)
+    train = evaluation = None
+    # A saved model has its classes, and needs none to classify.
+    if not (pictures and run.only_evaluates and not training.do_eval):
+        with training.main_process_first(desc="reading the pictures"):
+            train, evaluation = load_images(data_args, training.do_eval, not run.only_evaluates)
     checkpoint = run.start()
+    canvas = image_args.canvas
+    if run.only_evaluates and canvas is None:
+        canvas = canvas_of(Path(run.model.model_name_or_path))
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=training.seed, buffer_size=data_args.shuffle_buffer)
     model, processor = load_model(run.model, image_args, None if train is None else train.features["label"].names)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    if train is None:
+    if train is None and evaluation is not None:
         evaluation = with_classes(evaluation, names, "model")
-    transform = ImageTransform(processor, augmentation, image_args.canvas)
+    transform = ImageTransform(processor, augmentation, canvas)
     metrics = image_metrics(len(names)) if training.do_train else evaluation_metrics(names, run.folder / CONFUSION)
     trainer = ImageTrainer(
         model,
@@ -159,6 +208,9 @@ def main(arguments: Sequence[str]):
         preprocess_logits_for_metrics=likeliest_classes,
     )
     run.finish(trainer, checkpoint)
+    if pictures and trainer.is_world_process_zero():
+        saved = run.folder if training.do_train else checkpoint or run.model.model_name_or_path
+        write_predictions(run, str(saved), pictures)
 
 
 if __name__ == "__main__":

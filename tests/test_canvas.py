@@ -167,5 +167,12 @@ def test_a_run_on_a_canvas(tmp_path, monkeypatch, capsys):
     trained = read(static / "run.json")["metrics"]["loss"]
     assert evaluated["static"] == pytest.approx(trained, rel=64 * torch.finfo(torch.float32).eps)
     assert abs(evaluated["dynamic"] - trained) > 1e-4
+    # Alone it takes the canvas that it was trained on.
+    alone = ["--do_train", "false", "--validation_dir", str(tmp_path / "pictures"), "--output_dir", str(static)]
+    losses = []
+    for canvas in ([], ["--canvas_size", "16"]):
+        script.main([*alone, *canvas, "--use_cpu", "true", "--disable_tqdm", "true"])
+        losses.append(read(static / "evaluation_results.json")["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=64 * torch.finfo(torch.float32).eps)
     with pytest.raises(ValueError, match=r"`canvas_size` must be .* got 7 × 7 pixels for a picture of 8 × 8"):
         run("small", "--canvas_size", "7", "--patch_size", "7")

@@ -5,6 +5,7 @@ the same threads, in memory that PyTorch aligns alike.
 """
 
 import contextlib
+import csv
 import importlib
 import json
 import re
@@ -370,9 +371,15 @@ def test_a_finished_run_takes_no_further_step(scripts, images, pictures):
     assert all(path.samefile(code[0]) for path in code)
     with stopped_at(scripts("training.trainer").WholeCheckpointTrainer, "save_state"):
         images(*arguments, name="stopped")
+    trained = read(whole)
     for name in ("whole", "stopped"):
         folder = images(*arguments, name=name)
         assert (states(folder), read(folder)["metrics"]) == (before, metrics)
+    # What is said of the training stays, too.
+    assert trained["seconds"] > 0
+    assert {name: value for name, value in read(whole).items() if name != "metrics"} == {
+        name: value for name, value in trained.items() if name != "metrics"
+    }
     # Training longer is no change of what is trained.
     assert states(images(*arguments, "--max_steps", "3", name="stopped"))[1] == 3
     assert states(images(*arguments, "--max_steps", "-1", "--num_train_epochs", "2", name="whole"))[1] == 6
@@ -488,6 +495,53 @@ def test_evaluation_alone_changes_nothing(images, pictures, monkeypatch):
 
 
 ALONE = ["--do_train", "false", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+
+def test_pictures_to_classify(scripts, images, pictures, tmp_path):
+    arguments = ["--train_dir", str(pictures), "--learning_rate", "0.01"]
+    new = tmp_path / "new"
+    new.mkdir()
+    for index, path in enumerate(sorted(pictures.glob("*/*.png"))[::5]):
+        shutil.copy(path, new / f"{index}.png")
+    folder = images(*arguments, "--test_dir", str(new))
+    paths = sorted(map(str, new.glob("*.png")))
+    expected = pipeline("image-classification", model=str(folder), device="cpu")(paths, top_k=1)
+    predictions = folder / "predictions.csv"
+
+    def check():
+        with predictions.open(newline="", encoding="utf-8") as file:
+            rows = {row["file"]: row for row in csv.DictReader(file)}
+        assert sorted(rows) == paths
+        for path, (one,) in zip(paths, expected, strict=True):
+            assert rows[path]["label"] == one["label"]
+            assert float(rows[path]["probability"]) == pytest.approx(one["score"], rel=ROUNDING)
+        predictions.unlink()
+
+    check()
+    before = contents(folder)
+    # Without data that have classes, and with those of the training.
+    alone = [*ALONE, "--do_eval", "false", "--do_predict", "true", "--test_dir", str(new)]
+    scripts("run_image_classification").main([*alone, "--output_dir", str(folder)])
+    check()
+    images(*arguments, "--do_train", "false", "--do_eval", "false", "--test_dir", str(new))
+    check()
+    assert contents(folder) == before
+    for options, word in (
+        (
+            ["--early_stopping_patience", "2", "--metric_for_best_model", "loss", "--eval_strategy", "no"],
+            "`eval_strategy` must be 'steps' or 'epoch' for `early_stopping_patience`, got 'no'",
+        ),
+        (["--preset", "distant"], "`preset` must be None or one of 'local', got 'distant'"),
+        (["--do_predict", "true"], "`do_predict` needs a folder of pictures, `test_dir`, got None"),
+        (["--test_dir", str(tmp_path / "nowhere")], "`test_dir` must be a folder, got .*nowhere"),
+        (["--test_dir", str(new), "--canvas_size", "8"], "`test_dir` needs whole canvases"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=word):
+            images(*arguments, *options, name="other")
+    with pytest.raises(ValueError, match=r"texts are continued by scripts/predict\.py"):
+        scripts("run_clm").main(
+            ["--dataset_name", "stdlib", "--do_predict", "true", "--output_dir", str(tmp_path / "x")]
+        )
 
 
 def test_pictures_to_evaluate_alone(scripts, images, pictures, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 SWITCH = "TRANSLUTION_TEST_UNALIGNED"
@@ -45,6 +46,15 @@ def unaligned(tensor: Tensor) -> Tensor:
 def move_weights(module: nn.Module) -> None:
     """Moves all parameters and buffers; tied ones stay tied."""
     for tensor in (*module.parameters(), *module.buffers()):
+        _move(tensor)
+
+
+def _move(tensor: Tensor) -> None:
+    if is_traceable_wrapper_subclass(tensor):
+        # A quantised tensor is made of others.
+        for name in tensor.__tensor_flatten__()[0]:
+            _move(getattr(tensor, name))
+    else:
         tensor.data = unaligned(tensor)
 
 

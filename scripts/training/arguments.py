@@ -32,6 +32,7 @@ PASSING_FIELDS = (
     "ignore_mismatched_sizes",
     "cache_dir",
     "num_proc",
+    "test_dir",
     "validation_dir",
     "validation_file",
     "validation_split",
@@ -45,6 +46,9 @@ class ModelArguments:
 
     model_size: str | None = field(
         default=None, metadata={"help": "Size of a new model: tiny (the default), mini, small, base or large."}
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": "'local' for a new model of local Translution; None for the full one."}
     )
     config_overrides: str | None = field(
         default=None,
@@ -231,12 +235,12 @@ def new_config(model: ModelArguments, decided: dict[str, Any], asked: dict[str, 
     for name in asked.keys() & overrides.keys():
         if asked[name] != overrides[name]:
             raise ValueError(f"`{name}` {asked[name]} contradicts `config_overrides`, where it is {overrides[name]}.")
-    return TranslutionConfig.from_size(model.model_size or "tiny", **{**decided, **overrides, **asked})
+    return TranslutionConfig.from_size(model.model_size or "tiny", model.preset, **{**decided, **overrides, **asked})
 
 
 def new_model_options(model: ModelArguments) -> list[str]:
     """The given options that only a new model takes."""
-    return [name for name in ("model_size", "config_overrides") if getattr(model, name) is not None]
+    return [name for name in ("model_size", "preset", "config_overrides") if getattr(model, name) is not None]
 
 
 def refuse_new_model_options(model: ModelArguments):

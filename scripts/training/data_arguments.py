@@ -53,6 +53,10 @@ class ImageDataArguments(DataArguments):
 
     image_column: str | None = field(default=None, metadata={"help": "Column of the pictures; detected if not given."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes; detected if not given."})
+    test_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of pictures, with classes or without, to classify at the end into predictions.csv."},
+    )
 
 
 @dataclass

@@ -89,12 +89,17 @@ def delete_run(folder: Path):
     delete_model(folder)
 
 
-def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The options by name whose value differs from that of an earlier call, with both values."""
+def lasting_options(folder: Path) -> dict[str, Any]:
+    """The options of a run that do not change, by name; empty where no run left them."""
     try:
-        earlier = read_json(folder / RUN_ARGUMENTS)[LASTING]
+        return read_json(folder / RUN_ARGUMENTS)[LASTING]
     except (OSError, ValueError, KeyError):
         return {}
+
+
+def changes(folder: Path, lasting: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The options by name whose value differs from that of an earlier call, with both values."""
+    earlier = lasting_options(folder)
     pairs = {name: (earlier[name], value) for name, value in lasting.items() if name in earlier}
     return {name: pair for name, pair in pairs.items() if _plain(pair[0]) != _plain(pair[1])}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from common.hardware import hardware
-from common.saved_files import CARD, RUN, copy_licenses, write_json
+from common.saved_files import CARD, RUN, copy_licenses, read_json, write_json
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
 
 import translution
@@ -33,6 +33,12 @@ from training.model_card import LICENSE, ORIGIN, origin_of, write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
 from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
 from training.weights import has_weights, load_weights
+
+
+# What the Trainer calls the figures of an evaluation without training.
+EVALUATION = "evaluation_results.json"
+# What `run.json` says of a training, and does not change when nothing is left to train.
+OF_TRAINING = ("hardware", "num_processes", "versions", "commit", "seconds", "date")
 
 
 @dataclass
@@ -97,10 +103,16 @@ class Run:
         training = self.training
         if self.data.streaming and training.do_train and training.max_steps <= 0:
             raise ValueError(f"`max_steps` must be at least 1 for `streaming`, got {training.max_steps}.")
+        if training.do_predict and getattr(self.data, "test_dir", None) is None:
+            raise ValueError(
+                "`do_predict` needs a folder of pictures, `test_dir`, got None; texts are continued by scripts/predict.py."
+            )
         if self.run.early_stopping_patience is not None and training.metric_for_best_model is None:
             raise ValueError(
                 "`metric_for_best_model` must be given for `early_stopping_patience`, for example 'loss', got None."
             )
+        if self.run.early_stopping_patience is not None and training.do_train and training.eval_strategy == "no":
+            raise ValueError("`eval_strategy` must be 'steps' or 'epoch' for `early_stopping_patience`, got 'no'.")
         if training.push_to_hub and training.hub_strategy not in ("end", "every_save"):
             raise ValueError(
                 f"`hub_strategy` must be 'end' or 'every_save', checkpoints stay here, got {training.hub_strategy.value!r}."
@@ -165,6 +177,7 @@ class Run:
                 load_weights(trainer.model, Path(checkpoint))
             if training.do_eval and trainer.eval_dataset is not None:
                 save(trainer, "evaluation", trainer.evaluate(), combined=False)
+                say(trainer, f"evaluated: {self.folder / EVALUATION}")
             return
         if hasattr(trainer.train_dataset, "set_epoch"):
             trainer.add_callback(EpochCallback(trainer.train_dataset))
@@ -172,10 +185,13 @@ class Run:
             trainer.add_callback(EarlyStoppingCallback(self.run.early_stopping_patience))
             trainer.add_callback(PatienceCallback(trainer, self.run.early_stopping_patience))
         say(trainer, describe_start(trainer, self.task, checkpoint))
-        start, seconds, speed = time.perf_counter(), None, None
+        start, seconds, speed, record = time.perf_counter(), None, None, {}
         if checkpoint is not None and self.is_finished(trainer, Path(checkpoint)):
             # `Trainer.train` would take another step.
             self.restore(trainer, Path(checkpoint))
+            # It was trained then, and by that code.
+            if (self.folder / RUN).is_file():
+                record = {name: value for name, value in read_json(self.folder / RUN).items() if name in OF_TRAINING}
         else:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             if checkpoint is None:
@@ -189,7 +205,7 @@ class Run:
             save(trainer, "eval", metrics)
         trainer.save_model()
         if trainer.is_world_process_zero():
-            self.write(metrics, seconds)
+            self.write(metrics, seconds, record)
         PartialState().wait_for_everyone()
         if training.push_to_hub:
             trainer.push_to_hub()
@@ -229,8 +245,8 @@ class Run:
             found = {**found, **dict.fromkeys(LICENSE), "license": self.run.license}
         return {name: found.get(name) for name in ORIGIN}
 
-    def write(self, metrics: dict[str, float], seconds: float | None):
-        """Writes `run.json` and the model card."""
+    def write(self, metrics: dict[str, float], seconds: float | None, record: dict[str, Any]):
+        """Writes `run.json` and the model card; `record` is what an earlier `run.json` says of the training."""
         figures = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         timing = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
         machine, data = hardware(), self.data
@@ -258,6 +274,7 @@ class Run:
             "co2_grams": self.run.co2_grams,
             **self.origin(),
             "command": self.command,
+            **record,
         }
         write_json(self.folder / RUN, report)
         write_model_card(self.folder)
