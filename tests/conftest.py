@@ -41,10 +41,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 
 def pytest_collection_finish():
-    # Imports and collected tests are never freed: to go through them again and again was a third of the tests' time.
+    # Imports and collected tests are never freed: to go through them again and again took up to half of the time of some files.
     gc.collect()
     gc.freeze()
-    # What is left is little: to look for cycles each 700 objects was a tenth of the time.
+    # What is left is little: to look for cycles each 700 objects took a tenth of it.
     gc.set_threshold(20_000, 20, 100)
 
 
