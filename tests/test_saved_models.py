@@ -11,7 +11,10 @@ import torch
 from closeness import assert_close_in_rounding
 from huggingface_hub.errors import StrictDataclassError
 from small_models import AUTO, HEADS, assert_same, each_modality, each_variant, make_config, make_inputs, make_model
-from transformers import AutoModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from translution import TranslutionForImageClassification, TranslutionModel
 
@@ -141,3 +144,15 @@ def test_one_mixer_name_overrides_all(tmp_path):
     make_model(variant="attention").save_pretrained(tmp_path)
     model = TranslutionForImageClassification.from_pretrained(tmp_path, mixer_types="rope_attention", head_dim=8)
     assert model.config.mixer_types == ["rope_attention"] * 2
+
+
+def test_a_tokenizer_beside_a_model_warns_of_nothing(tmp_path, caplog):
+    make_model("text", "hybrid-lor").save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    logging.enable_propagation()
+    try:
+        assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == [0]
+    finally:
+        logging.disable_propagation()
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
