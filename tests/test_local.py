@@ -1023,3 +1023,14 @@ def test_an_empty_batch_with_a_mask():
         tokens = torch.randn(0, length, HIDDEN, dtype=torch.float64)
         mask = make_mask(torch.ones(0, 1, length, length, dtype=torch.bool), layout, tokens)
         assert mixer(tokens, layout, mask)[0].shape == tokens.shape
+
+
+def test_a_step_of_an_empty_batch_with_a_mask_for_each_head():
+    model = make_model("rotary-kv-D3")
+    heads = model.config.num_attention_heads
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for start, stop in ((0, 4), (4, 5)):
+            ids, mask = torch.zeros(0, stop - start, dtype=torch.long), torch.zeros(0, heads, stop - start, stop)
+            logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+            assert logits.shape == (0, stop - start, model.config.vocab_size)

@@ -184,7 +184,7 @@ def _step_bias(layout: StepLayout, bias: Tensor, num_slots: int, heads: int) -> 
     near = layout.position - torch.arange(distance, device=bias.device)
     of_near = bias.index_select(-1, near.clamp(min=0)).masked_fill(near < 0, lowest)
     bias = torch.cat((far, of_near), dim=-1)
-    return bias if bias.shape[1] == 1 else bias.view(len(bias), heads, -1, num_slots)
+    return bias if bias.shape[1] == 1 else bias.view(len(bias), heads, bias.shape[1] // heads, num_slots)
 
 
 def attend_image(
