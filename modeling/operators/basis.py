@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .exporting import is_exporting
-from .heads import merge_heads, repeat_heads, split_heads
+from .heads import groups_of, merge_heads, repeat_heads, split_heads
 from .pair_autograd import accumulation_dtype
 from .pair_layout import PairLayout, StepLayout
 from .registration import define, register_once
@@ -59,14 +59,14 @@ def pair_scores(
     """Inner products `<q_ij, k_ij>` of every pair and head, `[B, A, queries, L]`; see `reference.pair_scores`."""
     rows, reverse_rows = layout.offsets(query.device)
     query_heads, query_coefficients = project_factors(query, query_bank, num_heads)
-    key_width = (key if key_bank is None else key_bank.factors).shape[-1]
-    key_heads, key_coefficients = project_factors(key, key_bank, key_width // query_heads.shape[-1])
+    groups = groups_of(query, key, *(None if bank is None else bank.factors for bank in (query_bank, key_bank)))
+    key_heads, key_coefficients = project_factors(key, key_bank, num_heads // groups)
     key_weights = _weights(key_coefficients, rows, key)
     if query_coefficients is None:
         scores = mixed_scores(query_heads[:, :, 0], key_heads, key_weights)
     elif key_coefficients is None:
         # Pairs seen from the other side. What is read there has as many heads as queries have.
-        key_heads = repeat_heads(key_heads, num_heads // key_heads.shape[1])
+        key_heads = repeat_heads(key_heads, groups)
         weights = _weights(query_coefficients, reverse_rows, query).transpose(1, 2)
         scores = mixed_scores(key_heads[:, :, 0], query_heads, weights.contiguous()).transpose(-1, -2)
     else:

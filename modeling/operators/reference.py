@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .heads import repeat_features, split_heads
+from .heads import groups_of, repeat_features, split_heads
 from .pair_layout import PairLayout
 from .rotary import rotate
 
@@ -51,7 +51,7 @@ def pair_scores(
         else:
             q_ij = torch.einsum("bc,jcd->bjd", q_i, query_bank[reverse_rows[i]])
         k_ij = key if key_bank is None else torch.einsum("bjc,jcd->bjd", key, key_bank[rows[i]])
-        k_ij = repeat_features(k_ij, num_heads, q_ij.shape[-1] // k_ij.shape[-1])
+        k_ij = repeat_features(k_ij, num_heads, groups_of(q_ij, k_ij))
         q_ij, k_ij = split_heads(q_ij, num_heads), split_heads(k_ij, num_heads)
         if rotation is not None:
             own = layout.past + i
