@@ -35,9 +35,9 @@ def groups_of(query: Tensor, key: Tensor, query_bank: Tensor | None = None, key_
     return queries // keys
 
 
-def repeat_heads(heads: Tensor, groups: int) -> Tensor:
+def repeat_heads(heads: Tensor | None, groups: int) -> Tensor | None:
     """`[B, A / groups, L, e]` to `[B, A, L, e]`: each head serves `groups` heads of queries, one after the other."""
-    return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)
+    return heads if heads is None or groups == 1 else heads.repeat_interleave(groups, dim=1)
 
 
 def repeat_features(tokens: Tensor, num_heads: int, groups: int) -> Tensor:
