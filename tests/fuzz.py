@@ -119,10 +119,19 @@ def check_reference(case: Case, rng: random.Random):
         assert found <= BOUND, f"{what}: {found:.3g} apart, relative to the largest"
 
 
-def check_precision(case: Case, rng: random.Random):
-    """In a narrower type the default path is not much further from float64 than the readable reference in that type."""
-    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
-    model = copy.deepcopy(case.model).to(dtype)
+def precision_errors(case: Case, dtype: torch.dtype, draw: int = 0) -> list[tuple[float, float]]:
+    """Of logits and of gradients, how far the default path and the reference are from float64 in a narrower type.
+
+    `draw` names an experiment: 0 rounds the weights as they are, others after a change of the size of one rounding.
+    """
+    model = copy.deepcopy(case.model)
+    if draw:
+        generator = torch.Generator().manual_seed(draw)
+        with torch.no_grad():
+            for weight in model.parameters():
+                noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+                weight *= 1 + torch.finfo(dtype).eps * noise
+    model = model.to(dtype)
     inputs = {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.inputs.items()
@@ -134,11 +143,30 @@ def check_precision(case: Case, rng: random.Random):
     }
     exact = results(copy.deepcopy(model).double(), wide, "eager")
     actual, reference = (error(results(model, inputs, name), exact) for name in ("auto", "eager"))
-    for what, found, usual in zip(("logits", "gradients"), actual, reference, strict=True):
-        # Which roundings fall together is chance, and how much a LayerNorm that divides by little makes of them.
-        allowed = 4 * usual + 16 * torch.finfo(dtype).eps
+    return list(zip(actual, reference, strict=True))
+
+
+def check_precision(case: Case, rng: random.Random):
+    """In a narrower type the default path is not much further from float64 than the readable reference in that type.
+
+    Which roundings cancel is chance, and a LayerNorm that divides by little enlarges what is left: one experiment may differ by any
+    factor, either way. What exceeds a first bound is therefore drawn again, and most experiments have to be within a tighter one.
+    """
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+    floor = 16 * torch.finfo(dtype).eps
+    first = precision_errors(case, dtype)
+    for what, (found, _) in zip(("logits", "gradients"), first, strict=True):
         assert math.isfinite(found), f"{what}: not finite in {dtype}"
-        assert found <= allowed, f"{what}: {found:.3g} from float64 in {dtype}, and the reference {usual:.3g}"
+    if all(found <= 4 * usual + floor for found, usual in first):
+        return
+    draws = [precision_errors(case, dtype, draw) for draw in range(1, 50)]
+    for what, errors in zip(("logits", "gradients"), zip(*draws, strict=True), strict=True):
+        assert all(math.isfinite(found) for found, _ in errors), f"{what}: not finite in {dtype}"
+        within = sum(found <= 2 * usual + floor for found, usual in errors)
+        assert 2 * within > len(errors), (
+            f"{what}: more than twice as far from float64 in {dtype} as the reference in {len(errors) - within} of {len(errors)} "
+            "experiments"
+        )
 
 
 def check_causality(case: Case, rng: random.Random):
