@@ -51,6 +51,20 @@ def make_other(head, variant="full-kv"):
 each_other_head = pytest.mark.parametrize("head", OTHER_HEADS, ids=lambda head: head.__name__)
 
 
+@pytest.mark.parametrize("initializer_range", [None, 0.02], ids=["linear", "normal"])
+def test_blank_images_have_no_large_gradients_at_first(initializer_range):
+    # A LayerNorm of patches that are all zero would enlarge them by a factor of thousands.
+    model = make_model("image", "attention", torch.float32, hidden_size=24, initializer_range=initializer_range)
+
+    def gradient(pixels):
+        model.zero_grad()
+        model(pixel_values=pixels, labels=torch.tensor([0, 1])).loss.backward()
+        return torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+
+    pixels = make_inputs(model.config, 2)["pixel_values"].float()
+    assert gradient(torch.zeros_like(pixels)) < 10 * gradient(pixels)
+
+
 # Shapes and sizes
 
 

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ...configuration.configuration_translution import TranslutionConfig
 from ..mixers.build import build_mixer
 from ..mixers.converted import ConvertedMixer
-from ..mixers.initial_weights import EMBEDDING_STD, init_linear, init_mixer
+from ..mixers.initial_weights import EMBEDDING_STD, init_linear, init_mixer, init_patch_bias
 from ..mixers.masks import PackedTexts, check_mask, find_packed_texts, make_mask, positions_count_on
 from ..mixers.mixer import Mixer
 from ..mixers.tensor_parallel import check_heads
@@ -217,6 +217,7 @@ class TranslutionPreTrainedModel(OffsetTraining, PreTrainedModel):
         if std is None and isinstance(module, nn.Linear):
             init_linear(module)
         if isinstance(module, TranslutionPatchEmbeddings):
+            init_patch_bias(module.projection, std)
             for parameter in (module.cls_token, module.mask_token, module.position_embeddings):
                 if parameter is not None:
                     init.normal_(parameter, std=EMBEDDING_STD if std is None else std)
