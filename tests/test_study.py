@@ -11,12 +11,13 @@ import pandas as pd
 import pytest
 import study
 import torch
+from closeness import assert_close_in_rounding
 from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches
 from studies.report import MARKERS, Comparison, equal_size_table, results_table, write_between_markers
 from studies.rows import read_rows
 from studies.runs import TASKS, Run, forward_flops, key_of
 from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, SETTINGS, Settings
-from studies.variants import VARIANTS, build, count_parameters, model_fields
+from studies.variants import STUDIES, VARIANTS, ShortConvolution, build, count_parameters, model_fields
 from torch.utils.flop_counter import FlopCounterMode
 from training.digits import DigitCanvases
 
@@ -272,3 +273,31 @@ def test_report_leaves_the_text_around_its_tables_alone(tmp_path):
     with pytest.raises(ValueError, match="must have the markers"):
         write_between_markers(page, "new\n")
     assert page.read_text() == "before\n"
+
+
+def test_short_convolutions_are_causal_sums_and_begin_as_attention():
+    convolution = ShortConvolution(3, 4).double()
+    tokens = torch.randn(2, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(convolution(tokens), tokens)
+    torch.nn.init.normal_(convolution.weight)
+    expected = torch.zeros_like(tokens)
+    for here in range(5):
+        for back in range(min(4, here + 1)):
+            expected[:, here] += tokens[:, here - back] * convolution.weight[:, 0, 3 - back]
+    torch.testing.assert_close(convolution(tokens), expected)
+
+    name = "rotary, short convolutions"
+    short = next(one for one in STUDIES["local"]["text"] if one.name == name)
+    fields = model_fields("text", short, 8, 50)
+    model = build(fields)
+    assert len([module for module in model.modules() if isinstance(module, ShortConvolution)]) == 3 * 2
+    plain = build({key: value for key, value in fields.items() if key != "short_convolution"})
+    plain.load_state_dict(
+        {
+            key.replace("_proj.0.", "_proj."): value
+            for key, value in model.state_dict().items()
+            if "_proj.1." not in key
+        }
+    )
+    ids = torch.randint(50, (2, 8))
+    assert_close_in_rounding(model.eval()(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)

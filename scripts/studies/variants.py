@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from studies.settings import IMAGE_FIELDS, SETTINGS, TEXT_FIELDS
@@ -18,7 +20,7 @@ class Variant:
 
     Args:
         name, family: its row in the tables, and its series in the figure.
-        fields: config fields beside those that all models of the task share.
+        fields: config fields beside those that all models of the task share, and `SHORT_CONVOLUTION`.
         widened_to: the variant whose number of parameters it is widened to.
     """
 
@@ -33,6 +35,8 @@ ATTENTION = {
     "rotary": {"mixer_types": "rope_attention"},
     "relative bias": {"mixer_types": "relative_bias_attention"},
 }
+# No config field: the taps of a convolution over the tokens of a text that follows the projections of attention.
+SHORT_CONVOLUTION = "short_convolution"
 RANK = {"relative_rank": 8}
 LOR_KV, FULL_KV, BASIS_KV = "LoR kv", "full kv", "basis 8 kv"
 
@@ -45,8 +49,8 @@ def translution(name: str, family: str, projections: str, **fields: Any) -> Vari
     return Variant(name, family, {"relative_projections": projections, **fields})
 
 
-def widened(kind: str, target: str) -> Variant:
-    return Variant(f"attention, {kind}, as {target}", "attention, widened", ATTENTION[kind], target)
+def widened(kind: str, target: str, **fields: Any) -> Variant:
+    return Variant(f"attention, {kind}, as {target}", "attention, widened", {**ATTENTION[kind], **fields}, target)
 
 
 IMAGE_VARIANTS = [
@@ -80,6 +84,9 @@ VARIANTS = {"images": IMAGE_VARIANTS, "text": TEXT_VARIANTS}
 
 SHARED = {"far_offsets": "shared"}
 ROTARY = {"mixer_types": "rope_translution"}
+# Twice the width, with heads of the same size.
+WIDE_IMAGE = {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 384}
+WIDE_TEXT = {"hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 512}
 
 
 def local(name: str, projections: str, distance: int, **fields: Any) -> Variant:
@@ -92,15 +99,22 @@ LOCAL_IMAGE_VARIANTS = [
     local("kv, D 1, clamped", "kv", 1),
     local("kv, D 1, shared, rotary", "kv", 1, **SHARED, **ROTARY),
     local("kv, D 2, shared", "kv", 2, **SHARED),
+    local("kv, D 2, clamped", "kv", 2),
+    local("kv, D 3, shared", "kv", 3, **SHARED),
     local("v, D 1, shared", "v", 1, **SHARED),
+    local("qkv, D 1, shared", "qkv", 1, **SHARED),
     local("kv, D 1, shared, first layer", "kv", 1, **SHARED, mixer_types=["translution"] + ["rope_attention"] * 2),
+    local("kv, D 1, shared, every second layer", "kv", 1, **SHARED, mixer_types=["translution", "rope_attention", "translution"]),
+    local("kv, D 1, shared, wide", "kv", 1, **SHARED, **WIDE_IMAGE),
     Variant("ACmix", "ACmix", {"mixer_types": "acmix"}),
     Variant("convolution, then rotary", "hybrid", {"mixer_types": ["convolution"] + ["rope_attention"] * 2}),
     *(
         widened("rotary", f"local {name}")
         for name in ("kv, D 1, shared", "kv, D 1, clamped", "kv, D 2, shared", "v, D 1, shared", "kv, D 1, shared, first layer")
     ),
+    widened("rotary", "local kv, D 1, shared, wide", **WIDE_IMAGE),
 ]  # fmt: skip
+SHORT = {SHORT_CONVOLUTION: 4}
 LOCAL_TEXT_VARIANTS = [
     attention("rotary"),
     local("kv, D 3, rotary", "kv", 3, **ROTARY),
@@ -108,12 +122,17 @@ LOCAL_TEXT_VARIANTS = [
     local("kv, D 7, rotary", "kv", 7, **ROTARY),
     local("kv, D 3", "kv", 3),
     local("v, D 3, rotary", "v", 3, **ROTARY),
+    local("qkv, D 3, rotary", "qkv", 3, **ROTARY),
     local("basis 4 kv, D 4, rotary", "kv", 4, offset_basis=4, **ROTARY),
     local("kv, D 3, rotary, first layer", "kv", 3, mixer_types=["rope_translution", "rope_attention"]),
+    local("kv, D 3, rotary, wide", "kv", 3, **ROTARY, **WIDE_TEXT),
+    Variant("rotary, short convolutions", "hybrid", {**ATTENTION["rotary"], **SHORT}),
+    Variant("rotary, short convolutions, as local kv, D 3, rotary", "hybrid", {**ATTENTION["rotary"], **SHORT}, "local kv, D 3, rotary"),
     *(
         widened("rotary", f"local {name}")
         for name in ("kv, D 3, rotary", "kv, D 1, rotary", "kv, D 7, rotary", "v, D 3, rotary", "basis 4 kv, D 4, rotary", "kv, D 3, rotary, first layer")
     ),
+    widened("rotary", "local kv, D 3, rotary, wide", **WIDE_TEXT),
 ]  # fmt: skip
 # Of each study, the variants of each task.
 STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text": LOCAL_TEXT_VARIANTS}}
@@ -122,7 +141,7 @@ STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text":
 def model_fields(
     task: str, variant: Variant, length: int | None = None, vocab_size: int = SETTINGS.vocab_size
 ) -> dict:
-    """All fields of a variant's config."""
+    """All fields of a variant's config, and `SHORT_CONVOLUTION` where it has one."""
     of_text = {**TEXT_FIELDS, "vocab_size": vocab_size, "max_position_embeddings": length}
     fields = {**(IMAGE_FIELDS if task == "images" else of_text), **variant.fields}
     if variant.widened_to is None:
@@ -132,9 +151,34 @@ def model_fields(
     return widen(fields, count_parameters(model_fields(task, target, length, vocab_size)))
 
 
+class ShortConvolution(nn.Module):
+    """A causal convolution of each feature over the last few tokens, `[B, L, C]` to `[B, L, C]`; at first it changes nothing."""
+
+    def __init__(self, features: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(features, 1, taps))
+        with torch.no_grad():
+            self.weight[:, :, -1] = 1
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        features, _, taps = self.weight.shape
+        return F.conv1d(F.pad(tokens.mT, (taps - 1, 0)), self.weight, groups=features).mT
+
+
 def build(fields: dict[str, Any]) -> PreTrainedModel:
-    model = TranslutionForImageClassification if fields["modality"] == "image" else TranslutionForCausalLM
-    return model(TranslutionConfig(**fields))
+    """The model of a variant's fields."""
+    fields = dict(fields)
+    taps = fields.pop(SHORT_CONVOLUTION, None)
+    head = TranslutionForImageClassification if fields["modality"] == "image" else TranslutionForCausalLM
+    model = head(TranslutionConfig(**fields))
+    if taps is not None:
+        # A rival from practice, and no mixer of the package: it serves training alone, where no cache has to keep its tokens.
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                projection = getattr(layer.mixer, name)
+                convolution = ShortConvolution(projection.out_features, taps)
+                setattr(layer.mixer, name, nn.Sequential(projection, convolution))
+    return model
 
 
 def count_parameters(fields: dict[str, Any]) -> int:
