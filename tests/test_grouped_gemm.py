@@ -34,7 +34,7 @@ TEXTS = [
     PairLayout.for_text(20, 4, 3),
 ]
 EVERY = [*LAYOUTS, *TEXTS]
-CHOSEN = [LAYOUTS[place] for place in (2, 5, 9, 10, 11, 15)]
+CHOSEN = [LAYOUTS[place] for place in (2, 11, 9, 10)]
 
 
 def case_id(value):
@@ -85,7 +85,7 @@ def errors(function, expected, inputs):
     return [relative_error(actual, truth) for actual, truth in pairs]
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 3000, grouped_gemm.CHUNK_BYTES])
+@pytest.mark.parametrize("chunk_bytes", [3000, grouped_gemm.CHUNK_BYTES])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("layout", EVERY, ids=case_id)
 def test_operators_equal_the_reference(layout, groups, chunk_bytes, monkeypatch):
@@ -99,8 +99,9 @@ def test_operators_equal_the_reference(layout, groups, chunk_bytes, monkeypatch)
     assert max(errors(grouped_gemm.pair_values, reference.pair_values, inputs)) < 1e-10
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("rank", [None, 3], ids=["full", "lor3"])
+@pytest.mark.parametrize(
+    ("rank", "masked"), [(None, False), (None, True), (3, True)], ids=["full", "masked", "lor3-masked"]
+)
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("layout", CHOSEN, ids=layout_id)
 def test_layers_equal_the_reference(layout, subset, rank, masked, on_this_device):
@@ -128,7 +129,7 @@ def test_a_distance_of_0(layout, on_this_device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("subset", ["qkv", "q"])
-@pytest.mark.parametrize("layout", CHOSEN[:4], ids=layout_id)
+@pytest.mark.parametrize("layout", CHOSEN, ids=layout_id)
 def test_lower_precision_within_twice_the_reference(layout, subset, dtype, on_this_device):
     mixer, mask = make_mixer(layout, subset), make_mask(layout, True)
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)

@@ -99,6 +99,7 @@ class _Groups:
     """The rows of a chunk as groups, and products of each with a matrix of its own."""
 
     def __init__(self, chunk: Chunk, rows_of_one: int):
+        self.chunk, self.rows_of_one = chunk, rows_of_one
         self.sizes = [size * rows_of_one for size in chunk.sizes]
         self.are_even = len(set(self.sizes)) == 1 and len(self.sizes) == chunk.num_shifts
         self.ends: Tensor | None = None
@@ -131,8 +132,14 @@ class _Groups:
         return product
 
     def _ends(self, device: torch.device) -> Tensor:
+        """Where each group ends, made on the device: to copy `sizes` there would wait for what it is doing."""
         if self.ends is None:
-            self.ends = torch.tensor(self.sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+            chunk, options = self.chunk, {"dtype": torch.int32, "device": device}
+            steps = torch.arange(chunk.last, chunk.first - 1, -1, **options)
+            starts = torch.arange(chunk.num_shifts, **options) * chunk.num_rows
+            ends = torch.stack((starts + steps, starts + chunk.num_rows), dim=1).flatten() * self.rows_of_one
+            # Without a shift nothing is turned around.
+            self.ends = ends if chunk.first else torch.cat((ends[:-2], ends[-1:]))
         return self.ends
 
 
@@ -217,6 +224,12 @@ class _Side:
         """What the rows bring to their pairs, `[K, N, heads, groups or 1, e]`; not to be changed."""
         projected = self.chosen if self.bank is None else self.groups.product(self.chosen, self.matrices)
         return projected.unflatten(-1, self.shape)
+
+    def project_times(self, factors: Tensor) -> Tensor:
+        """`project` times numbers, where it lies if it is not the tokens themselves and is not to be repeated."""
+        projected = self.project()
+        grows = torch.broadcast_shapes(projected.shape, factors.shape) != projected.shape
+        return projected * factors if self.bank is None or grows else projected.mul_(factors)
 
     def accumulate(self, gradient: Tensor) -> None:
         """Adds the gradient of `project` to those of the tokens and the bank."""
@@ -338,7 +351,8 @@ def _scores(
             query_side.start_chunk(chunk, of_chunk)
             key_side.start_chunk(chunk, of_chunk)
             square.start_chunk(chunk)
-            product = query_side.project() * key_side.project()
+            one, other = (key_side, query_side) if query_bank is None else (query_side, key_side)
+            product = one.project_times(other.project())
             square.write(product.sum(-1, dtype=wide).flatten(2))
     scores = square.numbers.permute(2, 0, 1).contiguous().unflatten(0, (batch, num_heads))
     write_class_scores(scores, query, key, query_bank, key_bank, layout)
@@ -375,9 +389,10 @@ def _scores_backward(
             square.start_chunk(chunk)
             weights = square.read().unflatten(-1, (key_side.shape[0], groups, 1))
             if need_query:
-                query_side.accumulate(weights * key_side.project())
+                query_side.accumulate(key_side.project_times(weights))
             if need_key:
-                key_side.accumulate((weights * query_side.project()).sum(3, keepdim=True))
+                received = query_side.project_times(weights)
+                key_side.accumulate(received.sum(3, keepdim=True) if groups > 1 else received)
         for side, need in needed:
             if need:
                 side.end_shift()
@@ -418,7 +433,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
             key_side.start_chunk(chunk, of_chunk)
             square.start_chunk(chunk)
             weights = square.read().unflatten(-1, (num_heads // groups, groups, 1))
-            query_side.accumulate(weights * key_side.project())
+            query_side.accumulate(key_side.project_times(weights))
         query_side.end_shift()
     output = query_side.token_gradient.transpose(0, 1)
     add_class_values(output, probabilities, value, value_bank, layout)
