@@ -13,8 +13,8 @@ ahead and does not exist: groups are of one size, the rows of a chunk's first di
 The shifts of a chunk descend, so that the key rows of a shift begin one after those of the shift before: they are one strided view of
 key rows that stand in memory twice, of a text after zeros. Sums over the queries of a key lay the rows out in the same way.
 
-Memory: `CHUNK_BYTES` for what a chunk projects, and a few times that in all; nothing of size `[B, L, L, C']`. Scores and probabilities
-exist twice, with pairs first and with heads first.
+Memory: `CHUNK_BYTES` for what a chunk projects and for its matrices, a few times that in all, and a few times the tokens; nothing of size
+`[B, L, L, C']`. Scores and probabilities exist twice, with pairs first and with heads first.
 
 Legend: `B` batch, `L` tokens, `A` heads of queries, `e` bank output size per head, `H` rows of the grid, `w` columns of a column shift,
 `K` shifts of a chunk, `N` query rows times `w·B`.
@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from .pair_autograd import accumulation_dtype, register_pair_operators
 from .pair_layout import ColumnShift, PairLayout
 
 
-# What one tensor of a chunk takes, unless a single shift takes more: that is as large as the tokens.
+# What one tensor of a chunk takes, be it rows or matrices. A single shift may take more: as much as the tokens, or two matrices.
 CHUNK_BYTES = 1 << 25
 # A grouped product of PyTorch takes fewer than 1,024 groups, and a shift has two.
 MAX_SHIFTS = 256
@@ -66,8 +67,17 @@ class Chunk:
 
 
 @lru_cache(maxsize=64)
-def chunks(layout: PairLayout, row_bytes: int, chunk_bytes: int) -> tuple[tuple[ColumnShift, tuple[Chunk, ...]], ...]:
-    """The chunks of each column shift, where a token of all batch entries takes `row_bytes`."""
+def chunks(
+    layout: PairLayout, row_bytes: int, matrix_bytes: int, chunk_bytes: int
+) -> tuple[tuple[ColumnShift, tuple[Chunk, ...]], ...]:
+    """The chunks of each column shift.
+
+    Args:
+        layout: the pairs.
+        row_bytes: what a token of all batch entries takes.
+        matrix_bytes: what the matrix of an offset takes.
+        chunk_bytes: the most that the rows of a chunk may take, and that its matrices may; a single shift may take more.
+    """
     made = []
     for shift in layout.column_shifts():
         offsets = {offset.row_offset: offset for offset in shift.offsets}
@@ -75,7 +85,8 @@ def chunks(layout: PairLayout, row_bytes: int, chunk_bytes: int) -> tuple[tuple[
         while first < num_shifts:
             start = max(first, layout.past) if layout.causal else 0
             num_rows = layout.height - start
-            fitting = chunk_bytes // max(num_rows * shift.num_columns * row_bytes, 1)
+            matrices = matrix_bytes if layout.causal else 2 * matrix_bytes
+            fitting = chunk_bytes // max(num_rows * shift.num_columns * row_bytes, matrices, 1)
             if layout.causal:
                 fitting = min(fitting, num_rows // ROWS_PER_SHIFT)
             last = min(first + min(max(fitting, 1), MAX_SHIFTS), num_shifts) - 1
@@ -98,9 +109,17 @@ def chunks(layout: PairLayout, row_bytes: int, chunk_bytes: int) -> tuple[tuple[
 class _Groups:
     """The rows of a chunk as groups, and products of each with a matrix of its own."""
 
-    def __init__(self, chunk: Chunk, rows_of_one: int):
-        self.chunk, self.rows_of_one = chunk, rows_of_one
-        self.sizes = [size * rows_of_one for size in chunk.sizes]
+    def __init__(self, layout: PairLayout, device: torch.device):
+        self.layout, self.device = layout, device
+        self.all_ends: Tensor | None = None
+
+    def start_shift(self, shift: ColumnShift, batch: int) -> None:
+        self.rows_of_one = shift.num_columns * batch
+        self.ends_of_shift: Tensor | None = None
+
+    def start_chunk(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.sizes = [size * self.rows_of_one for size in chunk.sizes]
         self.are_even = len(set(self.sizes)) == 1 and len(self.sizes) == chunk.num_shifts
         self.ends: Tensor | None = None
 
@@ -110,7 +129,7 @@ class _Groups:
             return torch.bmm(rows, matrices)
         flat = rows.reshape(-1, rows.shape[-1])
         if has_grouped_product(flat, matrices):
-            projected = torch.nn.functional.grouped_mm(flat, matrices, offs=self._ends(flat.device))
+            projected = torch.nn.functional.grouped_mm(flat, matrices, offs=self._ends())
         else:
             projected = flat.new_empty(len(flat), matrices.shape[-1])
             outs = projected.split(self.sizes)
@@ -124,22 +143,28 @@ class _Groups:
             return torch.bmm(rows.transpose(1, 2), gradients)
         flat, gradients = rows.reshape(-1, rows.shape[-1]), gradients.flatten(0, 1)
         if has_grouped_product(flat, gradients):
-            return torch.nn.functional.grouped_mm(flat.t(), gradients, offs=self._ends(flat.device))
+            return torch.nn.functional.grouped_mm(flat.t(), gradients, offs=self._ends())
         product = flat.new_empty(len(self.sizes), flat.shape[-1], gradients.shape[-1])
         parts = (flat.split(self.sizes), gradients.split(self.sizes), product.unbind())
         for part, gradient, out in zip(*parts, strict=True):
             torch.mm(part.t(), gradient, out=out)
         return product
 
-    def _ends(self, device: torch.device) -> Tensor:
+    def _ends(self) -> Tensor:
         """Where each group ends, made on the device: to copy `sizes` there would wait for what it is doing."""
+        if self.all_ends is None:
+            # In query rows, of all shifts in one. The shift 0 turns nothing around and has one group.
+            height, options = self.layout.height, {"dtype": torch.int32, "device": self.device}
+            starts = torch.arange(height, **options) * height
+            steps = torch.arange(height - 1, -1, -1, **options)
+            ends = torch.stack((starts + steps, starts + height), dim=1).flatten()
+            self.all_ends = torch.cat((ends[:-2], ends[-1:]))
+        if self.ends_of_shift is None:
+            self.ends_of_shift = self.all_ends * self.rows_of_one
         if self.ends is None:
-            chunk, options = self.chunk, {"dtype": torch.int32, "device": device}
-            steps = torch.arange(chunk.last, chunk.first - 1, -1, **options)
-            starts = torch.arange(chunk.num_shifts, **options) * chunk.num_rows
-            ends = torch.stack((starts + steps, starts + chunk.num_rows), dim=1).flatten() * self.rows_of_one
-            # Without a shift nothing is turned around.
-            self.ends = ends if chunk.first else torch.cat((ends[:-2], ends[-1:]))
+            before = self.layout.height - 1 - self.chunk.last
+            ends = self.ends_of_shift[2 * before : 2 * before + len(self.sizes)]
+            self.ends = ends - before * self.layout.height * self.rows_of_one
         return self.ends
 
 
@@ -164,8 +189,15 @@ class _Side:
     """
 
     def __init__(
-        self, tokens: Tensor, bank: Tensor | None, layout: PairLayout, is_query: bool, shape: tuple[int, int, int]
+        self,
+        tokens: Tensor,
+        bank: Tensor | None,
+        layout: PairLayout,
+        is_query: bool,
+        shape: tuple[int, int, int],
+        groups: _Groups,
     ):
+        self.groups = groups
         self.tokens, self.bank, self.layout, self.is_query, self.shape = tokens, bank, layout, is_query, shape
         self.batch, self.size = tokens.shape[1:]
         self.wide = accumulation_dtype(tokens.dtype)
@@ -202,9 +234,9 @@ class _Side:
         own = own[:, self.columns]
         own += gradient.view(own.shape)
 
-    def start_chunk(self, chunk: Chunk, groups: _Groups) -> None:
+    def start_chunk(self, chunk: Chunk) -> None:
         """Takes the rows of each shift, `[K, N, in]`, a view, and the matrices of its groups."""
-        self.chunk, self.groups = chunk, groups
+        self.chunk = chunk
         num_rows = chunk.num_rows * self.rows_of_one
         if self.is_query:
             begin = (chunk.start - self.layout.past) * self.rows_of_one
@@ -257,8 +289,9 @@ class _Side:
             # A shift further, a row further.
             strides = (apart.stride(0) + step, step, 1)
             apart.as_strided((num_shifts, num_rows, step), strides).copy_(parts.view(num_shifts, num_rows, step))
-            parts = apart.view(num_shifts, -1 if self.batch else 0, self.size)
-        self.row_gradient[self.place] += parts.sum(0, dtype=self.wide)
+            parts = apart.view(num_shifts, (num_rows + num_shifts - 1) * self.rows_of_one, self.size)
+        target = self.row_gradient[self.place]
+        target += parts.sum(0, dtype=self.wide)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of the tokens, `[B, L, in]`, and of the bank."""
@@ -273,6 +306,11 @@ class _Square:
 
     def __init__(self, numbers: Tensor, layout: PairLayout, num_heads: int):
         self.numbers, self.layout, self.num_heads = numbers, layout, num_heads
+        device, height = numbers.device, layout.height
+        self.rows = torch.arange(height, device=device)
+        # What lies before the first key row: it is turned around, and in a text does not exist.
+        before = torch.arange(-height, height, device=device)
+        self.keys, self.is_missing = before.remainder(height), before < 0
 
     def start_shift(self, shift: ColumnShift) -> None:
         """Takes the pairs with a column offset, `[query rows, key rows, w, B·A]`, a view."""
@@ -282,11 +320,12 @@ class _Square:
         self.pairs = grid.diagonal(shift.keys.start - shift.queries.start, 1, 3).movedim(-1, 2)
 
     def start_chunk(self, chunk: Chunk) -> None:
-        device = self.numbers.device
-        rows = torch.arange(chunk.start, chunk.start + chunk.num_rows, device=device)
-        keys = rows - torch.arange(chunk.last, chunk.first - 1, -1, device=device)[:, None]
-        self.place = (rows - self.layout.past).expand_as(keys), keys.remainder(self.layout.height)
-        self.missing = (keys < 0)[:, :, None, None] if self.layout.causal else None
+        # A shift less, a key row more.
+        window = ((chunk.num_shifts, chunk.num_rows), (1, 1), self.layout.height + chunk.start - chunk.last)
+        keys = self.keys.as_strided(*window)
+        begin = chunk.start - self.layout.past
+        self.place = self.rows[begin : begin + chunk.num_rows].expand_as(keys), keys
+        self.missing = self.is_missing.as_strided(*window)[:, :, None, None] if self.layout.causal else None
 
     def read(self) -> Tensor:
         """`[K, N, A]`, 0 where there is no pair."""
@@ -317,21 +356,23 @@ def _sides(
     groups: int,
     layout: PairLayout,
 ) -> tuple[_Side, _Side]:
+    """Queries and keys, with the groups that their rows are in."""
+    of_rows = _Groups(layout, query.device)
     shared = num_heads // groups
     width = (key if key_bank is None else key_bank).shape[-1] // shared
     first = tokens_first(query)
     return (
-        _Side(first, query_bank, layout, True, (shared, groups, width)),
-        _Side(first if key is query else tokens_first(key), key_bank, layout, False, (shared, 1, width)),
+        _Side(first, query_bank, layout, True, (shared, groups, width), of_rows),
+        _Side(first if key is query else tokens_first(key), key_bank, layout, False, (shared, 1, width), of_rows),
     )
 
 
 def _chunks(sides: Sequence[_Side], layout: PairLayout) -> tuple[tuple[ColumnShift, tuple[Chunk, ...]], ...]:
-    """The chunks for the widest tensor of these sides."""
-    widest = max(
-        max(side.size, side.shape[0] * side.shape[1] * side.shape[2]) * side.tokens.element_size() for side in sides
-    )
-    return chunks(layout, sides[0].batch * widest, CHUNK_BYTES)
+    """The chunks for the widest rows of these sides, and for the larger of their matrices."""
+    widest = max(max(side.size, prod(side.shape)) for side in sides)
+    largest = max(0 if side.bank is None else prod(side.bank.shape[1:]) for side in sides)
+    element = sides[0].tokens.element_size()
+    return chunks(layout, sides[0].batch * widest * element, largest * element, CHUNK_BYTES)
 
 
 def _scores(
@@ -344,13 +385,12 @@ def _scores(
     allocate = query.new_zeros if layout.causal else query.new_empty
     square = _Square(allocate(layout.num_queries, layout.num_tokens, batch * num_heads, dtype=wide), layout, num_heads)
     for shift, parts in _chunks(sides, layout):
+        query_side.groups.start_shift(shift, batch)
         for one in (*sides, square):
             one.start_shift(shift)
         for chunk in parts:
-            of_chunk = _Groups(chunk, query_side.rows_of_one)
-            query_side.start_chunk(chunk, of_chunk)
-            key_side.start_chunk(chunk, of_chunk)
-            square.start_chunk(chunk)
+            for one in (query_side.groups, query_side, key_side, square):
+                one.start_chunk(chunk)
             one, other = (key_side, query_side) if query_bank is None else (query_side, key_side)
             product = one.project_times(other.project())
             square.write(product.sum(-1, dtype=wide).flatten(2))
@@ -380,13 +420,12 @@ def _scores_backward(
             side.start_gradients()
     for shift, parts in _chunks(sides, layout):
         square.start_shift(shift)
+        query_side.groups.start_shift(shift, query_side.batch)
         for side, need in needed:
             side.start_shift(shift, need)
         for chunk in parts:
-            of_chunk = _Groups(chunk, query_side.rows_of_one)
-            query_side.start_chunk(chunk, of_chunk)
-            key_side.start_chunk(chunk, of_chunk)
-            square.start_chunk(chunk)
+            for one in (query_side.groups, query_side, key_side, square):
+                one.start_chunk(chunk)
             weights = square.read().unflatten(-1, (key_side.shape[0], groups, 1))
             if need_query:
                 query_side.accumulate(key_side.project_times(weights))
@@ -410,29 +449,23 @@ def _scores_backward(
 
 def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: PairLayout, groups: int = 1) -> Tensor:
     batch, num_heads = probabilities.shape[:2]
-    features = value_bank.shape[-1] * groups
-    key_side = _Side(
-        tokens_first(value),
-        value_bank,
-        layout,
-        False,
-        (num_heads // groups, 1, features // num_heads),
-    )
+    features, own_heads = value_bank.shape[-1] * groups, num_heads // groups
+    size, of_rows = features // num_heads, _Groups(layout, value.device)
+    key_side = _Side(tokens_first(value), value_bank, layout, False, (own_heads, 1, size), of_rows)
     # Where the sums of a query are added up.
     output = value.new_empty(layout.num_queries, batch, features)
-    query_side = _Side(output, None, layout, True, (num_heads // groups, groups, features // num_heads))
+    query_side = _Side(output, None, layout, True, (own_heads, groups, size), of_rows)
     query_side.start_gradients()
     square = _Square(_pairs_first(probabilities, value.dtype), layout, num_heads)
     for shift, parts in _chunks((key_side, query_side), layout):
         square.start_shift(shift)
+        query_side.groups.start_shift(shift, query_side.batch)
         key_side.start_shift(shift)
         query_side.start_shift(shift, True)
         for chunk in parts:
-            of_chunk = _Groups(chunk, query_side.rows_of_one)
-            query_side.start_chunk(chunk, of_chunk)
-            key_side.start_chunk(chunk, of_chunk)
-            square.start_chunk(chunk)
-            weights = square.read().unflatten(-1, (num_heads // groups, groups, 1))
+            for one in (query_side.groups, query_side, key_side, square):
+                one.start_chunk(chunk)
+            weights = square.read().unflatten(-1, (own_heads, groups, 1))
             query_side.accumulate(key_side.project_times(weights))
         query_side.end_shift()
     output = query_side.token_gradient.transpose(0, 1)
