@@ -110,8 +110,10 @@ ON_A_GPU = {
     "basis_kernel": (call("basis", device=CUDA), "basis_kernel", "one CUDA kernel"),
     "basis-dropout": (call("basis", device=CUDA, drops=True), "basis", "dropout"),
     "basis-distance-and-cache": (call("basis", PairLayout.for_text(9, 9, 0), CUDA, cached=True), "basis", "a cache"),
-    "wide-heads": (call(device=CUDA)._replace(head_size=512), "streamed", "one pass"),
-    "far-text": (call("full", WIDE_TEXT, CUDA)._replace(head_size=512), "grouped", "far pairs"),
+    "wide-heads": (call(device=CUDA)._replace(head_size=512), "grouped_gemm", "512 features are larger"),
+    "far-text": (call("full", WIDE_TEXT, CUDA)._replace(head_size=512), "grouped_gemm", "512 features are larger"),
+    "double-low-rank": (call("low_rank", TEXT, CUDA)._replace(dtype=torch.float64), "grouped_gemm", "not torch.float64"),
+    "convolution-pairs": (call("convolution", device=CUDA, masked=True, hides_pairs=True), "grouped_gemm", "a mask hides pairs"),
     "local_kernel": (call(layout=FAR_TEXT, device=CUDA), "local_kernel", "a CUDA kernel"),
     "local_kernel-insisted": (call(layout=FAR_TEXT, device=CUDA, wish=TRITON), "local_kernel", "a CUDA kernel"),
     "local_kernel-image": (call(layout=FAR_IMAGE, device=CUDA, wish=TRITON), "local_kernel", "a CUDA kernel"),
@@ -121,7 +123,8 @@ ON_A_GPU = {
     "local_kernel-rotated": (call(layout=WIDE_IMAGE, device=CUDA, rotated=True), "local_kernel", "a CUDA kernel"),
     "local-double": (call(layout=FAR_TEXT, device=CUDA)._replace(dtype=torch.float64), "local", "not torch.float64"),
     "local-dropout": (call(layout=FAR_TEXT, device=CUDA, drops=True), "pair_kernels", "CUDA kernels"),
-    "shared-dropout": (call(layout=FAR_IMAGE, device=CUDA, drops=True), "grouped", "dropout"),
+    "shared-dropout": (call(layout=FAR_IMAGE, device=CUDA, drops=True), "grouped_gemm", "far offsets share one matrix"),
+    "rotated-text-dropout": (call(layout=FAR_TEXT, device=CUDA, drops=True, rotated=True), "grouped_gemm", "is rotated"),
     "shared-basis-dropout": (call("basis", FAR_IMAGE, CUDA, drops=True), "basis", "dropout"),
     "rotated-dropout": (call(layout=FAR_IMAGE, device=CUDA, drops=True, rotated=True), "reference", "no other path rotates"),
     "step": (call(layout=STEP, device=CUDA, cached=True), "decode", "one new token"),
@@ -176,9 +179,18 @@ def test_an_older_triton_has_no_kernel_for_near_pairs(gpu):
         choose_path(call(layout=FAR_TEXT, device=CUDA, wish=TRITON, rotated=True))
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_a_mask_that_hides_tokens_of_a_wide_window_takes_the_square(device, gpu):
-    assert choose_path(call(layout=WIDE_IMAGE, device=device, masked=True)).path == "grouped"
+@pytest.mark.parametrize(("device", "path"), [(CPU, "grouped"), (CUDA, "grouped_gemm")], ids=["cpu", "gpu"])
+def test_a_mask_that_hides_tokens_of_a_wide_window_takes_the_square(device, path, gpu):
+    assert choose_path(call(layout=WIDE_IMAGE, device=device, masked=True)).path == path
+
+
+@pytest.mark.parametrize("layout", [IMAGE, TEXT], ids=["image", "text"])
+def test_switched_off_kernels_leave_a_gpu_large_products(layout, gpu):
+    gpu.setenv(dispatch.VARIABLE, "0")
+    assert choose_path(call(layout=layout, device=CUDA)) == (
+        "grouped_gemm",
+        "products of many offsets at a time; no CUDA kernel: they are not asked for",
+    )
 
 
 def test_switched_off_others_take_the_place_of_local(monkeypatch):

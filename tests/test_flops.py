@@ -278,7 +278,7 @@ def test_pair_kernels_count_as_the_grouped_pairs(kernels):
     }
     for name, arguments in calls.items():
         totals = set()
-        for prefix in ("", "triton_"):
+        for prefix in ("", "gemm_", "triton_"):
             with FlopCounterMode(display=False) as counter:
                 kernels(f"{prefix}{name}")(*arguments)
             totals.add(counter.get_total_flops())

@@ -340,9 +340,12 @@ def operator_calls():
         tensor(2, 2, 4, 7, 3, dtype=None),
         tensor(4, 7, 7, dtype=None),
     )
+    scores, values = (tokens, tokens, query_bank, own_bank, 6, packed), (pairs, tokens, own_bank, 3, packed)
     return {
-        "pair_scores": (tokens, tokens, query_bank, own_bank, 6, packed),
-        "pair_values": (pairs, tokens, own_bank, 3, packed),
+        "pair_scores": scores,
+        "pair_values": values,
+        "gemm_pair_scores": scores,
+        "gemm_pair_values": values,
         "streamed_attention": (tokens, tokens, tokens, query_bank, own_bank, own_bank, 6, 0.5, packed),
         "basis_scores": (query, keys, weights),
         "basis_values": (pairs, keys, weights),

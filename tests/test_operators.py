@@ -18,6 +18,7 @@ from small_layers import (
     relative_error,
     run,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution.modeling.mixers.masks import AttentionMask
 from translution.modeling.mixers.translution import TranslutionMixer
@@ -295,3 +296,29 @@ def test_a_second_copy_of_the_code_leaves_the_operators_of_the_first():
     assert registration.operator("pair_scores").default is held
     assert_close_in_rounding(first(query, key, None, bank, 2, layout), expected)
     assert_close_in_rounding(second(query, key, None, bank, 2, layout), expected)
+
+
+class Called(TorchDispatchMode):
+    """Notes the names of PyTorch's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_rows_that_overlap_are_taken_by_one_call_on_a_cpu_alone(device):
+    """A GPU computes the tensors of such a list at once: of rows that overlap it keeps what was written last."""
+    rows = torch.zeros(5, 2, device=device)
+    targets, parts = [rows[:3], rows[1:4]], [torch.ones(3, 2, device=device) for _ in range(2)]
+    with Called() as called:
+        offset_blocks.add_each(targets, parts)
+        offset_blocks.add_weighted_each(targets, parts, parts)
+        offset_blocks.maximum_each(targets, parts)
+    assert any(name.startswith("_foreach") for name in called.names) == (device == "cpu")
+    if device == "cpu":
+        assert rows[:, 0].tolist() == [2, 4, 4, 2, 0]

@@ -14,13 +14,14 @@
 | | `basis` | `basis.py` | a basis |
 | | `pair_kernels` | `triton_pairs.py` | the CUDA kernels can serve; neither rotated nor shared far offsets |
 | | `reference` | `reference.py` | images whose projections by a bank are rotated |
+| | `grouped_gemm` | `grouped_gemm.py` | everything else on a GPU |
 | | `streamed` | `streamed.py` | full Translution, not rotated, nothing masked, no attention dropout, no cached tokens, in text no pairs as far as the distance |
 | | `grouped` | `grouped.py` | everything else |
 | attention, relative bias | `reference` | the mixer | `attn_implementation="eager"`, or attention weights are asked for; relative bias in an exported model |
 | | `sdpa` | PyTorch | everything else |
 | relative vectors | `products` | the mixer | always |
 | convolution | `window` | the mixer | text with a cache, or whose mask hides pairs |
-| | `grouped`, exported `gathered` | `grouped.py` | an image whose mask hides pairs |
+| | `grouped`, on a GPU `grouped_gemm`, exported `gathered` | `grouped.py`, `grouped_gemm.py` | an image whose mask hides pairs |
 | | `conv` | PyTorch | everything else |
 
 The CUDA kernels can serve tensors on a GPU in float32, bfloat16 or float16 where Triton is installed. `attn_implementation="auto"`,
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from . import basis, decode, gathered, grouped, reference
+from . import basis, decode, gathered, grouped, grouped_gemm, reference
 from .exporting import is_exporting, say_what_serves
 from .local import local_attention
 from .pair_layout import PairLayout, StepLayout
@@ -57,6 +58,8 @@ FORBID, INSIST = ("0", "false", "off", "no"), ("1", "true", "on", "yes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A head is never split between programs.
 MAX_HEAD_SIZE = 256
+# Where starting an operation takes about as long as one offset's part of it: many offsets are taken at a time.
+GEMM_DEVICES = ("cuda",)
 # Off, `grouped` takes the place of `streamed`: a switch for tests.
 STREAM = True
 # Off, the paths that treat all pairs alike take the place of `local`.
@@ -181,6 +184,8 @@ def _choose_path(call: Call) -> Choice:
         return Choice("pair_kernels", "the CUDA kernels serve")
     if call.rotated and not call.layout.causal:
         return Choice("reference", "no other path rotates what banks project")
+    if call.device.type in GEMM_DEVICES:
+        return Choice("grouped_gemm", f"products of many offsets at a time; no CUDA kernel: {obstacle}")
     obstacle = _streaming_obstacle(call)
     return Choice("grouped", obstacle) if obstacle else Choice("streamed", "one pass, and no square of scores")
 
@@ -200,7 +205,9 @@ def _convolution(call: Call) -> Choice:
         return Choice("window", "a cache or a mask of pairs decides which tokens are in the window")
     if call.hides_pairs:
         reason = "a mask hides pairs, which a convolution of PyTorch cannot tell apart"
-        return Choice("gathered" if is_exporting() else "grouped", reason)
+        if is_exporting():
+            return Choice("gathered", reason)
+        return Choice("grouped_gemm" if call.device.type in GEMM_DEVICES else "grouped", reason)
     return Choice("conv", "PyTorch's convolution")
 
 
@@ -242,7 +249,14 @@ def pair_operators(path: str) -> Any:
     """What has `pair_scores` and `pair_values`, see `reference.py`, of a path that holds the square of scores."""
     if path == "pair_kernels":
         return kernels()
-    return {"reference": reference, "decode": decode, "gathered": gathered, "basis": basis, "grouped": grouped}[path]
+    return {
+        "reference": reference,
+        "decode": decode,
+        "gathered": gathered,
+        "basis": basis,
+        "grouped": grouped,
+        "grouped_gemm": grouped_gemm,
+    }[path]
 
 
 def local_operator(path: str) -> Callable[..., Tensor]:

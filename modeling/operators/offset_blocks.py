@@ -12,6 +12,7 @@ Legend: `B` batch, `L` tokens, `A` heads, `e` bank output size per head, `w` col
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -109,10 +110,10 @@ def at(columns: Tensor, places: tuple[tuple[int, int], ...]) -> list[Tensor]:
     return [columns.narrow(0, start, size) for start, size in places]
 
 
-# One call for a list of tensors; they may overlap in the first argument, and are taken in turn.
+# The targets are rows that may overlap.
 def add_each(targets: list[Tensor], parts: list[Tensor]) -> None:
-    """Adds each part to its target."""
-    if targets[0].dtype == parts[0].dtype:
+    """Adds each part to its target, one after the other."""
+    if _in_turn(targets, parts):
         torch._foreach_add_(targets, parts)
     else:
         for target, part in zip(targets, parts, strict=True):
@@ -120,12 +121,26 @@ def add_each(targets: list[Tensor], parts: list[Tensor]) -> None:
 
 
 def add_weighted_each(targets: list[Tensor], parts: list[Tensor], weights: list[Tensor]) -> None:
-    """Adds each part times its weight to its target."""
-    if targets[0].dtype == parts[0].dtype:
+    """Adds each part times its weight to its target, one after the other."""
+    if _in_turn(targets, parts):
         torch._foreach_addcmul_(targets, parts, weights)
     else:
         for target, part, weight in zip(targets, parts, weights, strict=True):
             target += part * weight
+
+
+def maximum_each(targets: list[Tensor], parts: list[Tensor]) -> None:
+    """Sets each target to the larger of it and its part, one after the other."""
+    if _in_turn(targets, parts):
+        torch._foreach_maximum_(targets, parts)
+    else:
+        for target, part in zip(targets, parts, strict=True):
+            torch.maximum(target, part, out=target)
+
+
+def _in_turn(targets: Sequence[Tensor], parts: Sequence[Tensor]) -> bool:
+    """Whether one call for these lists takes them one after the other. A GPU computes them at once, and what overlaps gets lost."""
+    return targets[0].device.type == "cpu" and targets[0].dtype == parts[0].dtype
 
 
 class Heads:
@@ -344,6 +359,7 @@ __all__ = [
     "blocks",
     "columns_of",
     "make_sides",
+    "maximum_each",
     "put_columns",
     "tokens_first",
     "workspace",

@@ -29,6 +29,7 @@ from .offset_blocks import (
     blocks,
     columns_of,
     make_sides,
+    maximum_each,
     put_columns,
     tokens_first,
     workspace,
@@ -132,7 +133,7 @@ def _forward(
                 heads.inner_products(*((k, q) if query.bank is None else (q, k)), product, out)
             scores *= scale
             old, running_max_rows = running_max.clone(), at(running_max, places)
-            torch._foreach_maximum_(running_max_rows, scores.split(sizes))
+            maximum_each(running_max_rows, scores.split(sizes))
             decay = old.sub_(running_max).exp_()
             scores.sub_(torch.cat(running_max_rows)).exp_()
             add_each(at(running_sum.mul_(decay), places), scores.split(sizes))
