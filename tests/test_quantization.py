@@ -352,6 +352,11 @@ def test_a_quantised_classifier_is_evaluated(quantised_pictures, capsys):
         script.main([*ALONE, *options])
         found = evaluated(options[-1])["eval_loss"]
         assert found == pytest.approx(evaluated("out")["eval_loss"], rel=64 * torch.finfo(torch.float32).eps)
+    # Where options would make a model of another shape, that is said, and what helps.
+    arguments = [*ALONE, "--train_dir", "pictures", "--image_size", "8", "--patch_size", "4", "--output_dir", "small"]
+    with pytest.raises(ValueError, match=r"in small are those of another model .* `--model_name_or_path small`"):
+        script.main(arguments)
+    script.main([*arguments, "--model_name_or_path", "small"])
     Path("out/predictions.csv").unlink()
     predict = ["--do_eval", "false", "--test_dir", "pictures", "--output_dir", "out", "--model_name_or_path", "small"]
     script.main([*ALONE, *predict])

@@ -20,12 +20,19 @@ def load_weights(model: PreTrainedModel, folder: Path):
     """Loads the weights in a folder into a model.
 
     Raises:
-        ValueError: if some are missing; further ones as `from_pretrained` and `load_state_dict`.
+        ValueError: if some are missing, or they are those of a model of another shape; further ones as `from_pretrained`.
     """
     saved, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(
             f"The weights in {folder} must be all, {', '.join(sorted(report['missing_keys']))} is missing."
+        )
+    weights, own = ({name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} for one in (saved, model))
+    if weights != own:
+        name = sorted(name for name, _ in weights.items() ^ own.items())[0]
+        raise ValueError(
+            f"The weights in {folder} are those of another model than the options describe: {name} has the shape "
+            f"{weights.get(name)} there, and would have {own.get(name)}. `--model_name_or_path {folder}` takes the shape from there."
         )
     model.load_state_dict(saved.state_dict())
 
