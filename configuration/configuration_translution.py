@@ -339,6 +339,12 @@ class TranslutionConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_layer_type(self):
         """Transformers would refuse a kind of cache that it does not know; there is nothing else to check."""
 
+    @property
+    def longest_text(self) -> int | None:
+        """The largest number of tokens of a text; None where far pairs share a matrix, and no position is absolute."""
+        bounded = self.max_relative_distance is None or self.use_absolute_position_embeddings
+        return self.max_position_embeddings if bounded else None
+
     def validate_architecture(self):
         """Checks ranges and contradictions between fields; types are checked on assignment."""
         self.name_each_mixer()

@@ -357,6 +357,10 @@ def local_table() -> str:
 # Training
 
 
+# What tests ran with two processes on a CPU, as small models: mixers of the table, by how processes divide them.
+RUN_BY_TWO = {"FSDP2": ("full, kv",), "heads shared": ("local", "LoR 8, kv", "full, kv")}
+
+
 def memory_table() -> str:
     """What parameters take of each GPU in training, by size, mixer and number of GPUs."""
     # Those of the CSV, by their names there; the rest was not run.
@@ -375,15 +379,16 @@ def memory_table() -> str:
             model = unallocated(config)
             cells = [f"{model.num_parameters() / 1e6:,.1f} M", gigabytes(bytes_alone(model))]
             for gpus in (2, 8):
-                cells.append(gigabytes(bytes_fully_sharded(model, gpus)))
-                shared = "–"
+                sizes = {"FSDP2": bytes_fully_sharded(model, gpus)}
                 if config.num_attention_heads % gpus == 0:
-                    shared = gigabytes(bytes_tensor_parallel(config, gpus))
-                cells.append(shared)
+                    sizes["heads shared"] = bytes_tensor_parallel(config, gpus)
+                for way, mixers_run in RUN_BY_TWO.items():
+                    double = " ‡" if gpus == 2 and way in sizes and mixer in mixers_run else ""
+                    cells.append(f"{gigabytes(sizes[way])}{double}" if way in sizes else "–")
             mark = " †" if size == "tiny" and mixer in run else ""
             lines.append([size, f"{mixer}{mark}", *cells])
     columns = ["size", "mixer", "parameters", "1 GPU"]
-    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in ("FSDP2", "heads shared")]
+    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in RUN_BY_TWO]
     return markdown(columns, lines, texts=2)
 
 

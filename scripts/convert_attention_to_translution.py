@@ -19,6 +19,7 @@ from typing import Any
 from common.atomic_folder import check_output, written_whole
 from common.command import ArgumentParser, require_least, run_command
 from common.saved_files import CARD, RUN, check_model_name, copy_licenses, write_json
+from common.saved_models import PREPROCESSORS, find_file, has_preprocessor
 from training.model_card import LICENSE, origin_of, write_model_card
 from transformers import (
     AutoConfig,
@@ -28,7 +29,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from translution import TranslutionForCausalLM, TranslutionForImageClassification
 from translution.configuration.configuration_translution import FAR_OFFSETS, RELATIVE_PROJECTIONS
@@ -37,15 +37,7 @@ from translution.modeling.models.trunks import family_of
 
 MODELS = {"image": TranslutionForImageClassification, "text": TranslutionForCausalLM}
 TASKS = {"image": "image-classification", "text": "text-generation"}
-# What turns data into tokens, its name, and the files that it is loaded from, each of which may be the only one.
-PROCESSORS = {
-    "image": (AutoImageProcessor, "image processor", ("preprocessor_config.json", "processor_config.json")),
-    "text": (
-        AutoTokenizer,
-        "tokenizer",
-        ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"),
-    ),
-}
+PROCESSORS = {"image": AutoImageProcessor, "text": AutoTokenizer}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -97,17 +89,17 @@ def convert(
 
 def load_processor(model: str, modality: str, **where: Any) -> PreTrainedTokenizerBase | BaseImageProcessor | None:
     """The tokenizer or image processor of a model; without one, None and a printed line."""
-    processor_class, name, files = PROCESSORS[modality]
     # Asked first: of a model type that has one class of tokenizers, an empty tokenizer would be loaded.
-    if any(find(model, file, **where) is not None for file in files):
-        return processor_class.from_pretrained(model, **where)
+    if has_preprocessor(model, modality, **where):
+        return PROCESSORS[modality].from_pretrained(model, **where)
+    name, files = PREPROCESSORS[modality]
     print(f"{model} has no {name}, the converted model has none either: there is no {' or '.join(files)}", flush=True)
     return None
 
 
 def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict[str, Any]:
     """What the card of the converted model says of where it is from."""
-    data = origin_of(find(model, CARD, **where))
+    data = origin_of(find_file(model, CARD, **where))
     # A folder's name is no name on the Hub, and what it holds may be from there.
     base = data.get("base_model") if Path(model).is_dir() else model
     return {
@@ -119,11 +111,6 @@ def run_of(model: str, modality: str, command: str | None, **where: Any) -> dict
         "command": command,
         "date": date.today().isoformat(),
     }
-
-
-def find(model: str, file: str, **where: Any) -> str | None:
-    """A file of a model, if it has that."""
-    return cached_file(model, file, _raise_exceptions_for_missing_entries=False, **where)
 
 
 def build_parser() -> ArgumentParser:

@@ -29,6 +29,7 @@ import run_image_classification
 import torch
 import transformers
 from common.atomic_folder import written_whole
+from common.canvas import PLACEMENTS
 from common.command import ArgumentParser, run_command
 from common.hardware import hardware
 from common.saved_files import RUN, read_json, write_json
@@ -36,7 +37,6 @@ from datasets import Dataset
 from studies.demo_report import draw, print_report
 from studies.settings import DYNAMIC, SETTINGS
 from studies.variants import STUDIES, model_fields
-from training.canvas import PLACEMENTS
 from training.image_data import digits_dataset
 from training.model_card import write_model_card
 from training.output_folder import LEFT_BEHIND, RUN_ARGUMENTS

@@ -6,6 +6,7 @@
 
 The file takes images as `pixel_values`, or texts as `input_ids`, of any batch size and length, and computes
 logits in float32. It is written only if they are the model's for inputs of other sizes than it was exported with.
+It takes no mask: texts of a batch have one length, or are padded on the right, where no token sees the padding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from translution import TranslutionConfig
 # The largest error of a logit, relative to the largest logit: float32 sums in another order.
 BOUND = 1e-5
 REPEATS = 5
-# Of texts for the checks, where neither the model's positions nor its distances ask for another.
+# Of texts for the checks, beside the distances on both sides, where the model does not take that many tokens.
 LENGTH = 64
 
 
@@ -156,16 +157,21 @@ def make_inputs(config: TranslutionConfig) -> list[Tensor]:
     if config.modality == "image":
         sizes = (config.num_channels, *config.image_height_width)
         return [torch.randn(batch, *sizes, generator=generator) for batch in batches]
-    if config.max_position_embeddings < 3:
+    longest = longest_tried(config)
+    if longest < 3:
         raise ValueError(f"`max_position_embeddings` must be at least 3, got {config.max_position_embeddings}.")
-    # Longer than twice the largest distance, so that there are pairs beyond it.
-    longest = min(config.max_position_embeddings, LENGTH + 2 * (config.max_relative_distance or 0))
     middle = max(2, longest // 2)
     lengths = (middle, max(1, middle // 4), longest)
     return [
         torch.randint(config.vocab_size, (batch, length), generator=generator)
         for batch, length in zip(batches, lengths, strict=True)
     ]
+
+
+def longest_tried(config: TranslutionConfig) -> int:
+    """Tokens of the longest text of the checks: more than twice the largest distance, so that there are pairs beyond it."""
+    length = LENGTH + 2 * (config.max_relative_distance or 0)
+    return length if config.longest_text is None else min(config.longest_text, length)
 
 
 def largest_error(found: Tensor, expected: Tensor) -> float:
@@ -223,7 +229,8 @@ def export(model: PreTrainedModel, name: str, output: Path) -> tuple[float, tupl
 
 def describe_input(config: TranslutionConfig) -> str:
     if config.modality == "text":
-        return f"int64 [batch, length], tried up to {config.max_position_embeddings} tokens"
+        most = "of any length" if config.longest_text is None else f"of at most {config.longest_text} tokens"
+        return f"int64 [batch, length], {most} (tried up to {longest_tried(config)})"
     sizes = ", ".join(str(size) for size in (config.num_channels, *config.image_height_width))
     return f"float32 [batch, {sizes}], as the image processor makes them"
 
@@ -252,6 +259,8 @@ def main(arguments: Sequence[str]):
     print(f"batch of one: {model_time:.2f} ms by the model, {file_time:.2f} ms by the file")
     name = model.main_input_name
     print(f"to run it, with `{name}` of {describe_input(model.config)}:")
+    if model.config.modality == "text":
+        print("it takes no mask: give texts of one length, or pad them on the right and leave out the logits there")
     for line in FORMATS[options.format].usage:
         print("    " + line.format(file=str(output), input=name))
 

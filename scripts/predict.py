@@ -19,18 +19,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.canvas import Canvas
 from common.command import ArgumentParser, run_command
 from common.pictures import FORMATS, PICTURE_ENDINGS, open_picture, pictures_below, read_picture
 from common.saved_files import as_json, write_whole
-from common.saved_models import damage, load_model
+from common.saved_models import PREPROCESSORS, damage, load_model, require_preprocessor
 from common.tables import as_csv
 from PIL import Image, UnidentifiedImageError
 from transformers import Pipeline, PreTrainedModel, pipeline, set_seed
 from transformers.utils import logging
 
 
-# Task of the pipeline, and preprocessor.
-TASKS = {"image": ("image-classification", "image_processor"), "text": ("text-generation", "tokenizer")}
+# Of the pipeline.
+TASKS = {"image": "image-classification", "text": "text-generation"}
 # Columns of the rows, by the task.
 FIELDS = {"image-classification": ("file", "label", "probability"), "text-generation": ("prompt", "continuation")}
 
@@ -48,9 +49,11 @@ def load(name: str, revision: str | None = None) -> Pipeline:
 
 def with_preprocessor(model: PreTrainedModel, name: str, revision: str | None = None) -> Pipeline:
     """The pipeline of a model that is loaded, and of the processor or tokenizer that is saved with it; errors as `load`."""
-    task, preprocessor = TASKS[model.config.modality]
-    with damage(f"the {preprocessor.replace('_', ' ')} of {name}"):
-        return pipeline(task, model, revision=revision, **{preprocessor: name})
+    modality = model.config.modality
+    require_preprocessor(name, modality, revision)
+    preprocessor, _ = PREPROCESSORS[modality]
+    with damage(f"the {preprocessor} of {name}"):
+        return pipeline(TASKS[modality], model, revision=revision, **{preprocessor.replace(" ", "_"): name})
 
 
 def classify(
@@ -58,13 +61,16 @@ def classify(
 ) -> Iterator[list[dict[str, Any]]]:
     """For each picture a row for each of its most likely classes, best first, with `FIELDS`.
 
+    A model that was trained on a canvas sees the picture on it, where an evaluation places it.
+
     Raises:
         FileNotFoundError: if a picture is missing.
-        ValueError: if a file is no picture.
+        ValueError: if a file is no picture, or it is larger than the canvas.
     """
+    canvas = Canvas.of(classifier.image_processor)
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        found = classifier([load_picture(path) for path in batch], top_k=top_k, batch_size=batch_size)
+        found = classifier([load_picture(path, canvas) for path in batch], top_k=top_k, batch_size=batch_size)
         for path, classes in zip(batch, found, strict=True):
             # The name of a file need not be UTF-8, which everything here is written in.
             name = path.encode(errors="backslashreplace").decode()
@@ -86,10 +92,10 @@ def expand(inputs: Sequence[str]) -> list[str]:
     return pictures
 
 
-def load_picture(path: str) -> Image.Image:
-    """The picture of a file, or of standard input for `-`; errors as `classify`."""
+def load_picture(path: str, canvas: Canvas | None = None) -> Image.Image:
+    """The picture of a file, or of standard input for `-`, on a canvas if there is one; errors as `classify`."""
     try:
-        return read_picture(sys.stdin.buffer if path == "-" else path)
+        picture = read_picture(sys.stdin.buffer if path == "-" else path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"there is no picture {path!r}; the model classifies pictures, and is not asked in words"
@@ -99,6 +105,10 @@ def load_picture(path: str) -> Image.Image:
     # A damaged file, of which Pillow raises whatever its decoders do.
     except Exception as error:
         raise ValueError(f"the picture {path!r} cannot be read: {error}") from error
+    try:
+        return picture if canvas is None else canvas.place(picture)
+    except ValueError as error:
+        raise ValueError(f"the picture {path!r} cannot be used: {error}") from error
 
 
 def is_picture(path: str) -> bool:

@@ -43,8 +43,10 @@ def model_config(args: ModelArguments, block: BlockArguments, **of_tokenizer: An
     return new_config(args, decided, {})
 
 
-def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model of the tokenizer's vocabulary whose positions a block fits in.
+def load_model(
+    args: ModelArguments, block: BlockArguments, tokenizer: PreTrainedTokenizerBase, trains: bool = True
+) -> PreTrainedModel:
+    """A model of the tokenizer's vocabulary whose positions a block fits in, to train or only to evaluate.
 
     Raises:
         ValueError: for options that contradict each other, the config, or the checkpoint.
@@ -54,12 +56,11 @@ def load_model(args: ModelArguments, block: BlockArguments, tokenizer: PreTraine
         model = TranslutionForCausalLM(model_config(args, block, vocab_size=len(tokenizer), **tokens))
     else:
         refuse_new_model_options(args)
-        model = load_checkpoint(AutoModelForCausalLM, args)
+        model = load_checkpoint(AutoModelForCausalLM, args, trains)
     config = model.config
     if len(tokenizer) > config.vocab_size:
         raise ValueError(f"`vocab_size` must be at least the tokenizer's {len(tokenizer)}, got {config.vocab_size}.")
-    bounded = config.max_relative_distance is None or config.use_absolute_position_embeddings
-    if bounded and (block.block_size or 0) > config.max_position_embeddings:
+    if config.longest_text is not None and (block.block_size or 0) > config.longest_text:
         reason = (
             "its table of absolute positions ends there"
             if config.use_absolute_position_embeddings
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str]):
     checkpoint = run.start()
     with training.main_process_first(desc="training the tokenizer"):
         tokenizer = load_tokenizer(block_args, run.model, train, run.folder / LEFT_BEHIND)
-    model = load_model(run.model, block_args, tokenizer)
+    model = load_model(run.model, block_args, tokenizer, training.do_train)
     length = block_args.block_size or model.config.max_position_embeddings
     tokenizer.model_max_length = length
     packer = Packer(tokenizer, length)

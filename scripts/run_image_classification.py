@@ -10,23 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from common.canvas import PLACEMENTS, Canvas
 from common.command import run_command
 from common.saved_files import write_whole
+from common.saved_models import require_preprocessor
 from common.tables import as_csv
 from datasets import IterableDataset
 from predict import FIELDS, classify, expand
 from predict import load as load_classifier
 from training.arguments import ModelArguments, new_config, refuse_new_model_options
 from training.augmentation import AugmentationArguments, ImageBatch, ImageSamples, ImageStream, ImageTransform
-from training.canvas import PLACEMENTS, Canvas
 from training.data_arguments import ImageDataArguments
 from training.image_data import load_images, with_classes
 from training.loading import AnyDataset, require_folder
 from training.metrics import CONFUSION, evaluation_metrics, image_metrics, likeliest_classes
-from training.output_folder import lasting_options
 from training.run import Run
 from training.trainer import ImageTrainer
 from training.weights import load_checkpoint
@@ -101,9 +100,9 @@ def model_config(args: ModelArguments, image: ImageArguments, **labels: Any) -> 
 
 
 def load_model(
-    args: ModelArguments, image: ImageArguments, names: list[str] | None
+    args: ModelArguments, image: ImageArguments, names: list[str] | None, trains: bool = True
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A model whose classes are `names`, for None those of the checkpoint, and its image processor.
+    """A model to train, or only to evaluate, whose classes are `names`, for None the checkpoint's, and its image processor.
 
     Raises:
         ValueError: for options that contradict each other, the config, or the checkpoint.
@@ -122,9 +121,12 @@ def load_model(
             image_mean=image.image_mean,
             image_std=image.image_std,
         )
+        if image.canvas is not None:
+            image.canvas.keep_in(processor)
         return TranslutionForImageClassification(config), processor
     refuse_new_model_options(args)
-    model = load_checkpoint(AutoModelForImageClassification, args, **labels)
+    model = load_checkpoint(AutoModelForImageClassification, args, trains, **labels)
+    require_preprocessor(args.model_name_or_path, "image", args.model_revision)
     processor = AutoImageProcessor.from_pretrained(
         args.model_name_or_path,
         revision=args.model_revision or "main",
@@ -135,14 +137,11 @@ def load_model(
     if image.image_size is not None and image.image_size != model.config.image_size:
         model.model.resize_image([image.image_size, image.image_size])
         processor.size = {"height": image.image_size, "width": image.image_size}
+    if image.canvas is not None:
+        image.canvas.keep_in(processor)
+    elif image.image_size is not None:
+        Canvas.remove_from(processor)
     return model, processor
-
-
-def canvas_of(folder: Path) -> Canvas | None:
-    """The canvas that a run in a folder was trained on, if any."""
-    lasting = lasting_options(folder)
-    size, placement = lasting.get("canvas_size"), lasting.get("placement")
-    return None if size is None else Canvas(size, placement or PLACEMENTS[0])
 
 
 def samples(data: AnyDataset | None, transform: ImageTransform, seed: int | None) -> ImageSamples | ImageStream | None:
@@ -151,26 +150,28 @@ def samples(data: AnyDataset | None, transform: ImageTransform, seed: int | None
     return (ImageStream if isinstance(data, IterableDataset) else ImageSamples)(data, transform, seed)
 
 
-def pictures_to_predict(folder: str | None, canvas: Canvas | None) -> list[str]:
+def pictures_to_predict(folder: str | None) -> list[str]:
     """The pictures in `test_dir` and below it.
 
     Raises:
         FileNotFoundError: if it is no folder.
-        ValueError: if it has no pictures, or they would have to be placed on a canvas.
+        ValueError: if it has no pictures.
     """
     if folder is None:
         return []
     require_folder(folder, "test_dir")
-    if canvas is not None:
-        raise ValueError(
-            f"`test_dir` needs whole canvases and no `canvas_size`, got {folder} and {canvas.canvas_size}."
-        )
     return expand([folder])
 
 
-def write_predictions(run: Run, model: str, pictures: Sequence[str]) -> None:
-    """Writes `predictions.csv`: of each picture the file, the likeliest class and its probability."""
-    classes = classify(load_classifier(model), pictures, top_k=1, batch_size=run.training.per_device_eval_batch_size)
+def write_predictions(run: Run, model: str, pictures: Sequence[str], canvas: Canvas | None) -> None:
+    """Writes `predictions.csv`: of each picture, placed on a canvas if there is one, the file, the likeliest class and its
+    probability.
+    """
+    classifier = load_classifier(model)
+    if canvas is not None:
+        # Evaluation may place pictures otherwise than training did.
+        canvas.keep_in(classifier.image_processor)
+    classes = classify(classifier, pictures, top_k=1, batch_size=run.training.per_device_eval_batch_size)
     rows = [row for found in classes for row in found]
     write_whole(run.folder / PREDICTIONS, as_csv(FIELDS["image-classification"], rows).encode())
     print(f"{len(rows)} pictures classified: {run.folder / PREDICTIONS}", flush=True)
@@ -179,22 +180,21 @@ def write_predictions(run: Run, model: str, pictures: Sequence[str]) -> None:
 def main(arguments: Sequence[str]):
     run = parse(arguments)
     data_args, training, (image_args, augmentation) = run.data, run.training, run.others
-    pictures = pictures_to_predict(data_args.test_dir, image_args.canvas)
+    pictures = pictures_to_predict(data_args.test_dir)
     train = evaluation = None
     # A saved model has its classes, and needs none to classify.
     if not (pictures and run.only_evaluates and not training.do_eval):
         with training.main_process_first(desc="reading the pictures"):
             train, evaluation = load_images(data_args, training.do_eval, not run.only_evaluates)
     checkpoint = run.start()
-    canvas = image_args.canvas
-    if run.only_evaluates and canvas is None:
-        canvas = canvas_of(Path(run.model.model_name_or_path))
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=training.seed, buffer_size=data_args.shuffle_buffer)
-    model, processor = load_model(run.model, image_args, None if train is None else train.features["label"].names)
+    names = None if train is None else train.features["label"].names
+    model, processor = load_model(run.model, image_args, names, training.do_train)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     if train is None and evaluation is not None:
         evaluation = with_classes(evaluation, names, "model")
+    canvas = Canvas.of(processor)
     transform = ImageTransform(processor, augmentation, canvas)
     metrics = image_metrics(len(names)) if training.do_train else evaluation_metrics(names, run.folder / CONFUSION)
     trainer = ImageTrainer(
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str]):
     run.finish(trainer, checkpoint)
     if pictures and trainer.is_world_process_zero():
         saved = run.folder if training.do_train else checkpoint or run.model.model_name_or_path
-        write_predictions(run, str(saved), pictures)
+        write_predictions(run, str(saved), pictures, canvas)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("sweep", type=Path, help="YAML file of the table's rows")
     parser.add_argument("--output_dir", type=Path, help="folder of the runs and of the table")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="some rows, by name; all of them if not given")
-    parser.add_argument("--estimate", action="store_true", help="print estimated hours on one H100, and train nothing")
+    parser.add_argument(
+        "--estimate", action="store_true", help="print estimated hours on one H100 or H200, and train nothing"
+    )
     args = parser.parse_args(arguments)
     if args.output_dir is None and not args.estimate:
         parser.error("--output_dir must be given, unless with --estimate")
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
         hours = [(row.name, str(len(row.seeds)), f"{sweep.hours(row):.2g}") for row in rows]
         print(markdown(["name", "runs", "hours"], hours))
         print(
-            f"Estimated, not measured: counted operations at {SHARE:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s in bfloat16 "
+            f"Estimated, not measured: counted operations at {SHARE:.0%} of the {PEAK / 1e12:.0f} TFLOP/s of an H100 or H200 in bfloat16 "
             f"(`--bf16 true`), and {TRANSLUTION_SHARE:.0%} for Translution's own operators. A lower bound: reading data, for one, is left out."
         )
         return

@@ -1,16 +1,20 @@
 """Pictures on a larger canvas: where they lie, when they move, and what the training script makes of the options."""
 
+import csv
 import importlib
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
+import predict
 import pytest
 import torch
+from common.canvas import Canvas
 from PIL import Image
 from torch.utils.data import DataLoader
-from training.canvas import Canvas
 from training.digits import digits_split
-from transformers import ViTImageProcessorPil
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 
 datasets = pytest.importorskip("datasets")
@@ -139,15 +143,119 @@ def test_options_that_are_refused(fields, words):
         script.ImageArguments(**fields)
 
 
-def test_a_run_on_a_canvas(tmp_path, monkeypatch, capsys):
-    """The model and its processor are as large as the canvas, and the static model is evaluated on dynamic pictures."""
+@pytest.mark.parametrize(("width", "height"), [(8, 8), (4, 11), (13, 13), (14, 8), (1, 20)])
+def test_a_processor_keeps_a_canvas(width, height, tmp_path):
+    """Saved and loaded it is the same canvas; by itself the processor puts a picture in the middle, and keeps its size."""
+    canvas = Canvas(SIZE, "dynamic")
+    processor = ViTImageProcessorPil(size={"height": 5, "width": 5}, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    assert Canvas.of(processor) is None
+    canvas.keep_in(processor)
+    processor.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert Canvas.of(loaded) == canvas
+    picture = Image.new("RGB", (width, height), (200, 200, 200))
+    pixels = np.asarray(loaded(images=picture)["pixel_values"][0])
+    assert pixels.shape == (3, SIZE, SIZE)
+    rows, columns = (np.flatnonzero(pixels[0].any(axis)) for axis in (1, 0))
+    for filled, size in ((rows, height), (columns, width)):
+        assert len(filled) == min(size, SIZE)
+        # Where there is no middle, one side has a pixel more.
+        assert abs(filled[0] - (SIZE - 1 - filled[-1])) <= 1
+    Canvas.remove_from(loaded)
+    assert Canvas.of(loaded) is None
+    resized = np.asarray(loaded(images=picture)["pixel_values"][0])
+    np.testing.assert_allclose(resized, np.full_like(resized, 200 / 255), rtol=1e-6)
+
+
+@pytest.fixture
+def digit_pictures(tmp_path, monkeypatch):
+    """A folder of digits of three classes."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for index, row in enumerate(digits(24)):
         path = tmp_path / "pictures" / f"class {row['label']}" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         row["image"].save(path)
-    options = ["--train_dir", tmp_path / "pictures", "--canvas_size", "16", "--patch_size", "8", "--max_steps", "2"]
-    options += ["--config_overrides", SMALL, "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
+    return tmp_path / "pictures"
+
+
+SHORT = ["--config_overrides", SMALL, "--save_strategy", "no", "--use_cpu", "true", "--disable_tqdm", "true"]
+
+
+def accuracy_and_loss(rows):
+    """Of predictions of all classes of pictures, each in a folder of the name of its class."""
+    likeliest, losses = {}, {}
+    for row in rows:
+        path = Path(row["file"])
+        likeliest.setdefault(path, row["label"] == path.parent.name)
+        if row["label"] == path.parent.name:
+            losses[path] = -np.log(row["probability"])
+    assert likeliest.keys() == losses.keys()
+    return np.mean(list(likeliest.values())), np.mean(list(losses.values()))
+
+
+@pytest.mark.parametrize("placement", ["static", "dynamic"])
+def test_the_command_at_the_end_gives_what_was_evaluated(placement, digit_pictures, tmp_path, monkeypatch, capsys):
+    """Of pictures that are smaller than the canvas; those of predictions are placed as those of the evaluation."""
+    monkeypatch.chdir(tmp_path)
+    canvas = ["--canvas_size", "16", "--patch_size", "4", "--placement", placement, "--learning_rate", "0.01"]
+    data = ["--train_dir", "pictures", "--validation_dir", "pictures", "--test_dir", "pictures"]
+    script.main([*SHORT, *canvas, *data, "--max_steps", "20", "--output_dir", "runs/one"])
+    command = shlex.split(capsys.readouterr().out.split("To use it:\n")[1].splitlines()[0])
+    assert command == ["python", "scripts/predict.py", "runs/one", "picture.png"]
+    results = json.loads(Path("runs/one/eval_results.json").read_text())
+
+    def check(rows):
+        accuracy, loss = accuracy_and_loss(rows)
+        assert accuracy == results["eval_accuracy"]
+        # In float32, from the same pixels in batches of other sizes.
+        assert loss == pytest.approx(results["eval_loss"], rel=1e-5)
+
+    predict.main([*command[2:-1], "pictures", "--top_k", "3", "--batch_size", "5", "--json", "rows.json"])
+    rows = json.loads(Path("rows.json").read_text())
+    check(rows)
+    # `--test_dir` and an evaluation of the saved model alone say the same.
+    likeliest = {row["file"]: row for row in reversed(rows)}
+    for again in ([], ["--do_train", "false", "--validation_dir", "pictures", "--output_dir", "runs/one"]):
+        if again:
+            script.main([*again, "--test_dir", "pictures", "--use_cpu", "true", "--disable_tqdm", "true"])
+            results = json.loads(Path("runs/one/evaluation_results.json").read_text())
+            check(rows)
+        with open("runs/one/predictions.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                assert row["label"] == likeliest[row["file"]]["label"]
+                assert float(row["probability"]) == pytest.approx(likeliest[row["file"]]["probability"], rel=1e-5)
+        Path("runs/one/predictions.csv").unlink()
+    # Whole canvases stay as they are, and what is larger is refused.
+    Image.new("RGB", (17, 16)).save("large.png")
+    words = (
+        r"the picture 'large.png' cannot be used: `canvas_size` must be .* got 16 × 16 pixels for a picture of 16 × 17"
+    )
+    with pytest.raises(ValueError, match=words):
+        predict.main(["runs/one", "large.png"])
+
+
+def test_a_model_is_trained_further_on_its_canvas(digit_pictures, tmp_path):
+    """Unless it is told another size: then it has another canvas, or none, and so has its processor."""
+    data = ["--train_dir", str(digit_pictures), "--max_steps", "1"]
+    first = [*SHORT, *data, "--canvas_size", "16", "--patch_size", "8", "--placement", "dynamic"]
+    script.main([*first, "--output_dir", str(tmp_path / "first")])
+    for options, canvas, size in (
+        ([], Canvas(16, "dynamic"), 16),
+        (["--canvas_size", "24"], Canvas(24, "static"), 24),
+        (["--image_size", "8"], None, 8),
+    ):
+        tuned = ["--model_name_or_path", str(tmp_path / "first"), "--output_dir", str(tmp_path / "tuned"), *options]
+        script.main([*SHORT[2:], *data, *tuned, "--overwrite_output_dir", "true"])
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "tuned")
+        assert Canvas.of(processor) == canvas
+        assert processor.do_resize == (canvas is None)
+        assert processor(images=Image.new("RGB", (8, 8)))["pixel_values"][0].shape == (3, size, size)
+        predict.main([str(tmp_path / "tuned"), str(digit_pictures)])
+
+
+def test_a_run_on_a_canvas(digit_pictures, tmp_path):
+    """The model and its processor are as large as the canvas, and the static model is evaluated on dynamic pictures."""
+    options = ["--train_dir", digit_pictures, "--canvas_size", "16", "--patch_size", "8", "--max_steps", "2", *SHORT]
 
     def run(name, *arguments):
         script.main([*map(str, options), "--output_dir", str(tmp_path / name), *map(str, arguments)])

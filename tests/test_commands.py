@@ -128,6 +128,21 @@ def test_a_model_that_is_not_there_is_a_folder_that_is_not_there(script, tmp_pat
     assert line.startswith("error: `model_name_or_path`: there is no folder 'nowhere'")
 
 
+def test_a_folder_without_what_makes_inputs(tmp_path, data, capsys):
+    """The error is about the folder and its file; Transformers' own is about the Hub."""
+    model = image_model(tmp_path / "model", 10)
+    line = last_line("run_image_classification", [*data, "--model_name_or_path", str(model)], capsys)
+    assert line.startswith(f"error: the folder {model} has no image processor: there is no preprocessor_config.json")
+    config = TranslutionConfig(modality="text", vocab_size=260, max_position_embeddings=24, **TINY)
+    TranslutionForCausalLM(config).save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat")
+    arguments = ["--train_file", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "run")]
+    line = last_line("run_clm", [*arguments, "--model_name_or_path", str(tmp_path / "words")], capsys)
+    assert line.startswith(
+        f"error: the folder {tmp_path / 'words'} has no tokenizer: there is no tokenizer_config.json"
+    )
+
+
 @pytest.mark.parametrize("script", ["predict", "run_image_classification"])
 def test_a_pickle_that_cannot_be_read(script, tmp_path, data, capsys):
     model = image_model(tmp_path / "model", 10)

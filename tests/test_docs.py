@@ -14,8 +14,13 @@ from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 
+import distributed_worker
 import pytest
+import timm_stand_in
+import torch
 import yaml
+
+import translution
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +35,7 @@ LINKED = {**PAGES, "modeling/README.md": ROOT / "modeling" / "README.md"}
 # Above blocks that are not run, and what in such a block shows that it cannot be.
 NOT_RUN = {
     "<!-- not run: needs the Hub -->": "user/name",
+    # It runs below, with a stand-in for timm.
     "<!-- not run: needs timm -->": "import timm",
     # These run in `test_journeys.py`, after the commands that make what they need.
     "<!-- not run: needs runs/pictures -->": "runs/pictures/",
@@ -68,6 +74,22 @@ def test_python_blocks_run(name, tmp_path, monkeypatch, caplog):
             assert sign in code, f"{name}, line {line}: a block that is not run has {sign!r}"
     # What Transformers warns of, such as a `num_labels` that is not the number of names, is not to be shown as the way.
     assert "incompatible" not in caplog.text
+
+
+def test_a_block_of_timm_runs(monkeypatch):
+    """docs/layer.md's last block, in a Vision Transformer that calls its attention as timm's does."""
+    monkeypatch.setitem(sys.modules, "timm", timm_stand_in)
+    (code,) = (code for _, code, sign in blocks(PAGES["docs/layer.md"], "python") if sign == "import timm")
+    namespace = {"torch": torch, "nn": torch.nn, "TranslutionAttention": translution.TranslutionAttention}
+    exec(compile(code, "docs/layer.md", "exec"), namespace)
+    model, logits = namespace["model"], namespace["logits"]
+    assert logits.shape == (2, 10)
+    layers = [block.attn.layer for block in model.blocks]
+    assert {type(layer) for layer in layers} == {translution.TranslutionAttention}
+    # The grid is right: tokens of another number would be refused.
+    assert [layer.grid_size for layer in layers] == [(14, 14)] * 2
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @each_page
@@ -220,6 +242,20 @@ def test_every_table_is_in_a_page():
     # Each marker of a beginning has its end.
     for page in tables.PAGES:
         assert read(page).count("<!-- table: ") == read(page).count("<!-- end of table -->")
+
+
+def test_the_memory_table_marks_what_tests_run(tmp_path):
+    """‡ is at what two processes do in `test_distributed.py`, and nowhere else."""
+    mixers = {"full": "full, kv", "local": "local", "lor": "LoR 8, kv", "attention": "attention"}
+    shared = {mixers.get(name.split("-")[1]) for name in distributed_worker.TENSOR_PARALLEL} - {None}
+    assert {"fsdp-image", "fsdp-text"} <= distributed_worker.cases(tmp_path).keys()
+    run = {"2 GPUs, FSDP2": {"full, kv"}, "2 GPUs, heads shared": shared}
+    text = read(DOCS / "training.md").split("<!-- table: memory -->")[1].split("<!-- end of table -->")[0]
+    header, *rows = cells(text)
+    for _, mixer, *values in (row for row in rows if row[0] != "---"):
+        for column, value in zip(header[2:], values, strict=True):
+            expected = mixer.removesuffix(" †") in run.get(column, ()) and value != "–"
+            assert value.endswith("‡") == expected, (mixer, column)
 
 
 def test_a_changed_figure_is_found():

@@ -23,24 +23,27 @@ TOLERANCE = 2 * export.BOUND
 
 
 @torch.no_grad()
-def reference_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+def reference_logits(model: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """Of the readable implementation in float64, whatever the dtype of the saved weights."""
     model = model.double()
     model.set_attn_implementation("eager")
     if inputs.is_floating_point():
         inputs = inputs.double()
-    return model(**{model.main_input_name: inputs}).logits
+    return model(**{model.main_input_name: inputs}, **({} if mask is None else {"attention_mask": mask})).logits
 
 
-def assert_close(found: Tensor, model: nn.Module, inputs: Tensor) -> None:
-    expected = reference_logits(model, inputs)
+def assert_close(found: Tensor, model: nn.Module, inputs: Tensor, mask: Tensor | None = None) -> None:
+    """Also of texts with a mask `[batch, length]`, where it is 1."""
+    expected = reference_logits(model, inputs, mask)
     assert found.dtype == torch.float32
+    if mask is not None:
+        found, expected = found[mask.bool()], expected[mask.bool()]
     assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def printed_code(capsys) -> str:
+def code_of(printed: str) -> str:
     """The lines of Python at the end of what the command prints."""
-    return "\n".join(line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("    "))
+    return "\n".join(line.strip() for line in printed.splitlines() if line.startswith("    "))
 
 
 def fails(capsys, *arguments: str) -> str:
@@ -65,8 +68,10 @@ def test_images_to_onnx(tmp_path, monkeypatch, capsys):
     model = make_model("image", "local-shared", dtype=torch.bfloat16)
     model.save_pretrained("runs/digits")
     export.main(["runs/digits", "--format", "onnx"])
+    printed = capsys.readouterr().out
+    assert "mask" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.onnx", "runs"]
-    code = printed_code(capsys)
+    code = code_of(printed)
     for batch in (1, 4):
         pixels = torch.randn(batch, 3, 12, 10)
         names = {"pixel_values": pixels.numpy()}
@@ -77,13 +82,53 @@ def test_images_to_onnx(tmp_path, monkeypatch, capsys):
 def test_texts_to_a_program_that_needs_torch_alone(text_model, tmp_path, capsys):
     export.main(["words", "--format", "exported_program", "--output", "new/words.pt2"])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["words.pt2"]
-    tokens = torch.randint(19, (4, 40))
-    torch.save(tokens, "tokens.pt")
-    script = ["import sys, torch", "input_ids = torch.load('tokens.pt')", printed_code(capsys)]
+    printed = capsys.readouterr().out
+    # More than the 40 positions, since its distances have an end. Texts of several lengths are padded on the right.
+    assert "it takes no mask: give texts of one length, or pad them on the right" in printed
+    tokens, mask = torch.randint(19, (4, 90)), torch.ones(4, 90, dtype=torch.long)
+    mask[0, 7:], mask[2, 50:] = 0, 0
+    torch.save(tokens * mask, "tokens.pt")
+    script = ["import sys, torch", "input_ids = torch.load('tokens.pt')", code_of(printed)]
     script += ["torch.save(logits, 'logits.pt')"]
     script += ["sys.exit('transformers' in sys.modules or 'translution' in sys.modules)"]
     subprocess.run([sys.executable, "-c", "\n".join(script)], check=True, cwd=tmp_path)
-    assert_close(torch.load("logits.pt"), text_model, tokens)
+    assert_close(torch.load("logits.pt"), text_model, tokens, mask)
+
+
+@pytest.mark.parametrize(("variant", "name"), [("local-rotary", "onnx"), ("full-clamped", "torchscript")])
+def test_texts_beyond_the_positions(variant, name, tmp_path, monkeypatch, capsys):
+    """Where far pairs share a matrix and no position is absolute, a text may be longer than `max_position_embeddings`."""
+    if name == "onnx":
+        pytest.importorskip("onnxruntime", reason="pip install translution[onnx]")
+    monkeypatch.chdir(tmp_path)
+    model = make_model("text", variant, max_position_embeddings=10, num_hidden_layers=1)
+    model.save_pretrained("words")
+    export.main(["words", "--format", name])
+    printed = capsys.readouterr().out
+    tried = export.LENGTH + 2 * model.config.max_relative_distance
+    assert f"`input_ids` of int64 [batch, length], of any length (tried up to {tried}):" in printed
+    run = export.FORMATS[name].read(next(tmp_path.glob(f"words{export.FORMATS[name].suffix}")))
+    # Beyond what the command tries, too.
+    tokens = torch.randint(19, (2, 2 * tried))
+    assert_close(run(tokens), model, tokens)
+
+
+def test_texts_that_end_where_the_positions_do(tmp_path, monkeypatch, capsys):
+    """What is said is what was tried, and how much a model takes."""
+    monkeypatch.chdir(tmp_path)
+    for most, tried in ((40, 40), (100, export.LENGTH)):
+        model = make_model("text", "full-kv", max_position_embeddings=most)
+        model.save_pretrained("words")
+        lengths, make_inputs = [], export.make_inputs
+        monkeypatch.setattr(
+            export,
+            "make_inputs",
+            lambda config, make=make_inputs, seen=lengths: [seen.append(x.shape[1]) or x for x in make(config)],
+        )
+        export.main(["words", "--format", "torchscript"])
+        monkeypatch.setattr(export, "make_inputs", make_inputs)
+        assert max(lengths) == tried
+        assert f"[batch, length], of at most {most} tokens (tried up to {tried}):" in capsys.readouterr().out
 
 
 def test_a_converted_model_to_torchscript(tmp_path, monkeypatch, capsys):
@@ -93,7 +138,7 @@ def test_a_converted_model_to_torchscript(tmp_path, monkeypatch, capsys):
     converted = TranslutionForCausalLM.from_attention("source", max_relative_distance=3)
     converted.save_pretrained("converted")
     export.main(["converted", "--format", "torchscript"])
-    code = printed_code(capsys)
+    code = code_of(capsys.readouterr().out)
     for shape in ((1, 32), (4, 1)):
         names = {"input_ids": torch.randint(19, shape)}
         exec(code, names)

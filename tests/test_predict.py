@@ -145,10 +145,15 @@ def test_errors_say_what_is_wrong(classifier, writer, tmp_path, capsys):
     empty.mkdir()
     assert "config.json" in fails(capsys, str(empty), "x")
     (Path(classifier) / "preprocessor_config.json").unlink()
-    assert "preprocessor_config.json" in fails(capsys, classifier, str(tmp_path / "note.png"))
+    assert fails(capsys, classifier, str(tmp_path / "whole.png")) == (
+        f"error: the folder {classifier} has no image processor: there is no preprocessor_config.json or "
+        "processor_config.json\n"
+    )
     for tokenizer_file in Path(writer).glob("tokenizer*"):
         tokenizer_file.unlink()
-    assert "tokenizer" in fails(capsys, writer, "the")
+    assert fails(capsys, writer, "the").startswith(
+        f"error: the folder {writer} has no tokenizer: there is no tokenizer_config.json or tokenizer.json or "
+    )
 
 
 @pytest.mark.parametrize(

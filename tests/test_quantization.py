@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import csv
 import importlib.util
+import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close_in_rounding
 from common.command import run_command
 from common.offset_matrices import describe_banks
+from PIL import Image
 from safetensors.torch import load_file
 from small_models import AUTO, assert_rejected, make_config, make_inputs, make_model, make_tokenizer
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoImageProcessor, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from translution import TranslutionForCausalLM, quantize_int8
 from translution.modeling.mixers.mixer import Mixer
@@ -270,3 +276,133 @@ def test_perplexity_is_that_of_each_token(words, monkeypatch):
     sizes = [rows[kind]["weight_bytes"] for kind in quantize.KINDS]
     assert sizes[0] == 2 * sizes[1]
     assert sizes[2] < sizes[1]
+
+
+# Evaluation of what the command wrote
+
+
+TINY = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,head_dim=8,intermediate_size=16"
+SHORT = f"--config_overrides {TINY} --max_steps 4 --save_strategy no --disable_tqdm true --use_cpu true".split()
+ALONE = ["--do_train", "false", "--disable_tqdm", "true", "--use_cpu", "true"]
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """Imports a training script; what it prepares of the data is kept in the test's folder, as everything else."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return importlib.import_module
+
+
+def evaluated(folder: str) -> dict[str, float]:
+    return json.loads(Path(folder, "evaluation_results.json").read_text(encoding="utf-8"))
+
+
+def mean_loss(model: nn.Module, inputs: dict[str, torch.Tensor], targets: torch.Tensor) -> float:
+    """Of the readable implementation in float64."""
+    logits = reference_logits(model, inputs)
+    return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten()).item()
+
+
+@pytest.fixture
+def quantised_pictures(scripts, tmp_path):
+    """Pictures of two classes, and a classifier of them in 8 bits."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("day", "night")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = random.integers(0, 120, (8, 8, 3), dtype=np.uint8) + 120 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pictures" / name / f"{index}.png")
+    options = ["--train_dir", "pictures", "--image_size", "8", "--patch_size", "4", "--output_dir", "whole"]
+    scripts("run_image_classification").main([*SHORT, *options])
+    quantize.main(["whole", "--output", "small"])
+    return scripts("run_image_classification")
+
+
+def test_a_quantised_classifier_is_evaluated(quantised_pictures, capsys):
+    script = quantised_pictures
+    test = [*ALONE, "--validation_dir", "pictures", "--test_dir", "pictures", "--do_predict", "true"]
+    script.main([*test, "--model_name_or_path", "small", "--output_dir", "out"])
+    model, processor = AUTO["image"].from_pretrained("small"), AutoImageProcessor.from_pretrained("small")
+    paths = sorted(Path("pictures").glob("*/*.png"))
+    inputs = processor([Image.open(path) for path in paths], return_tensors="pt")
+    labels = torch.tensor([model.config.label2id[path.parent.name] for path in paths])
+    # A loss in float32 from weights that are the same numbers.
+    assert evaluated("out")["eval_loss"] == pytest.approx(mean_loss(model, inputs, labels), rel=1e-5)
+    classes = reference_logits(model, inputs).argmax(-1)
+    assert evaluated("out")["eval_accuracy"] == (classes == labels).double().mean()
+    with open("out/predictions.csv", newline="", encoding="utf-8") as file:
+        rows = {row["file"]: row["label"] for row in csv.DictReader(file)}
+    assert rows == {str(path): model.config.id2label[int(index)] for path, index in zip(paths, classes, strict=True)}
+    # Where it lies, and of the training's data, the same; without data that have classes predictions alone.
+    for options in (
+        ["--validation_dir", "pictures", "--output_dir", "small"],
+        [
+            "--validation_dir",
+            "pictures",
+            "--train_dir",
+            "pictures",
+            "--model_name_or_path",
+            "small",
+            "--output_dir",
+            "o",
+        ],
+    ):
+        script.main([*ALONE, *options])
+        found = evaluated(options[-1])["eval_loss"]
+        assert found == pytest.approx(evaluated("out")["eval_loss"], rel=64 * torch.finfo(torch.float32).eps)
+    # Where options would make a model of another shape, that is said, and what helps.
+    arguments = [*ALONE, "--train_dir", "pictures", "--image_size", "8", "--patch_size", "4", "--output_dir", "small"]
+    with pytest.raises(ValueError, match=r"in small are those of another model .* `--model_name_or_path small`"):
+        script.main(arguments)
+    script.main([*arguments, "--model_name_or_path", "small"])
+    Path("out/predictions.csv").unlink()
+    predict = ["--do_eval", "false", "--test_dir", "pictures", "--output_dir", "out", "--model_name_or_path", "small"]
+    script.main([*ALONE, *predict])
+    with open("out/predictions.csv", newline="", encoding="utf-8") as file:
+        assert rows == {row["file"]: row["label"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("options", [[], ["--freeze_layers", "1"], ["--image_size", "16"]], ids=" ".join)
+def test_a_quantised_classifier_is_not_trained(quantised_pictures, options, capsys):
+    arguments = [
+        "--train_dir",
+        "pictures",
+        "--model_name_or_path",
+        "small",
+        "--output_dir",
+        "out",
+        "--use_cpu",
+        "true",
+    ]
+    with pytest.raises(SystemExit):
+        run_command(quantised_pictures.main, [*arguments, *options])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: `model_name_or_path` must be a model in floating point numbers, small is quantised")
+    assert "quantise the result by scripts/quantize.py" in line
+    assert "`--do_train false`" in line
+
+
+def test_a_quantised_language_model_is_evaluated_and_not_trained(scripts, tmp_path, capsys):
+    script = scripts("run_clm")
+    Path("text.txt").write_text("the cat sat on a mat and saw a dog " * 30)
+    options = ["--train_file", "text.txt", "--block_size", "16", "--vocab_size", "280"]
+    script.main([*SHORT, *options, "--output_dir", "whole"])
+    quantize.main(["whole", "--output", "small"])
+    script.main([*ALONE, "--validation_file", "text.txt", "--model_name_or_path", "small", "--output_dir", "out"])
+    model, tokenizer = AUTO["text"].from_pretrained("small"), AutoTokenizer.from_pretrained("small")
+    ids = tokenizer(Path("text.txt").read_text())["input_ids"] + [tokenizer.eos_token_id]
+    blocks = [torch.tensor([ids[start : start + 16]]) for start in range(0, len(ids), 16)]
+    losses = [
+        (mean_loss(model, {"input_ids": one[:, :-1]}, one[:, 1:]), one.numel() - 1)
+        for one in blocks
+        if one.numel() > 1
+    ]
+    expected = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+    assert evaluated("out")["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    with pytest.raises(SystemExit):
+        run_command(
+            script.main, ["--train_file", "text.txt", "--model_name_or_path", "small", "--output_dir", "tuned"]
+        )
+    assert "small is quantised, and its integers cannot be trained" in capsys.readouterr().err.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,14 @@ def test_every_sweep_is_understood(path):
             assert (trained.options["placement"], one.options["placement"]) == ("static", "dynamic")
 
 
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_recipes_of_tables_say_where_figures_are_and_what_they_cost(path):
+    comment = " ".join(re.findall("^# (.*)$", (path.parents[1] / path.name).read_text(encoding="utf-8"), re.MULTILINE))
+    assert re.search(r"For the paper's (accuracy|perplexity) see its tables\.", comment)
+    assert re.search(r"on one H100 or H200, which compute equally fast, .*at least .* not measured", comment)
+    assert f"`sweeps/{path.name}`" in comment
+
+
 def test_hours_are_those_of_counted_operations(write, capsys):
     length, width, inner, vocabulary = 6, 8, 16, 19
     fields = {**MODEL, "hidden_size": width, "intermediate_size": inner, "mixer_types": "rope_attention"}
@@ -206,9 +215,10 @@ def test_hours_are_those_of_counted_operations(write, capsys):
     assert others > 0
 
     sweep.main([write({**FILE, "options": {**OPTIONS, "max_steps": 10**12}}), "--estimate"])
-    hours = [
-        line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith(("| rotary", "| full"))
-    ]
+    printed = capsys.readouterr().out
+    hours = [line.split(" | ") for line in printed.splitlines() if line.startswith(("| rotary", "| full"))]
+    assert "989 TFLOP/s of an H100 or H200" in printed
+    assert "A lower bound" in printed
     rotary, full, evaluated = (float(cells[2].strip(" |")) for cells in hours)
     # Two seeds of attention cost less than one of Translution.
     assert 0 == evaluated < rotary / 2 < full

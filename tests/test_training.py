@@ -534,7 +534,6 @@ def test_pictures_to_classify(scripts, images, pictures, tmp_path):
         (["--preset", "distant"], "`preset` must be None or one of 'local', got 'distant'"),
         (["--do_predict", "true"], "`do_predict` needs a folder of pictures, `test_dir`, got None"),
         (["--test_dir", str(tmp_path / "nowhere")], "`test_dir` must be a folder, got .*nowhere"),
-        (["--test_dir", str(new), "--canvas_size", "8"], "`test_dir` needs whole canvases"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=word):
             images(*arguments, *options, name="other")

@@ -533,11 +533,10 @@ class TranslutionModel(TranslutionPreTrainedModel):
     ) -> PairLayout | StepLayout:
         config, new = self.config, inputs_embeds.shape[1]
         past = 0 if cache is None else cache.get_seq_length()
-        bounded = config.max_relative_distance is None or config.use_absolute_position_embeddings
         # A static cache counts in a tensor. Looking at it would break a compiled step, which `generate` bounds by itself.
-        if bounded and not torch.compiler.is_compiling():
+        if config.longest_text is not None and not torch.compiler.is_compiling():
             length = int(past) + new if packed is None else packed.longest
-            if length > config.max_position_embeddings:
+            if length > config.longest_text:
                 raise ValueError(
                     f"A text must have at most `max_position_embeddings` {config.max_position_embeddings} tokens, got {length}."
                 )
@@ -690,8 +689,8 @@ class TranslutionForCausalLM(FromAttention, TranslutionPreTrainedModel, Generati
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # A compiled step cannot look at its position: texts that may outgrow the bank are not compiled, and checked.
-        bounded = self.config.max_relative_distance is None or self.config.use_absolute_position_embeddings
-        if bounded and generation_config.max_length - 1 > self.config.max_position_embeddings:
+        longest = self.config.longest_text
+        if longest is not None and generation_config.max_length - 1 > longest:
             return False
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 

@@ -1,4 +1,4 @@
-"""Saved models with a head, loaded by name; what does not fit is refused."""
+"""Saved models with a head, and what makes their inputs, loaded by name; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import cached_file
 
 import translution  # noqa: F401 (registers the Auto classes)
 from common.saved_files import check_model_name, misshapen
@@ -16,6 +17,11 @@ from common.saved_files import check_model_name, misshapen
 AUTO_CLASSES = {
     "TranslutionForImageClassification": AutoModelForImageClassification,
     "TranslutionForCausalLM": AutoModelForCausalLM,
+}
+# By the modality what makes inputs of data, and the files that it is loaded from, each of which may be the only one.
+PREPROCESSORS = {
+    "image": ("image processor", ("preprocessor_config.json", "processor_config.json")),
+    "text": ("tokenizer", ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")),
 }
 
 
@@ -48,6 +54,27 @@ def load_model(name: str, revision: str | None = None, **options: Any) -> PreTra
     )
     require_whole(name, report)
     return model
+
+
+def find_file(name: str, file: str, revision: str | None = None) -> str | None:
+    """The path of a file of a model, a folder or a name on the Hub; None if the model does not have it."""
+    return cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def has_preprocessor(name: str, modality: str, revision: str | None = None) -> bool:
+    """Whether a model, a folder or a name on the Hub, has its image processor or tokenizer."""
+    return any(find_file(name, file, revision) is not None for file in PREPROCESSORS[modality][1])
+
+
+def require_preprocessor(name: str, modality: str, revision: str | None = None) -> None:
+    """Raises a `FileNotFoundError` that names the files, for a model without its image processor or tokenizer.
+
+    Transformers would take the folder for a name on the Hub, or load a tokenizer without words.
+    """
+    if not has_preprocessor(name, modality, revision):
+        what, files = PREPROCESSORS[modality]
+        where = f"the folder {name}" if os.path.isdir(name) else name
+        raise FileNotFoundError(f"{where} has no {what}: there is no {' or '.join(files)}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionFo
 from translution.modeling.operators.registration import namespace
 
 
-# Operations per second of an H100 SXM with dense matrices in bfloat16, from its data sheet.
+# Operations per second of an H100 SXM with dense matrices in bfloat16, from its data sheet; an H200 has the same, and more memory.
 PEAK = 989e12
 # Shares of it that are assumed: what well-tuned training of Transformers reaches, and less for Translution's own operators, whose
 # kernels have not been timed on a GPU.

@@ -15,11 +15,11 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from common.canvas import PLACEMENTS
 from common.hardware import hardware
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from training.canvas import PLACEMENTS
 from training.digits import DigitCanvases, digits_split
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 

@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from common.canvas import Canvas
 from common.command import require
 from common.pictures import as_rgb, read_picture
 from datasets.utils.file_utils import xopen
@@ -25,7 +26,6 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import BaseImageProcessor
 
-from training.canvas import Canvas
 from training.streams import endless
 
 
@@ -102,8 +102,7 @@ class ImageTransform:
     Args:
         processor: resizes, rescales and normalises.
         args: what to do in training.
-        canvas: what pictures are placed on before everything else. Without a seed the place depends on the picture alone:
-            neither the order, nor how the pictures are divided among processes, nor the seed of a training changes it.
+        canvas: what pictures are placed on before everything else; without a seed where the picture alone says.
     """
 
     def __init__(self, processor: BaseImageProcessor, args: AugmentationArguments, canvas: Canvas | None = None):
@@ -118,9 +117,9 @@ class ImageTransform:
             ValueError: if the picture is larger than the canvas.
         """
         if self.canvas is not None:
-            of_picture = zlib.crc32(picture.tobytes()) if seed is None else seed
             # Other numbers than those of the augmentation.
-            picture = self.canvas.place(picture, np.random.default_rng(seed_of("place", of_picture)))
+            random = None if seed is None else np.random.default_rng(seed_of("place", seed))
+            picture = self.canvas.place(picture, random)
         if seed is not None:
             picture = self.augment(picture, seed)
         return torch.as_tensor(np.asarray(self.processor(images=picture)["pixel_values"][0]))

@@ -9,13 +9,12 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+from common.canvas import Canvas
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from training.canvas import Canvas
 
 
 DIGIT_SIZE = 8

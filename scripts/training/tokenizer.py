@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.atomic_folder import written_whole
+from common.saved_models import require_preprocessor
 from datasets import IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -31,6 +32,8 @@ def load_tokenizer(
     name = args.tokenizer_name or model.model_name_or_path
     if name is not None:
         revision = model.model_revision if args.tokenizer_name is None else None
+        if args.tokenizer_name is None:
+            require_preprocessor(name, "text", revision)
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=model.trust_remote_code
         )

@@ -17,7 +17,7 @@ from common.command import require
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from training.averaging import WeightAverage, restore_weights, save_weights
@@ -43,9 +43,10 @@ class WholeCheckpointTrainer(Trainer):
     trained lies beside them there.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, **kwargs: Any):
         try:
-            super().__init__(*args, **kwargs)
+            with contextlib.nullcontext() if args.do_train else _as_if_not_quantised(model):
+                super().__init__(model, args, **kwargs)
         except RuntimeError as error:
             # `report_to` names a package that is not installed.
             raise ValueError(str(error)) from error
@@ -174,6 +175,20 @@ class WholeCheckpointTrainer(Trainer):
                 share_code(partial, folder)
         if self.args.should_save:
             finish_saving(folder)
+
+
+@contextlib.contextmanager
+def _as_if_not_quantised(model: PreTrainedModel) -> Iterator[None]:
+    """The Trainer refuses quantised models when it is made, for they cannot be trained; evaluation is like that of any model."""
+    quantised = getattr(model, "is_quantized", False)
+    if not quantised:
+        yield
+        return
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantised
 
 
 class ImageTrainer(WholeCheckpointTrainer):
