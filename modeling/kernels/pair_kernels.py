@@ -677,9 +677,12 @@ def bank_gradient_kernel(
     low_y, high_y = _shared(column_offset, least, most, max_column_distance)
     if (row_offset != low_x) | (column_offset != low_y):
         return
-    place = output + row * C * OUT + inner[:, None] * OUT + features[None, :]
+    output += row * C * OUT
     mask = (inner < C)[:, None] & (features < OUT)[None, :]
-    total = tl.load(place, mask=mask, other=0.0) if ADD else tl.zeros((BLOCK_C, BLOCK_OUT), WIDE)
+    if ADD:
+        total = tl.load(output + inner[:, None] * OUT + features[None, :], mask=mask, other=0.0)
+    else:
+        total = tl.zeros((BLOCK_C, BLOCK_OUT), WIDE)
 
     rows = tl.arange(0, ROWS)
     step_entry, step_pair = ROWS % batch, ROWS // batch
@@ -719,7 +722,7 @@ def bank_gradient_kernel(
                 x += step_pair // columns + (y >= columns).to(tl.int32)
                 entry = tl.where(entry >= batch, entry - batch, entry)
                 y = tl.where(y >= columns, y - columns, y)
-    tl.store(place, total, mask=mask)
+    tl.store(output + inner[:, None] * OUT + features[None, :], total, mask=mask)
 
 
 __all__ = [

@@ -171,19 +171,26 @@ def _types(tokens: Tensor) -> dict[str, Any]:
     return {"WIDE": wide, "PRECISION": dot_precision(tokens)}
 
 
-# Of each kernel and size of an element in bytes: rows of a tile, columns, depth of one product, warps, stages. From a data centre's
-# GPU to one with little shared memory. "Scores" and "sum" have a second tile of sums in registers, which takes more warps.
-_SMALL = {2: ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2), (16, 16, 16, 2, 1)), 4: ((64, 64, 32, 4, 3), (64, 32, 32, 4, 2), (32, 32, 16, 4, 2), (16, 16, 16, 2, 1)), 8: ((32, 32, 16, 4, 1), (16, 16, 16, 2, 1))}  # fmt: skip
-_TILES = {
-    "scores": {**_SMALL, 2: ((128, 128, 64, 4, 3), *_SMALL[2])},
-    "scores of two banks": {**_SMALL, 2: ((128, 128, 64, 8, 3), *_SMALL[2])},
-    "sum": {**_SMALL, 2: ((128, 128, 64, 8, 3), *_SMALL[2])},
-    "projection": {**_SMALL, 2: ((128, 128, 64, 4, 3), *_SMALL[2])},
-    "token gradient": {**_SMALL, 2: ((128, 128, 64, 8, 3), *_SMALL[2])},
-    "bank gradient": {**_SMALL, 2: ((128, 128, 64, 4, 3), *_SMALL[2])},
+# Rows of a tile, columns, depth of one product, warps, stages, by the size of an element in bytes: for GPUs with little shared memory,
+# and for types that no kernel is tuned for.
+_SMALLER_TILES = {
+    2: ((128, 64, 64, 4, 2), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2), (16, 16, 16, 2, 1)),
+    4: ((64, 64, 32, 4, 3), (64, 32, 32, 4, 2), (32, 32, 16, 4, 2), (16, 16, 16, 2, 1)),
+    8: ((32, 32, 16, 4, 1), (16, 16, 16, 2, 1)),
 }
-# Weighted projections of a chunk of offsets, in bytes, or of one offset where those are more. What fits in the L2 cache would take more
-# time to launch than to compute, and leave most of a GPU idle at the end of each.
+# For a data centre's GPU, of each kernel: compiled for Hopper none spills registers. With four warps two programs fit on a
+# multiprocessor. A second tile of sums in registers, or the addresses of sums to add to, take eight.
+_LARGEST_TILES = {
+    "scores": (128, 128, 64, 4, 3),
+    "scores of two banks": (128, 128, 64, 8, 3),
+    "sum": (128, 128, 64, 8, 3),
+    "projection": (128, 128, 64, 4, 3),
+    "token gradient": (128, 128, 64, 8, 3),
+    "bank gradient": (128, 128, 64, 4, 2),
+}
+_TILES = {kernel: {**_SMALLER_TILES, 2: (largest, *_SMALLER_TILES[2])} for kernel, largest in _LARGEST_TILES.items()}
+# Weighted projections of a chunk of offsets, in bytes; those of one offset may be more. Each is written once and read once by either
+# gradient, two products a feature each, so it need not stay in the L2 cache; with chunks that do, launches would be as long as kernels.
 SCRATCH_BYTES = 128 << 20
 # Tokens, in bytes, that stay in the L2 cache beside the matrices of several offsets.
 CACHED_BYTES = 24 << 20
