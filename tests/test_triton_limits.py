@@ -360,7 +360,13 @@ def test_tiles_of_pairs_are_where_counting_puts_them(layout, batch, tiles):
 
 def test_nothing_is_made_on_the_host(monkeypatch):
     """What a CUDA graph reads is there when it replays: no tensor of another device than the inputs', copied and later freed."""
-    monkeypatch.setattr(triton_pairs, "launch", lambda *arguments, **named: None)
+
+    def prepare(kernel, grid, options, derived, **arguments):
+        for option in options:
+            grid(option)
+            derived(option)
+
+    monkeypatch.setattr(triton_pairs, "launch", prepare)
 
     class OnTheDevice(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
