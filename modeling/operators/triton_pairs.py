@@ -187,6 +187,7 @@ _LARGEST_TILES = {
     "projection": (128, 128, 64, 4, 3),
     "token gradient": (128, 128, 64, 8, 3),
     "bank gradient": (128, 128, 64, 4, 2),
+    "shared bank gradient": (128, 128, 64, 8, 2),
 }
 _TILES = {kernel: {**_SMALLER_TILES, 2: (largest, *_SMALLER_TILES[2])} for kernel, largest in _LARGEST_TILES.items()}
 # Weighted projections of a chunk of offsets, in bytes; those of one offset may be more. Each is written once and read once by either
@@ -443,7 +444,7 @@ def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, out
             -(-own.in_size // option["BLOCK_C"]),
             -(-out_size // option["BLOCK_OUT"]),
         ),
-        _options("bank gradient", own.tokens, sizes),
+        _options("shared bank gradient" if shared else "bank gradient", own.tokens, sizes),
         lambda option: {},
         output=output,
         projections=projections,
