@@ -77,7 +77,7 @@ def bfloat16_in_the_interpreter(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that every loop and every edge of a kernel is reached."""
-    monkeypatch.setattr(triton_pairs, "_TILES", SMALL_TILES)
+    monkeypatch.setattr(triton_pairs, "_TILES", dict.fromkeys(triton_pairs._TILES, SMALL_TILES))
 
 
 @pytest.fixture
@@ -187,6 +187,63 @@ def test_heads_of_queries_share_one_of_keys(layout, key_heads, groups, size, fea
     gradients = [torch.autograd.grad(result.square().sum(), (pairs, key, key_bank)) for result in results]
     for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
         assert relative_error(actual, expected) < TOLERANCE
+
+
+# Layouts, and the offsets of all queries that fit in a chunk's memory: with none, each chunk has one offset.
+CHUNKED = [
+    (PairLayout.for_image(2, 2, 3, 2), 1),  # a bank with rows that no offset uses
+    (PairLayout.for_image(2, 3, 2, 3, class_token=False), 0),
+    (PairLayout.for_image(3, 2, 3, 2, max_relative_distance=0, class_token=False), 2),  # offsets that share rows
+    (PairLayout.for_text(5, 5, past=2), 2),
+    (PairLayout.for_text(6, 6, max_relative_distance=2, past=1), 2),
+    (PairLayout(6, 1, False, True, 4, 1, True, 2, 3), 0),  # a band
+]
+
+
+@pytest.mark.parametrize(("layout", "offsets"), CHUNKED, ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value))  # fmt: skip
+@pytest.mark.usefixtures("small_tiles", "poisoned_memory")
+def test_projections_in_several_chunks(layout, offsets, monkeypatch):
+    """Matrices whose pairs several chunks have, tokens whose sums go on from chunk to chunk, and sums in the other order."""
+    batch, heads, size, features = 2, 1, 3, 4
+    pairs_of_offset = layout.num_queries * batch * heads * size * EXACT.itemsize
+    monkeypatch.setattr(triton_pairs, "SCRATCH_BYTES", offsets * pairs_of_offset)
+    monkeypatch.setattr(triton_pairs, "CACHED_BYTES", 0)
+    chunks = []
+    split = triton_pairs._chunks
+    monkeypatch.setattr(triton_pairs, "_chunks", lambda *given: chunks.append(split(*given)) or chunks[-1])
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
+
+    query, key = tensor(batch, layout.num_queries, features), tensor(batch, layout.num_tokens, features)
+    banks = [tensor(layout.num_offsets, features, heads * size) for _ in range(2)]
+    pairs = tensor(batch, heads, layout.num_queries, layout.num_tokens).detach()
+    results = []
+    for module in (triton_pairs, reference):
+        scores = module.pair_scores(query, key, *banks, heads, layout)
+        gradients = torch.autograd.grad((scores * pairs).sum(), (query, key, *banks))
+        results.append((scores, *gradients, module.pair_values(pairs, key, banks[1], layout)))
+    assert all(len(each) > 1 for each in chunks)
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [layout for layout, _ in CHUNKED], ids=layout_id)
+def test_chunks_have_every_offset_once(layout):
+    geometry = triton_pairs._geometry(layout, 1)
+
+    def offsets(chunk):
+        rows, columns = range(chunk.least_row, chunk.most_row + 1), range(chunk.least, chunk.most + 1)
+        return [(row, column) for row in rows for column in columns]
+
+    every = offsets(geometry)
+    first = int(layout.class_token)
+    assert triton_pairs._pairs_of(geometry) == (layout.offsets()[0][first:, first:] >= 0).sum()
+    for most in (0, 3, 10, 10**6):
+        chunks = triton_pairs._chunks(geometry, most)
+        assert [offset for chunk in chunks for offset in offsets(chunk)] == every
+        assert all(triton_pairs._pairs_of(chunk) <= most or chunk.num_offsets == 1 for chunk in chunks)
+    assert len(chunks) == 1
 
 
 def test_heads_that_do_not_divide_are_an_error():
@@ -430,9 +487,34 @@ def test_a_device_with_little_shared_memory_gets_smaller_tiles():
 def test_tile_sizes_suit_the_problem():
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         for heads, width, features in ((3, 64, 192), (1, 1, 3), (12, 64, 768), (3, 8, 24), (2, 256, 512)):
-            for option in triton_pairs._tiles(torch.empty(0, dtype=dtype), features, heads, width):
-                columns = option["HEADS"] * width
-                assert columns >= 16
-                assert columns <= max(128, width)
-                assert option["HEADS"] & (option["HEADS"] - 1) == 0
-                assert 16 <= option["BLOCK_C"] <= max(16, 2 * features)
+            for kernel in triton_pairs._TILES:
+                for option in triton_pairs._head_tiles(kernel, torch.empty(0, dtype=dtype), features, heads, width):
+                    columns = option["HEADS"] * width
+                    assert columns >= 16
+                    assert columns <= max(128, width)
+                    assert option["HEADS"] & (option["HEADS"] - 1) == 0
+                    assert 16 <= option["BLOCK_C"] <= max(16, 2 * features)
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 16), (17, 32), (64, 64), (128, 128), (192, 64), (768, 128)])
+def test_blocks_waste_little(size, block):
+    assert triton_pairs._block(size, 128) == block
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="products are counted by Triton's interpreter")
+def test_the_backward_pass_has_six_products_a_pair(small_tiles, monkeypatch):
+    """With two banks: of each side a projection, the tokens' gradients and the matrices', at any number of tiles."""
+    batch, heads, size = 16, 2, 16
+    features = heads * size
+    layout = PairLayout.for_image(2, 1, 2, 1, class_token=False)
+    query, key = torch.randn(2, batch, 2, features, dtype=torch.float64)
+    banks = torch.randn(2, layout.num_offsets, features, features, dtype=torch.float64)
+    counted, multiply = [], interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *arguments):
+        counted.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return multiply(self, a, b, *arguments)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    triton_pairs._scores_backward(torch.randn(batch, heads, 2, 2, dtype=torch.float64), query, key, *banks, layout, True, True)  # fmt: skip
+    assert sum(counted) == 6 * batch * 2**2 * features**2

@@ -1,6 +1,7 @@
 """The Triton kernels where sizes are extreme: hidden queries, numbers past 32 bits, grids past CUDA's, tiles that do not fit."""
 
 import inspect
+import itertools
 import math
 import mmap
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from layouts import layout_id
 from small_layers import HIDDEN, assert_same, make_mixer, run
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils.import_utils import enable_tf32
 
 from translution.modeling.kernels import basis_kernels, local_kernels, pair_kernels
@@ -20,10 +22,13 @@ from translution.modeling.operators.pair_layout import PairLayout
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from triton.runtime import interpreter
 from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
+from translution.modeling.kernels.pair_kernels import _offset_of_tile
 from translution.modeling.operators import triton_basis, triton_local, triton_pairs
 
 
@@ -302,6 +307,75 @@ def test_a_mask_with_more_than_2_to_31_elements(layout, checked_integers):
     gradients = [torch.autograd.grad(result.square().sum(), inputs) for result in (far, expected)]
     for actual, wanted in zip((far, *gradients[0]), (expected, *gradients[1]), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=100 * TOLERANCE, atol=TOLERANCE)
+
+
+@triton.jit
+def locate(output, tile, batch, height, width, past, least_row, most_row, least, most, ROWS: tl.constexpr):  # noqa: N803
+    row_offset, column_offset, start, before = _offset_of_tile(
+        tile, batch, height, width, past, least_row, most_row, least, most, ROWS
+    )
+    tl.store(output, row_offset)
+    tl.store(output + 1, column_offset)
+    tl.store(output + 2, start)
+    tl.store(output + 3, before)
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "tiles"),
+    [
+        (PairLayout.for_image(2, 3, 2, 3), 5, None),
+        (PairLayout.for_text(5, 5, past=2), 9, None),
+        (PairLayout.for_text(90_000, 90_000, past=10_000), 3, (0, 1, 600_000_000, -1)),
+    ],
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+@pytest.mark.usefixtures("checked_integers")
+def test_tiles_of_pairs_are_where_counting_puts_them(layout, batch, tiles):
+    """Every pair in one tile, in the order of the offsets; of more than 2³¹ pairs too."""
+    rows, geometry = 16, triton_pairs._geometry(layout, batch)
+    offsets = [
+        (x, y)
+        for x in range(geometry.least_row, geometry.most_row + 1)
+        for y in range(geometry.least, geometry.most + 1)
+    ]
+    counts = [
+        batch * (geometry.height - abs(x)) * (geometry.width + min(y, 0) - max(y, geometry.past)) for x, y in offsets
+    ]
+    before = dict(zip(offsets, itertools.accumulate(counts, initial=0), strict=False))
+    count = dict(zip(offsets, counts, strict=True))
+    number = triton_pairs._num_pair_tiles(geometry, batch, {"ROWS": rows})
+    found = []
+    for tile in range(number) if tiles is None else tiles:
+        output = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        numbers = (batch, geometry.height, geometry.width, geometry.past, geometry.least_row, geometry.most_row)
+        locate[(1,)](output, tile % number, *numbers, geometry.least, geometry.most, rows)
+        x, y, start, pairs = output.tolist()
+        assert pairs == before[x, y]
+        assert 0 <= start < count[x, y] + rows
+        found += [(x, y, pair) for pair in range(start, min(start + rows, count[x, y]))]
+    if tiles is None:
+        assert found == [(*offset, pair) for offset in offsets for pair in range(count[offset])]
+    assert found == sorted(set(found))
+
+
+def test_nothing_is_made_on_the_host(monkeypatch):
+    """What a CUDA graph reads is there when it replays: no tensor of another device than the inputs', copied and later freed."""
+
+    def prepare(kernel, grid, options, derived, **arguments):
+        for option in options:
+            grid(option)
+            derived(option)
+
+    monkeypatch.setattr(triton_pairs, "launch", prepare)
+
+    class OnTheDevice(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert getattr(result, "device", torch.device("meta")).type == "meta", function
+            return result
+
+    with OnTheDevice():
+        launch_pairs(2, PairLayout.for_image(2, 2, 2, 2))
 
 
 def test_more_tokens_than_kernels_can_number():

@@ -1,7 +1,11 @@
-"""The four Triton kernels over pairs; `triton_pairs.py` launches them and says what each is for.
+"""The five Triton kernels over pairs; `triton_pairs.py` launches them and says what each is for.
 
 Text is a grid of one row here: the distance is a column offset. `d = query - key` is the offset of a pair, `row_offset` of grid rows
 and `column_offset` of columns. What the numbers of a geometry mean: `_Geometry` in `triton_pairs.py`.
+
+The pairs of a geometry are numbered by row offset, column offset, the query's grid row and column, and batch entry. Tensors of one
+row per pair are in this order. All that is known of it is computed from the geometry's numbers: there are no tables of it, which
+would have to outlive a CUDA graph that reads them.
 
 `GROUPS` heads of queries share one of keys, one after the other: head `h` of queries reads head `h // GROUPS` of keys.
 Programs own heads of one side: each meets `MEMBERS` heads of the other, one after the other, and `SHARED` of them the same.
@@ -18,7 +22,7 @@ except ImportError as error:
 
 
 # Lengths must not be compiled in: each new one would compile again.
-_LENGTHS = ["batch", "height", "width", "first", "past", "least", "most", "max_row_distance", "max_column_distance", "stride_x", "base_y", "query_sign"]  # fmt: skip
+_LENGTHS = ["batch", "height", "width", "first", "past", "least_row", "most_row", "least", "most", "max_row_distance", "max_column_distance", "stride_x", "base_y", "query_sign"]  # fmt: skip
 _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 
@@ -31,20 +35,74 @@ def _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_dist
 
 
 @triton.jit
+def _places_before(end, size, past):
+    """Places on an axis of `size` whose query is not one of the `past` first, of all offsets below `end`, up to a constant.
+
+    The sum of `size + min(d, 0) - max(d, past)` over `d`, in 64 bits.
+    """
+    end, size = end.to(tl.int64), size.to(tl.int64)
+    below, above = tl.minimum(end, 0), tl.maximum(end, past)
+    return size * end + below * (below - 1) // 2 - past * tl.minimum(end, past) - above * (above - 1) // 2
+
+
+@triton.jit
+def _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most):
+    """Pairs of a geometry that are numbered before those of an offset, in 64 bits."""
+    rows = _places_before(row_offset, height, 0) - _places_before(least_row, height, 0)
+    smallest = _places_before(least, width, past)
+    columns = _places_before(most + 1, width, past) - smallest
+    before = _places_before(column_offset, width, past) - smallest
+    return (rows * columns + (height - tl.abs(row_offset)) * before) * batch
+
+
+@triton.jit
+def _offset_of_tile(tile, batch, height, width, past, least_row, most_row, least, most, ROWS: tl.constexpr):
+    """Offset of a tile of pairs, the number of its first pair among that offset's, and how many pairs other offsets have before.
+
+    The tiles of the `n`-th offset start at `pairs before // ROWS + n`. That leaves each offset as many tiles as it needs or one more.
+    """
+    columns = most - least + 1
+    low, high = tile * 0, (most_row - least_row + 1) * columns - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        before = _pairs_before(
+            least_row + middle // columns, least + middle % columns, batch, height, width, past, least_row, least, most
+        )
+        reached = before // ROWS + middle <= tile
+        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle - 1)
+    row_offset, column_offset = least_row + low // columns, least + low % columns
+    before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
+    start = (tile - low - before // ROWS) * ROWS
+    return row_offset, column_offset, start.to(tl.int32), before
+
+
+@triton.jit
+def _num_columns(column_offset, width, past):
+    """Columns of the queries that have a key at an offset, and the first of them."""
+    first_y = tl.maximum(column_offset, past)
+    return tl.maximum(width + tl.minimum(column_offset, 0) - first_y, 0), first_y
+
+
+@triton.jit
+def _num_pairs(row_offset, column_offset, batch, height, width, past):
+    """How many pairs an offset has."""
+    columns, _ = _num_columns(column_offset, width, past)
+    return (height - tl.abs(row_offset)) * columns * batch
+
+
+@triton.jit
 def _pairs_of_offset(rows, row_offset, column_offset, batch, height, width, first, past):
-    """Batch entry, query and key position of the pairs of an offset, numbered by grid row, column and batch, and which exist.
+    """Batch entry, query and key position of the pairs of an offset, by their numbers in it.
 
     What is multiplied by a stride has 64 bits, here and below: a tensor may have more than 2³¹ elements.
     """
-    first_x, first_y = tl.maximum(row_offset, 0), tl.maximum(column_offset, past)
-    columns = tl.maximum(width + tl.minimum(column_offset, 0) - first_y, 0)
-    count = (height - tl.abs(row_offset)) * columns * batch
+    columns, first_y = _num_columns(column_offset, width, past)
     columns = tl.maximum(columns, 1)
     entry, pair = rows % batch, rows // batch
-    x, y = first_x + pair // columns, first_y + pair % columns
+    x, y = tl.maximum(row_offset, 0) + pair // columns, first_y + pair % columns
     query_token = first + x * width + y - past
     key_token = first + (x - row_offset) * width + y - column_offset
-    return entry.to(tl.int64), query_token.to(tl.int64), key_token.to(tl.int64), rows < count
+    return entry.to(tl.int64), query_token.to(tl.int64), key_token.to(tl.int64)
 
 
 @triton.jit
@@ -136,7 +194,6 @@ def scores_kernel(
     key,
     query_bank,
     key_bank,
-    tiles,
     score_strides_b,
     score_strides_a,
     score_strides_i,
@@ -150,6 +207,8 @@ def scores_kernel(
     width,
     first,
     past,
+    least_row,
+    most_row,
     least,
     most,
     max_row_distance,
@@ -170,14 +229,16 @@ def scores_kernel(
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    tile, block = tl.program_id(0), tl.program_id(1)
-    row_offset, column_offset, start = (
-        tl.load(tiles + 3 * tile),
-        tl.load(tiles + 3 * tile + 1),
-        tl.load(tiles + 3 * tile + 2),
+    block = tl.program_id(1)
+    row_offset, column_offset, start, _ = _offset_of_tile(
+        tl.program_id(0), batch, height, width, past, least_row, most_row, least, most, ROWS
     )
+    count = _num_pairs(row_offset, column_offset, batch, height, width, past)
+    if start >= count:
+        return
     rows = start + tl.arange(0, ROWS)
-    entry, query_token, key_token, exists = _pairs_of_offset(
+    exists = rows < count
+    entry, query_token, key_token = _pairs_of_offset(
         rows, row_offset, column_offset, batch, height, width, first, past
     )
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
@@ -223,28 +284,55 @@ def scores_kernel(
 
 
 @triton.jit
-def _own_tokens(tile, batch, width, BATCH: tl.constexpr, ROWS: tl.constexpr):
-    """Grid row, first column, columns and batch entries of a program that owns tokens: `BATCH` entries of a few columns."""
+def _own_tokens(tile, batch, width, IS_QUERY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr):
+    """Grid row, first column, columns and batch entries of a program that owns tokens: `BATCH` entries of a few columns.
+
+    Of a text the last queries and the first keys have the most pairs. Those programs start first, so that none of them is the last
+    to end.
+    """
     COLUMNS: tl.constexpr = ROWS // BATCH
     batches, blocks = tl.cdiv(batch, BATCH), tl.cdiv(width, COLUMNS)
     place = tl.arange(0, ROWS)
     entry = tile % batches * BATCH + place % BATCH
     tile = tile // batches
-    first_y = tile % blocks * COLUMNS
+    column = blocks - 1 - tile % blocks if IS_QUERY else tile % blocks
+    first_y = column * COLUMNS
     return tile // blocks, first_y, first_y + place // BATCH, entry
 
 
 @triton.jit
-def _column_offsets(
-    first_y, width, past, least, most, IS_QUERY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr
+def _own_offsets(
+    x,
+    first_y,
+    height,
+    width,
+    past,
+    least_row,
+    most_row,
+    least,
+    most,
+    IS_QUERY: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """The first column offset that any of a program's own tokens has, and how many follow."""
+    """The first row and column offset that any of a program's own tokens has, and how many of each follow."""
     last_y = tl.minimum(first_y + ROWS // BATCH, width) - 1
     if IS_QUERY:
-        low, high = tl.maximum(least, first_y - width + 1), tl.minimum(most, last_y)
+        low_x, high_x = tl.maximum(least_row, x - height + 1), tl.minimum(most_row, x)
+        low_y, high_y = tl.maximum(least, first_y - width + 1), tl.minimum(most, last_y)
     else:
-        low, high = tl.maximum(least, past - last_y), tl.minimum(most, width - 1 - first_y)
-    return low, tl.maximum(high - low + 1, 0)
+        low_x, high_x = tl.maximum(least_row, -x), tl.minimum(most_row, height - 1 - x)
+        low_y, high_y = tl.maximum(least, past - last_y), tl.minimum(most, width - 1 - first_y)
+    return low_x, tl.maximum(high_x - low_x + 1, 0), low_y, tl.maximum(high_y - low_y + 1, 0)
+
+
+@triton.jit
+def _rotated(step, low, count):
+    """The offset of a step of `count`, which starts at 0 and goes on from `low`.
+
+    Steps of programs that own different tokens have the same offset then, or the one of two that is less by `count`.
+    """
+    return low + (step + tl.maximum(-low, 0)) % count
 
 
 @triton.jit
@@ -286,6 +374,8 @@ def sum_kernel(
     width,
     first,
     past,
+    least_row,
+    most_row,
     least,
     most,
     max_row_distance,
@@ -297,6 +387,7 @@ def sum_kernel(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     IS_QUERY: tl.constexpr,
+    ROTATE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BATCH: tl.constexpr,
@@ -304,9 +395,13 @@ def sum_kernel(
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`Σ w_ij · projection of the other token`, for own tokens that have no bank themselves."""
+    """`Σ w_ij · projection of the other token`, for own tokens that have no bank themselves.
+
+    Programs that run at the same time read the same tokens, each with the matrix of its own offset; with `ROTATE` the same few
+    matrices, each with tokens of its own.
+    """
     block = tl.program_id(1)
-    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, BATCH, ROWS)
+    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, IS_QUERY, BATCH, ROWS)
     own_exists = (entry < batch) & (y < width)
     if IS_QUERY:
         own_exists = own_exists & (y >= past)
@@ -315,16 +410,21 @@ def sum_kernel(
     SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
     out_size = num_heads * MEMBERS // SHARED * E
-    low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
-    low_x = x - height + 1 if IS_QUERY else -x
+    low_x, count_x, low_y, count_y = _own_offsets(
+        x, first_y, height, width, past, least_row, most_row, least, most, IS_QUERY, BATCH, ROWS
+    )
 
     # One loop over offsets, heads that own ones meet and slices of C, so that the next loads overlap with these products.
     SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
-    for step in range(height * count * (MEMBERS * SLICES)):
+    for step in range(count_x * count_y * (MEMBERS * SLICES)):
         offset, member, part = step // (MEMBERS * SLICES), step // SLICES % MEMBERS, step % SLICES
-        row_offset, column_offset = low_x + offset // count, low + offset % count
+        if ROTATE:
+            row_offset = _rotated(offset // count_y, low_x, count_x)
+            column_offset = _rotated(offset % count_y, low_y, count_y)
+        else:
+            row_offset, column_offset = low_x + offset // count_y, low_y + offset % count_y
         query_token, key_token, other, exists = _others(
             x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
         )
@@ -359,169 +459,27 @@ def sum_kernel(
     )
 
 
-@triton.jit
-def _add_members(
-    scaled,
-    weights,
-    place,
-    weight_strides_a,
-    tokens,
-    exists,
-    matrix,
-    block,
-    num_heads,
-    column_exists,
-    out_size,
-    C: tl.constexpr,
-    E: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    BANK: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Adds `w_ij · projection of the other token`, `[rows, HEADS·WIDTH]`, of all but the first head that own heads meet."""
-    for member in range(1, MEMBERS):
-        columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, 1)
-        tile = _side_tile(tokens, exists, matrix, columns, column_exists, out_size, C, BANK, WIDE, BLOCK_C, PRECISION)
-        weight = _load_heads(weights, place, exists, block, member, num_heads, weight_strides_a, HEADS, MEMBERS)
-        scaled += _times_heads(tile, weight.to(WIDE), HEADS, WIDTH)
-    return scaled
-
-
 @_jit
-def token_gradient_kernel(
-    output,
+def projection_kernel(
+    projections,
     weights,
+    tokens,
     bank,
-    others,
-    other_bank,
-    weight_strides_b,
-    weight_strides_a,
-    weight_strides_i,
-    weight_strides_j,
-    other_strides_b,
-    other_strides_l,
-    output_strides_b,
-    output_strides_l,
-    num_heads,
-    sign,
-    other_sign,
-    batch,
-    height,
-    width,
-    first,
-    past,
-    least,
-    most,
-    max_row_distance,
-    max_column_distance,
-    stride_x,
-    base_y,
-    C: tl.constexpr,
-    OTHER_C: tl.constexpr,
-    E: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OTHER_BANK: tl.constexpr,
-    IS_QUERY: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    OTHER_BLOCK_C: tl.constexpr,
-):
-    """`Σ (w_ij · projection of the other token) W[o]ᵀ`, for own tokens and their bank."""
-    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, BATCH, ROWS)
-    own_exists = (entry < batch) & (y < width)
-    if IS_QUERY:
-        own_exists = own_exists & (y >= past)
-    entry = entry.to(tl.int64)
-    MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
-    SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
-    out_size, other_out_size = num_heads * E, num_heads * MEMBERS // SHARED * E
-    inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    low, count = _column_offsets(first_y, width, past, least, most, IS_QUERY, BATCH, ROWS)
-    low_x = x - height + 1 if IS_QUERY else -x
-
-    blocks = tl.cdiv(num_heads, HEADS)
-    total = tl.zeros((ROWS, BLOCK_C), WIDE)
-    for step in range(height * count * blocks):
-        offset, block = step // blocks, step % blocks
-        row_offset, column_offset = low_x + offset // count, low + offset % count
-        query_token, key_token, other, exists = _others(
-            x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
-        )
-        columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
-        other_columns = _other_columns(block, 0, E, WIDTH, HEADS, MEMBERS, SHARED)
-        row = _bank_row(row_offset, column_offset, other_sign, max_row_distance, max_column_distance, stride_x, base_y)
-        other_tokens = others + entry * other_strides_b + other * other_strides_l
-        other_matrix = other_bank + row * OTHER_C * other_out_size
-        tile = _side_tile(
-            other_tokens,
-            exists,
-            other_matrix,
-            other_columns,
-            column_exists,
-            other_out_size,
-            OTHER_C,
-            OTHER_BANK,
-            WIDE,
-            OTHER_BLOCK_C,
-            PRECISION,
-        )
-        place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
-        weight = _load_heads(weights, place, exists, block, 0, num_heads, weight_strides_a, HEADS, MEMBERS).to(WIDE)
-        row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
-        matrix = tl.load(
-            bank + row * C * out_size + inner[None, :] * out_size + columns[:, None],
-            mask=(inner < C)[None, :] & column_exists[:, None],
-            other=0.0,
-        )
-        scaled = _times_heads(tile, weight, HEADS, WIDTH)
-        if MEMBERS > 1:
-            scaled = _add_members(
-                scaled, weights, place, weight_strides_a, other_tokens, exists, other_matrix, block, num_heads, column_exists,
-                other_out_size, OTHER_C, E, WIDTH, MEMBERS, OTHER_BANK, WIDE, PRECISION, HEADS, OTHER_BLOCK_C,
-            )  # fmt: skip
-        total = tl.dot(scaled.to(bank.dtype.element_ty), matrix, total, input_precision=PRECISION, out_dtype=WIDE)
-    own = (first + x * width + y).to(tl.int64)
-    if IS_QUERY:
-        own = own - past
-    tl.store(
-        output + (entry * output_strides_b + own * output_strides_l)[:, None] + inner[None, :],
-        total,
-        mask=own_exists[:, None] & (inner < C)[None, :],
-    )
-
-
-@_jit
-def bank_gradient_kernel(
-    output,
-    weights,
-    tokens,
-    others,
-    other_bank,
     weight_strides_b,
     weight_strides_a,
     weight_strides_i,
     weight_strides_j,
     token_strides_b,
     token_strides_l,
-    other_strides_b,
-    other_strides_l,
     num_heads,
     sign,
-    other_sign,
     batch,
     height,
     width,
     first,
     past,
+    least_row,
+    most_row,
     least,
     most,
     max_row_distance,
@@ -529,99 +487,248 @@ def bank_gradient_kernel(
     stride_x,
     base_y,
     C: tl.constexpr,
-    OTHER_C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
-    OTHER_BANK: tl.constexpr,
+    BANK: tl.constexpr,
     IS_QUERY: tl.constexpr,
-    CAUSAL: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    OTHER_BLOCK_C: tl.constexpr,
 ):
-    """`Σ xᵀ (w_ij · projection of the other token)` over the pairs of one bank row."""
-    row, block = tl.program_id(0), tl.program_id(2)
-    inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """`w_ij · projection of the other token` of each pair of a geometry, summed over the heads that an own one meets."""
+    block = tl.program_id(1)
+    row_offset, column_offset, start, before = _offset_of_tile(
+        tl.program_id(0), batch, height, width, past, least_row, most_row, least, most, ROWS
+    )
+    count = _num_pairs(row_offset, column_offset, batch, height, width, past)
+    if start >= count:
+        return
+    rows = start + tl.arange(0, ROWS)
+    exists = rows < count
+    entry, query_token, key_token = _pairs_of_offset(
+        rows, row_offset, column_offset, batch, height, width, first, past
+    )
     MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
     SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
-    other_columns = _other_columns(block, 0, E, WIDTH, HEADS, MEMBERS, SHARED)
-    out_size, other_out_size = num_heads * E, num_heads * MEMBERS // SHARED * E
-    if CAUSAL:
-        low_x, high_x = 0, 0
-        low_y = row
-        high_y = most if row == max_column_distance else row
-    else:
-        # In the bank of queries a row holds the reverse offset.
-        x, y = row // stride_x - max_row_distance, row % stride_x - max_column_distance
-        x, y = sign * x, sign * y
-        low_x = 1 - height if x == -max_row_distance else x
-        high_x = height - 1 if x == max_row_distance else x
-        low_y = least if y == -max_column_distance else y
-        high_y = most if y == max_column_distance else y
-    low_x, high_x = tl.maximum(low_x, 1 - height), tl.minimum(high_x, height - 1)
-    low_y, high_y = tl.maximum(low_y, least), tl.minimum(high_y, most)
+    own_size, out_size = num_heads * E, num_heads * MEMBERS // SHARED * E
+    other = key_token if IS_QUERY else query_token
+    row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
+    place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
 
-    total = tl.zeros((BLOCK_C, HEADS * WIDTH), WIDE)
-    for row_offset in range(low_x, high_x + 1):
-        for column_offset in range(low_y, high_y + 1):
-            first_y = tl.maximum(column_offset, past)
-            count = (
-                (height - tl.abs(row_offset)) * tl.maximum(width + tl.minimum(column_offset, 0) - first_y, 0) * batch
-            )
-            other_row = _bank_row(
-                row_offset, column_offset, other_sign, max_row_distance, max_column_distance, stride_x, base_y
-            )
-            for start in range(0, count, ROWS):
-                rows = start + tl.arange(0, ROWS)
-                entry, query_token, key_token, exists = _pairs_of_offset(
-                    rows, row_offset, column_offset, batch, height, width, first, past
-                )
-                own, other = key_token, query_token
-                if IS_QUERY:
-                    own, other = query_token, key_token
-                other_tokens = others + entry * other_strides_b + other * other_strides_l
-                other_matrix = other_bank + other_row * OTHER_C * other_out_size
-                tile = _side_tile(
-                    other_tokens,
-                    exists,
-                    other_matrix,
-                    other_columns,
-                    column_exists,
-                    other_out_size,
-                    OTHER_C,
-                    OTHER_BANK,
-                    WIDE,
-                    OTHER_BLOCK_C,
-                    PRECISION,
-                )
-                place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
-                weight = _load_heads(weights, place, exists, block, 0, num_heads, weight_strides_a, HEADS, MEMBERS).to(
-                    WIDE
-                )
-                own_tokens = tl.load(
-                    tokens + (entry * token_strides_b + own * token_strides_l)[None, :] + inner[:, None],
-                    mask=exists[None, :] & (inner < C)[:, None],
-                    other=0.0,
-                )
-                scaled = _times_heads(tile, weight, HEADS, WIDTH)
-                if MEMBERS > 1:
-                    scaled = _add_members(
-                        scaled, weights, place, weight_strides_a, other_tokens, exists, other_matrix, block, num_heads,
-                        column_exists, other_out_size, OTHER_C, E, WIDTH, MEMBERS, OTHER_BANK, WIDE, PRECISION, HEADS, OTHER_BLOCK_C,
-                    )  # fmt: skip
-                total = tl.dot(
-                    own_tokens, scaled.to(tokens.dtype.element_ty), total, input_precision=PRECISION, out_dtype=WIDE
-                )
+    total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
+    for member in range(0, MEMBERS):
+        tile = _side_tile(
+            tokens + entry * token_strides_b + other * token_strides_l,
+            exists,
+            bank + row * C * out_size,
+            _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, SHARED),
+            column_exists,
+            out_size,
+            C,
+            BANK,
+            WIDE,
+            BLOCK_C,
+            PRECISION,
+        )
+        weight = _load_heads(weights, place, exists, block, member, num_heads, weight_strides_a, HEADS, MEMBERS)
+        total += _times_heads(tile, weight.to(WIDE), HEADS, WIDTH)
     tl.store(
-        output + row.to(tl.int64) * C * out_size + inner[:, None] * out_size + columns[None, :],
+        projections + ((before + rows) * own_size)[:, None] + columns[None, :],
         total,
-        mask=(inner < C)[:, None] & column_exists[None, :],
+        mask=exists[:, None] & column_exists[None, :],
     )
 
 
-__all__ = ["bank_gradient_kernel", "scores_kernel", "sum_kernel", "token_gradient_kernel"]
+@_jit
+def token_gradient_kernel(
+    output,
+    projections,
+    bank,
+    output_strides_b,
+    output_strides_l,
+    sign,
+    batch,
+    height,
+    width,
+    first,
+    past,
+    least_row,
+    most_row,
+    least,
+    most,
+    max_row_distance,
+    max_column_distance,
+    stride_x,
+    base_y,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    IS_QUERY: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Adds `Σ projection W[o]ᵀ` over the pairs of a geometry to what own tokens have already."""
+    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, IS_QUERY, BATCH, ROWS)
+    own_exists = (entry < batch) & (y < width)
+    if IS_QUERY:
+        own_exists = own_exists & (y >= past)
+    inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    low_x, count_x, low_y, count_y = _own_offsets(
+        x, first_y, height, width, past, least_row, most_row, least, most, IS_QUERY, BATCH, ROWS
+    )
+
+    if count_x * count_y == 0:
+        return
+    own = (first + x * width + y).to(tl.int64)
+    if IS_QUERY:
+        own = own - past
+    place = output + (entry.to(tl.int64) * output_strides_b + own * output_strides_l)[:, None] + inner[None, :]
+    mask = own_exists[:, None] & (inner < C)[None, :]
+
+    # Own tokens' pairs of an offset are numbered in the order of the tokens.
+    number = (y * batch + entry).to(tl.int64) * OUT
+    SLICES: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
+    total = tl.load(place, mask=mask, other=0.0)
+    for step in range(count_x * count_y * SLICES):
+        offset = step // SLICES
+        row_offset, column_offset = low_x + offset // count_y, low_y + offset % count_y
+        # Place of the first column's query among the offset's, and how far an own token's query is from it.
+        columns, query_y = _num_columns(column_offset, width, past)
+        query_x = x - tl.maximum(row_offset, 0)
+        if not IS_QUERY:
+            query_x, query_y = query_x + row_offset, query_y - column_offset
+        exists = own_exists & (y >= query_y) & (y < query_y + columns)
+        before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
+        before += (query_x * columns - query_y) * batch
+        features = step % SLICES * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        projection = tl.load(
+            projections + before * OUT + number[:, None] + features[None, :],
+            mask=exists[:, None] & (features < OUT)[None, :],
+            other=0.0,
+        )
+        row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
+        matrix = tl.load(
+            bank + row * C * OUT + inner[None, :] * OUT + features[:, None],
+            mask=(inner < C)[None, :] & (features < OUT)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(projection, matrix, total, input_precision=PRECISION, out_dtype=WIDE)
+    tl.store(place, total, mask=mask)
+
+
+@triton.jit
+def _shared(offset, least, most, max_distance):
+    """The first and last offset on one axis, of those from `least` to `most`, that share a bank row with one."""
+    clamped = tl.minimum(tl.maximum(offset, -max_distance), max_distance)
+    low = tl.where(clamped == -max_distance, least, clamped)
+    high = tl.where(clamped == max_distance, most, clamped)
+    return tl.maximum(low, least), tl.minimum(high, most)
+
+
+@_jit
+def bank_gradient_kernel(
+    output,
+    projections,
+    tokens,
+    token_strides_b,
+    token_strides_l,
+    sign,
+    batch,
+    height,
+    width,
+    first,
+    past,
+    least_row,
+    most_row,
+    least,
+    most,
+    max_row_distance,
+    max_column_distance,
+    stride_x,
+    base_y,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    IS_QUERY: tl.constexpr,
+    ADD: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """`Σ xᵀ projection` over the pairs of a geometry that share an offset's bank row, added to what is there with `ADD`.
+
+    Of the offsets that share a row, the first one's program goes through all of them.
+    """
+    inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    features = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns_of_row = most - least + 1
+    row_offset = least_row + tl.program_id(0) // columns_of_row
+    column_offset = least + tl.program_id(0) % columns_of_row
+    row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
+    low_x, high_x = _shared(row_offset, least_row, most_row, max_row_distance)
+    low_y, high_y = _shared(column_offset, least, most, max_column_distance)
+    if (row_offset != low_x) | (column_offset != low_y):
+        return
+    output += row * C * OUT
+    mask = (inner < C)[:, None] & (features < OUT)[None, :]
+    if ADD:
+        total = tl.load(output + inner[:, None] * OUT + features[None, :], mask=mask, other=0.0)
+    else:
+        total = tl.zeros((BLOCK_C, BLOCK_OUT), WIDE)
+
+    rows = tl.arange(0, ROWS)
+    step_entry, step_pair = ROWS % batch, ROWS // batch
+    for step_x in range(0, high_x - low_x + 1):
+        for step_y in range(0, high_y - low_y + 1):
+            row_offset, column_offset = low_x + step_x, low_y + step_y
+            count = _num_pairs(row_offset, column_offset, batch, height, width, past)
+            columns, y = _num_columns(column_offset, width, past)
+            columns = tl.maximum(columns, 1)
+            before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
+            # Own token of the offset's first pair.
+            x = tl.maximum(row_offset, 0)
+            own = first + x * width + y - past
+            if not IS_QUERY:
+                own = first + (x - row_offset) * width + y - column_offset
+            # Divided once; from one tile of pairs to the next is a step along each axis, and at most one more.
+            entry, pair = rows % batch, rows // batch
+            x, y = pair // columns, pair % columns
+            for start in range(0, count, ROWS):
+                exists = start + rows < count
+                token = (own + x * width + y).to(tl.int64)
+                x_tile = tl.load(
+                    tokens
+                    + (entry.to(tl.int64) * token_strides_b + token * token_strides_l)[None, :]
+                    + inner[:, None],
+                    mask=exists[None, :] & (inner < C)[:, None],
+                    other=0.0,
+                )
+                projection = tl.load(
+                    projections + ((before + start + rows) * OUT)[:, None] + features[None, :],
+                    mask=exists[:, None] & (features < OUT)[None, :],
+                    other=0.0,
+                )
+                total = tl.dot(x_tile, projection, total, input_precision=PRECISION, out_dtype=WIDE)
+                entry += step_entry
+                y += step_pair % columns + (entry >= batch).to(tl.int32)
+                x += step_pair // columns + (y >= columns).to(tl.int32)
+                entry = tl.where(entry >= batch, entry - batch, entry)
+                y = tl.where(y >= columns, y - columns, y)
+    tl.store(output + inner[:, None] * OUT + features[None, :], total, mask=mask)
+
+
+__all__ = [
+    "bank_gradient_kernel",
+    "projection_kernel",
+    "scores_kernel",
+    "sum_kernel",
+    "token_gradient_kernel",
+]

@@ -1,15 +1,20 @@
 """Translution over pairs as Triton kernels: the path for GPUs.
 
-The signatures are those of `reference.py`; the derivatives are those of `pair_autograd.py`. Four kernels serve every
+The signatures are those of `reference.py`; the derivatives are those of `pair_autograd.py`. Five kernels serve every
 variant. Each program writes what no other writes, so there are no atomics, and results do not change between runs:
 
 - `scores_kernel` owns some pairs of one offset: one or two matrix products, multiplied and summed by head;
 - `sum_kernel` owns some tokens: the weighted sum over all their pairs of the other token's projection;
+- `projection_kernel` owns some pairs of one offset: the weighted projection of the other token, for the next two;
 - `token_gradient_kernel` owns some tokens: what comes back through their own bank;
 - `bank_gradient_kernel` owns a tile of one offset's matrix: the sum over that offset's pairs.
 
-Projections live in registers. No tensor holds an element per pair and feature, and there is no matrix per pair. A class token has
-`2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
+The first two keep projections in registers. Gradients through a bank use each projection in as many products as it has features,
+for tokens and for matrices, so it is computed once and stored: of a chunk of offsets at a time, in the inputs' type, in memory that
+the next chunk uses again. In units of one matrix product per pair, a backward pass with two banks takes six: for each side a
+projection, the tokens' gradients and the matrices'. With one bank it takes three: nothing but weights is multiplied for the
+projections, and plain tokens receive a sum. No tensor holds an element per pair and feature of all pairs, and there is no matrix per
+pair. A class token has `2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
 
 Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of
 keys goes through the queries' heads of each, and its sums need no second pass.
@@ -21,14 +26,22 @@ Legend: `B` batch, `L` tokens, `A` heads of queries, `C` bank input size, `e` ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.launch import dot_precision, launch, next_power_of_2
-from ..kernels.pair_kernels import bank_gradient_kernel, scores_kernel, sum_kernel, token_gradient_kernel
+from ..kernels.pair_kernels import (
+    bank_gradient_kernel,
+    projection_kernel,
+    scores_kernel,
+    sum_kernel,
+    token_gradient_kernel,
+)
 from .class_token import add_class_gradients, add_class_values, write_class_scores
 from .heads import groups_of, projected_size
 from .pair_autograd import accumulation_dtype, register_pair_operators
@@ -42,18 +55,28 @@ except ImportError as error:
 
 
 class _Geometry(NamedTuple):
-    """A layout in the numbers that the kernels take; text is a grid of one row."""
+    """A layout in the numbers that the kernels take, or some of its offsets; text is a grid of one row."""
 
     height: int
     width: int
     first: int  # index of the grid's first token
     past: int  # tokens that are keys alone
+    least_row: int  # smallest row offset
+    most_row: int  # largest row offset
     least: int  # smallest column offset
     most: int  # largest column offset
     max_row_distance: int
     max_column_distance: int
     stride_x: int  # bank rows from one row offset to the next
     base_y: int  # bank row of the column offset 0
+
+    @property
+    def num_offsets(self) -> int:
+        return (self.most_row - self.least_row + 1) * (self.most - self.least + 1)
+
+    def num_columns(self, column_offset: int) -> int:
+        """Columns of the queries that have a key at an offset."""
+        return max(self.width + min(column_offset, 0) - max(column_offset, self.past), 0)
 
 
 # Kernels number the tokens of a batch, and with them the pairs of an offset, in 32 bits.
@@ -67,7 +90,7 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         )
     if layout.causal:
         last = layout.num_distances - 1
-        return _Geometry(1, layout.height, 0, layout.past, 0, last, 0, layout.max_row_distance, 0, 0)
+        return _Geometry(1, layout.height, 0, layout.past, 0, 0, 0, last, 0, layout.max_row_distance, 0, 0)
     max_row_distance, max_column_distance = layout.max_row_distance, layout.max_column_distance
     first, edge = int(layout.class_token), layout.width - 1
     return _Geometry(
@@ -75,6 +98,8 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         layout.width,
         first,
         0,
+        1 - layout.height,
+        layout.height - 1,
         -edge,
         edge,
         max_row_distance,
@@ -146,44 +171,105 @@ def _types(tokens: Tensor) -> dict[str, Any]:
     return {"WIDE": wide, "PRECISION": dot_precision(tokens)}
 
 
-# Rows of a tile, columns, slice of the inner size, warps, stages: from a data centre's GPU to one with little shared memory.
-_TILES = {
-    2: ((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2), (16, 16, 16, 2, 1)),
+# Rows of a tile, columns, depth of one product, warps, stages, by the size of an element in bytes: for GPUs with little shared memory,
+# and for types that no kernel is tuned for.
+_SMALLER_TILES = {
+    2: ((128, 64, 64, 4, 2), (64, 64, 32, 4, 2), (32, 32, 32, 4, 2), (16, 16, 16, 2, 1)),
     4: ((64, 64, 32, 4, 3), (64, 32, 32, 4, 2), (32, 32, 16, 4, 2), (16, 16, 16, 2, 1)),
     8: ((32, 32, 16, 4, 1), (16, 16, 16, 2, 1)),
 }
+# For a data centre's GPU, of each kernel: compiled for Hopper none spills registers. With four warps two programs fit on a
+# multiprocessor. A second tile of sums in registers, or the addresses of sums to add to, take eight.
+_LARGEST_TILES = {
+    "scores": (128, 128, 64, 4, 3),
+    "scores of two banks": (128, 128, 64, 8, 3),
+    "sum": (128, 128, 64, 8, 3),
+    "projection": (128, 128, 64, 4, 3),
+    "token gradient": (128, 128, 64, 8, 3),
+    "bank gradient": (128, 128, 64, 4, 2),
+    "shared bank gradient": (128, 128, 64, 8, 2),
+}
+_TILES = {kernel: {**_SMALLER_TILES, 2: (largest, *_SMALLER_TILES[2])} for kernel, largest in _LARGEST_TILES.items()}
+# Weighted projections of a chunk of offsets, in bytes; those of one offset may be more. Each is written once and read once by either
+# gradient, two products a feature each, so it need not stay in the L2 cache; with chunks that do, launches would be as long as kernels.
+SCRATCH_BYTES = 128 << 20
+# Tokens, in bytes, that stay in the L2 cache beside the matrices of several offsets.
+CACHED_BYTES = 24 << 20
 
 
-def _tiles(tokens: Tensor, in_size: int, num_heads: int, width: int) -> list[dict[str, int]]:
-    """Tile sizes to try, largest first; a head is never split, and small problems get small tiles."""
+def _block(size: int, most: int) -> int:
+    """A power of two to divide `size` by: at most `most`, and at least 16; half of that where less is computed in vain, down to 64."""
+    block = max(16, min(most, next_power_of_2(size)))
+    if block > 64 and -(-size // (block // 2)) * (block // 2) < -(-size // block) * block:
+        block //= 2
+    return block
+
+
+def _options(kernel: str, tokens: Tensor, sizes: Callable[[int, int, int], dict[str, int]]) -> list[dict[str, int]]:
+    """Tile sizes to try, largest first. `sizes` gives those that suit a problem, of at most so many rows and columns and this depth."""
     options = []
-    for rows, columns, inner, warps, stages in _TILES[tokens.element_size()]:
-        heads = min(max(columns // width, 1), next_power_of_2(num_heads))
-        option = {
-            "ROWS": rows,
-            "HEADS": max(heads, 16 // width),
-            "BLOCK_C": max(16, min(inner, next_power_of_2(in_size))),
-            "num_warps": warps,
-            "num_stages": stages,
-        }
+    for rows, columns, depth, warps, stages in _TILES[kernel][tokens.element_size()]:
+        option = sizes(rows, columns, depth)
+        elements = prod(option.pop("tile"))
+        # As many sums in each thread's registers in a tile of half the size.
+        while warps > 4 and 2 * elements <= rows * columns:
+            warps, elements = warps // 2, 2 * elements
+        option |= {"num_warps": warps, "num_stages": stages}
         if option not in options:
             options.append(option)
     return options
 
 
+def _head_tiles(kernel: str, tokens: Tensor, in_size: int, num_heads: int, width: int) -> list[dict[str, int]]:
+    """Tiles of rows and heads, and slices of the inner size; a head is never split, and small problems get small tiles."""
+
+    def sizes(rows: int, columns: int, depth: int) -> dict[str, int]:
+        heads = max(_block(num_heads * width, columns) // width, 1)
+        return {"tile": (rows, heads * width), "ROWS": rows, "HEADS": heads, "BLOCK_C": _block(in_size, depth)}
+
+    return _options(kernel, tokens, sizes)
+
+
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _tile_table(geometry: _Geometry, batch: int, rows: int, device: torch.device) -> Tensor:
-    """Row offset, column offset and first pair of every tile of `scores_kernel`, `[tiles, 3]`."""
-    row_offset = torch.arange(1 - geometry.height, geometry.height, device="cpu")
-    column_offset = torch.arange(geometry.least, geometry.most + 1, device="cpu")
-    row_offset, column_offset = (grid.flatten() for grid in torch.meshgrid(row_offset, column_offset, indexing="ij"))
-    columns = geometry.width + column_offset.clamp(max=0) - column_offset.clamp(min=geometry.past)
-    counts = (geometry.height - row_offset.abs()) * columns.clamp(min=0) * batch
-    tiles = (counts + rows - 1) // rows
-    offset = torch.arange(len(tiles), device="cpu").repeat_interleave(tiles)
-    start = (torch.arange(len(offset), device="cpu") - (tiles.cumsum(0) - tiles)[offset]) * rows
-    return torch.stack((row_offset[offset], column_offset[offset], start), dim=1).to(torch.int32).to(device)
+def _pairs_of(geometry: _Geometry) -> int:
+    """Pairs of one batch entry."""
+    rows = sum(geometry.height - abs(offset) for offset in range(geometry.least_row, geometry.most_row + 1))
+    return rows * sum(map(geometry.num_columns, range(geometry.least, geometry.most + 1)))
+
+
+def _num_pair_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> int:
+    """How many tiles of pairs there are at most, as `_offset_of_tile` numbers them."""
+    return _pairs_of(geometry) * batch // option["ROWS"] + geometry.num_offsets
+
+
+@lru_cache(maxsize=256)
+def _chunks(geometry: _Geometry, most_pairs: int) -> tuple[_Geometry, ...]:
+    """All offsets, split by what has at most so many pairs of a batch entry, or a single offset.
+
+    A chunk has all column offsets of some row offsets, or some of one.
+    """
+    line = sum(map(geometry.num_columns, range(geometry.least, geometry.most + 1)))
+    chunks, pairs = [], most_pairs + 1
+    for row_offset in range(geometry.least_row, geometry.most_row + 1):
+        rows = geometry.height - abs(row_offset)
+        if rows * line > most_pairs:
+            pairs = most_pairs + 1
+            for column_offset in range(geometry.least, geometry.most + 1):
+                more = rows * geometry.num_columns(column_offset)
+                if pairs + more > most_pairs:
+                    place = {"least_row": row_offset, "most_row": row_offset, "least": column_offset}
+                    chunks.append(geometry._replace(**place))
+                    pairs = 0
+                pairs += more
+                chunks[-1] = chunks[-1]._replace(most=column_offset)
+            pairs = most_pairs + 1
+            continue
+        if pairs + rows * line > most_pairs:
+            chunks.append(geometry._replace(least_row=row_offset))
+            pairs = 0
+        pairs += rows * line
+        chunks[-1] = chunks[-1]._replace(most_row=row_offset)
+    return tuple(chunks)
 
 
 def _scores(
@@ -197,16 +283,14 @@ def _scores(
     allocate = query.new_zeros if layout.causal else query.new_empty
     scores = allocate(batch, num_heads, layout.num_queries, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
     heads = _shape_of_heads(key_side.head_size, query_side, key_side)
-
-    def grid(option: dict[str, int]) -> tuple[int, ...]:
-        return len(_tile_table(geometry, batch, option["ROWS"], query.device)), -(-num_heads // option["HEADS"])
+    table = "scores" if query_bank is None or key_bank is None else "scores of two banks"
 
     if scores.numel():
         launch(
             scores_kernel,
-            grid,
-            _tiles(query, max(query_side.in_size, key_side.in_size), num_heads, heads["WIDTH"]),
-            lambda option: {"tiles": _tile_table(geometry, batch, option["ROWS"], query.device)},
+            lambda option: (_num_pair_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])),
+            _head_tiles(table, query, max(query_side.in_size, key_side.in_size), num_heads, heads["WIDTH"]),
+            lambda option: {},
             scores=scores,
             query=query_side.tokens,
             key=key_side.tokens,
@@ -248,7 +332,7 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output:
     launch(
         sum_kernel,
         lambda option: (_num_own_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])),
-        _tiles(other.tokens, other.in_size, num_heads, heads["WIDTH"]),
+        _head_tiles("sum", other.tokens, other.in_size, num_heads, heads["WIDTH"]),
         lambda option: _own_tiles(batch, option),
         output=output,
         weights=weights,
@@ -263,87 +347,118 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output:
         **geometry._asdict(),
         C=other.in_size,
         IS_QUERY=own.is_query,
+        ROTATE=other.tokens.numel() * other.tokens.element_size() <= CACHED_BYTES,
         **heads,
         **_types(other.tokens),
     )
 
 
-def _token_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Writes `Σ (w_ij · projection of the other token) W[o]ᵀ` of the grid's own tokens to `output`, `[B, tokens, C]`."""
+def _add_gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, token_gradient: Tensor) -> Tensor:
+    """Adds `Σ (w_ij · projection of the other token) W[o]ᵀ` of the grid's own tokens to `token_gradient`, `[B, tokens, C]`.
+
+    Returns:
+        `Σ xᵀ (w_ij · projection of the other token)` for every bank row of the grid, in the bank's shape, and in its type unless offsets
+        share rows; class rows are not written.
+    """
+    batch, out_size = len(weights), own.bank.shape[-1]
+    # Sums over several chunks are kept in the wide type.
+    shared = geometry.most_row > geometry.max_row_distance or geometry.most > geometry.max_column_distance
+    bank_gradient = torch.zeros_like(own.bank, dtype=accumulation_dtype(own.bank.dtype) if shared else None)
+    if not weights.numel():
+        return bank_gradient
+    chunks = _chunks(geometry, SCRATCH_BYTES // (batch * out_size * own.tokens.element_size()))
+    projections = own.tokens.new_empty(max(map(_pairs_of, chunks)) * batch, out_size)
+    for chunk in chunks:
+        _project(projections, weights, own, other, chunk)
+        _add_token_gradient(projections, own, chunk, token_gradient)
+        _add_bank_gradient(projections, own, chunk, bank_gradient, shared)
+    return bank_gradient
+
+
+def _project(projections: Tensor, weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -> None:
+    """Writes `w_ij · projection of the other token` of each pair to `projections`, `[pairs, own features]`."""
     batch, num_heads = len(weights), own.num_heads
     heads = _shape_of_heads(own.head_size, own, other)
+    launch(
+        projection_kernel,
+        lambda option: (_num_pair_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])),
+        _head_tiles("projection", own.tokens, other.in_size, num_heads, heads["WIDTH"]),
+        lambda option: {},
+        projections=projections,
+        weights=weights,
+        tokens=other.tokens,
+        bank=other.bank_or_tokens,
+        **_strides("weight", weights, "baij"),
+        **_strides("token", other.tokens, "bl"),
+        num_heads=num_heads,
+        sign=other.sign,
+        batch=batch,
+        **geometry._asdict(),
+        C=other.in_size,
+        BANK=other.bank is not None,
+        IS_QUERY=own.is_query,
+        **heads,
+        **_types(own.tokens),
+    )
+
+
+def _add_token_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor) -> None:
+    """Adds `Σ projection W[o]ᵀ` over the pairs of each own token to `output`, `[B, tokens, C]`."""
+    batch, out_size = len(output), own.bank.shape[-1]
+
+    def sizes(rows: int, columns: int, depth: int) -> dict[str, int]:
+        columns = _block(own.in_size, columns)
+        return {"tile": (rows, columns), "ROWS": rows, "BLOCK_C": columns, "BLOCK_OUT": _block(out_size, depth)}
+
     launch(
         token_gradient_kernel,
         lambda option: (_num_own_tiles(geometry, batch, option), -(-own.in_size // option["BLOCK_C"])),
-        _gradient_tiles(own, other, num_heads, heads["WIDTH"]),
+        _options("token gradient", own.tokens, sizes),
         lambda option: _own_tiles(batch, option),
         output=output,
-        weights=weights,
+        projections=projections,
         bank=own.bank,
-        others=other.tokens,
-        other_bank=other.bank_or_tokens,
-        **_strides("weight", weights, "baij"),
-        **_strides("other", other.tokens, "bl"),
         **_strides("output", output, "bl"),
-        num_heads=num_heads,
         sign=own.sign,
-        other_sign=other.sign,
         batch=batch,
         **geometry._asdict(),
         C=own.in_size,
-        OTHER_C=other.in_size,
-        OTHER_BANK=other.bank is not None,
+        OUT=out_size,
         IS_QUERY=own.is_query,
-        **heads,
         **_types(own.tokens),
     )
 
 
-def _bank_gradient(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, layout: PairLayout) -> Tensor:
-    """`Σ xᵀ (w_ij · projection of the other token)` for every bank row of the grid, in the bank's shape; class rows unwritten."""
-    batch, num_heads = len(weights), own.num_heads
-    heads = _shape_of_heads(own.head_size, own, other)
-    output = torch.empty_like(own.bank)
+def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor, shared: bool) -> None:
+    """Writes `Σ xᵀ projection` over the pairs of each bank row to `output`, or adds it where offsets share rows."""
+    out_size = own.bank.shape[-1]
+
+    def sizes(rows: int, columns: int, depth: int) -> dict[str, int]:
+        rows, columns = _block(own.in_size, rows), _block(out_size, columns)
+        return {"tile": (rows, columns), "ROWS": depth, "BLOCK_C": rows, "BLOCK_OUT": columns}
+
     launch(
         bank_gradient_kernel,
         lambda option: (
-            layout.num_grid_offsets,
+            geometry.num_offsets,
             -(-own.in_size // option["BLOCK_C"]),
-            -(-num_heads // option["HEADS"]),
+            -(-out_size // option["BLOCK_OUT"]),
         ),
-        _gradient_tiles(own, other, num_heads, heads["WIDTH"]),
+        _options("shared bank gradient" if shared else "bank gradient", own.tokens, sizes),
         lambda option: {},
         output=output,
-        weights=weights,
+        projections=projections,
         tokens=own.tokens,
-        others=other.tokens,
-        other_bank=other.bank_or_tokens,
-        **_strides("weight", weights, "baij"),
         **_strides("token", own.tokens, "bl"),
-        **_strides("other", other.tokens, "bl"),
-        num_heads=num_heads,
         sign=own.sign,
-        other_sign=other.sign,
-        batch=batch,
+        batch=len(own.tokens),
         **geometry._asdict(),
         C=own.in_size,
-        OTHER_C=other.in_size,
-        OTHER_BANK=other.bank is not None,
+        OUT=out_size,
         IS_QUERY=own.is_query,
-        CAUSAL=layout.causal,
-        **heads,
+        ADD=shared,
         **_types(own.tokens),
     )
-    return output
-
-
-def _gradient_tiles(own: _Side, other: _Side, num_heads: int, width: int) -> list[dict[str, int]]:
-    """As `_tiles`; the own inner size is a side of the tile here, that of the other token's projection is looped over."""
-    options = []
-    for option in _tiles(own.tokens, other.in_size, num_heads, width):
-        inner = max(16, min(option["HEADS"] * width, 128, next_power_of_2(own.in_size)))
-        options.append(option | {"BLOCK_C": inner, "OTHER_BLOCK_C": option["BLOCK_C"]})
-    return options
 
 
 def _scores_backward(
@@ -370,8 +485,7 @@ def _scores_backward(
         if own.bank is None:
             _sum(gradient, own, other, geometry, token_gradient)
         else:
-            _token_gradient(gradient, own, other, geometry, token_gradient)
-            bank_gradient = _bank_gradient(gradient, own, other, geometry, layout)
+            bank_gradient = _add_gradients(gradient, own, other, geometry, token_gradient)
         gradients += [token_gradient, bank_gradient]
     if layout.class_token:
         add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
