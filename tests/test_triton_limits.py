@@ -69,7 +69,8 @@ def brute_force(query, key, value, query_coefficients, key_coefficients, value_c
 )
 def test_a_first_tile_that_nobody_sees(layout, subset, rank):
     """Minus infinity for all keys of some queries' first tile; those of the next are seen."""
-    assert triton_basis._TILES[EXACT.itemsize][0][1] == KEYS
+    factors = {"query": tensor(1), "NQ": 2, "NK": 2, "NV": 2}
+    assert triton_basis._tiles(basis_kernels.forward_kernel, factors)[0]["KEYS"] == KEYS
     mixer = make_mixer(layout, subset, rank, offset_basis=2)
     queries = torch.arange(layout.num_tokens)[:, None]
     mask = torch.zeros(2, 1, layout.num_tokens, layout.num_tokens, dtype=torch.float64)
