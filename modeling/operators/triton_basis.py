@@ -9,8 +9,22 @@ with `p` the softmax of `s`. The dense parts are LoR's, and may be missing. Neit
 pass computes them again from the logarithm of the softmax's denominator. Keys and values may have fewer heads than queries
 (`heads.py`): a program that owns some of a head's keys goes through the queries of all heads that share them.
 
-Gradients of coefficients sum over all pairs of an offset. A program owns a few neighbouring offsets and goes through the pairs of
-two rows of the grid at a time, whose offsets lie on diagonals; it writes one sum per batch entry and head. No atomics.
+Gradients of coefficients sum over all pairs of an offset. A program owns some neighbouring offsets and goes through tiles of pairs
+in which they are in the same places, on diagonals, that it sums once, at the end; it writes two sums per offset, batch entry and head:
+neighbouring programs share some. No atomics.
+
+Products of two vectors of each pair and head, with `N = n_q n_k` (one factor where there is no basis), if a tile has all factors:
+
+| | | kv, `n = 8` | qkv, `n = 8` | q, `n = 8` |
+|---|---|---|---|---|
+| forward: scores, outputs | `N + n_v` | 16 | 72 | 9 |
+| gradients of queries: scores, gradients of probabilities and of queries | `2N + n_v` | 24 | 136 | 17 |
+| gradients of keys and values: the same, and of values | `2N + 2n_v` | 32 | 144 | 18 |
+| gradients of coefficients: scores, gradients of probabilities | `N + n_v` | 16 | 72 | 9 |
+
+The last are as many in compiled code alone, which keeps the products for the sums; and without pairs that a tile has and the grid has
+not, which are most where a row is short. The three passes of the backward one cannot share more without atomics or memory per pair:
+each sums over other pairs.
 
 The kernels are in `basis_kernels.py`.
 
