@@ -2,14 +2,14 @@
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 
-Several factors of a tile's tokens lie one after the other, so that the products of all of them are one matrix product, `[m·i, n·j]`, and
-so are sums over pairs and factors; it is the coefficients that are read pair by pair. Loops over factors that a tile does not hold are not
-unrolled: what is not prefetched needs no registers.
+Several factors of a tile's tokens lie one after the other, so that the products of all of them are one matrix product, `[m·i, n·j]`,
+and so are sums over pairs and factors; it is the coefficients that are read pair by pair. Where a tile does not hold all factors it
+goes through them in a loop that is not unrolled: unrolled, the factors' products would all need registers at once.
 
 `GROUPS` heads of queries share one of keys and values, one after the other: `key_head` is `head // GROUPS`.
 
-Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries. Tiles are `[m, i, n, j]`
-or a part of that.
+Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries. Tiles are
+`[m, i, n, j]` or a part of that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 @triton.jit
 def _program(blocks, PARTS: tl.constexpr):
-    """Block, part of the factors and head of a program. All lie on the grid's first axis: the others hold 65,535 programs at most."""
+    """Block, part of the factors and head of a program.
+
+    All lie on the grid's first axis: the others hold 65,535 programs at most.
+    """
     program = tl.program_id(0)
     rest = program // blocks
     return program % blocks, rest % PARTS, (rest // PARTS).to(tl.int64)
@@ -89,7 +92,7 @@ def _bank_rows(
 def _places(
     head, m, index, exists, length, N: tl.constexpr, FACTORS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Where `FACTORS` factors from `m` on of some tokens of one head are, `[m·index, WIDTH]`, in a tensor `[heads, N, length, SIZE]`."""
+    """Places of `FACTORS` factors, from `m` on, of some tokens of one head in `[heads, N, length, SIZE]`; `[m·index, WIDTH]`."""
     factor, column = m + tl.arange(0, FACTORS), tl.arange(0, WIDTH)
     row = tl.reshape((head * N + factor)[:, None] * length + index[None, :], [FACTORS * index.shape[0]])
     exists = tl.reshape((factor < N)[:, None] & exists[None, :], [FACTORS * index.shape[0]])
