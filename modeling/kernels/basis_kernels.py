@@ -2,14 +2,15 @@
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 
-Several factors of a tile's tokens lie one after the other, so that the products of all of them are one matrix product, `[m·i, n·j]`,
-and so are sums over pairs and factors; it is the coefficients that are read pair by pair. Where a tile does not hold all factors it
-goes through them in a loop that is not unrolled: unrolled, the factors' products would all need registers at once.
+Several factors of a tile's tokens lie one after the other, so that the products of all of them are one matrix product,
+`[m·i, n·j]`, and so are sums over pairs and factors; it is the coefficients that are read pair by pair. Where a tile
+does not hold all factors it goes through them in a loop that is not unrolled: unrolled, the factors' products would
+all need registers at once.
 
 `GROUPS` heads of queries share one of keys and values, one after the other: `key_head` is `head // GROUPS`.
 
-Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries. Tiles are
-`[m, i, n, j]` or a part of that.
+Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries. Tiles
+are `[m, i, n, j]` or a part of that.
 """
 
 from __future__ import annotations

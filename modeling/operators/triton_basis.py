@@ -1,19 +1,22 @@
 """Basis Translution as Triton kernels in the manner of flash attention (Dao et al. 2022): memory is linear in the tokens.
 
-With projections `q_m`, `k_m`, `v_m` of every token by every factor, computed before, and coefficients `b` of every offset,
+With projections `q_m`, `k_m`, `v_m` of every token by every factor, computed before, and coefficients `b` of every
+offset,
 
     s_ij = scale · (Σ_mn bq[o(j, i), m] bk[o(i, j), n] <q_mi, k_nj>  +  <dense q_i, dense k_j>)
     out_i = Σ_j p_ij Σ_m bv[o(i, j), m] v_mj          dense out_i = Σ_j p_ij (dense v_j)
 
-with `p` the softmax of `s`. The dense parts are LoR's, and may be missing. Neither scores nor probabilities are stored: the backward
-pass computes them again from the logarithm of the softmax's denominator. Keys and values may have fewer heads than queries
-(`heads.py`): a program that owns some of a head's keys goes through the queries of all heads that share them.
+with `p` the softmax of `s`. The dense parts are LoR's, and may be missing. Neither scores nor probabilities are
+stored: the backward pass computes them again from the logarithm of the softmax's denominator. Keys and values may have
+fewer heads than queries (`heads.py`): a program that owns some of a head's keys goes through the queries of all heads
+that share them.
 
-Gradients of coefficients sum over all pairs of an offset. A program owns some neighbouring offsets and goes through tiles of pairs
-in which they are in the same places, on diagonals, that it sums once, at the end; it writes two sums per offset, batch entry and head:
-neighbouring programs share some. No atomics.
+Gradients of coefficients sum over all pairs of an offset. A program owns some neighbouring offsets and goes through
+tiles of pairs in which they are in the same places, on diagonals, that it sums once, at the end; it writes two sums
+per offset, batch entry and head: neighbouring programs share some. No atomics.
 
-Products of two vectors of each pair and head, with `N = n_q n_k` (one factor where there is no basis), if a tile has all factors:
+Products of two vectors of each pair and head, with `N = n_q n_k` (one factor where there is no basis), if a tile has
+all factors:
 
 | | | kv, `n = 8` | qkv, `n = 8` | q, `n = 8` |
 |---|---|---|---|---|
@@ -22,13 +25,14 @@ Products of two vectors of each pair and head, with `N = n_q n_k` (one factor wh
 | gradients of keys and values: the same, and of values | `2N + 2n_v` | 32 | 144 | 18 |
 | gradients of coefficients: scores, gradients of probabilities | `N + n_v` | 16 | 72 | 9 |
 
-The last are as many in compiled code alone, which keeps the products for the sums; and without pairs that a tile has and the grid has
-not, which are most where a row is short. The three passes of the backward one cannot share more without atomics or memory per pair:
-each sums over other pairs.
+The last are as many in compiled code alone, which keeps the products for the sums; and without pairs that a tile has
+and the grid has not, which are most where a row is short. The three passes of the backward one cannot share more
+without atomics or memory per pair: each sums over other pairs.
 
-The kernels are in `basis_kernels.py`. Compiled by Triton 3.6.0 for sm_90, without a GPU, from float16 or bfloat16, for 12
-heads of 64, 8 factors and the first tiles: registers a thread, and bytes of its stack, which spilled registers take, of an image's
-197 tokens and of a text's 4,096. Each takes a few seconds to compile. Triton 3.9.0 takes up to 424 bytes (kv, image, forward).
+The kernels are in `basis_kernels.py`. Compiled by Triton 3.6.0 for sm_90, without a GPU, from float16 or bfloat16, for
+12 heads of 64, 8 factors and the first tiles: registers a thread, and bytes of its stack, which spilled registers
+take, of an image's 197 tokens and of a text's 4,096. Each takes a few seconds to compile. Triton 3.9.0 takes up to 424
+bytes (kv, image, forward).
 
 | | kv, image | kv, text | qkv, image | qkv, text | q, image | q, text |
 |---|---|---|---|---|---|---|
@@ -67,8 +71,9 @@ except ImportError as error:
     raise ImportError("`attn_implementation='triton'` needs Triton: `pip install triton`.") from error
 
 
-# By the bytes of a token's number: rows and columns of the products that a tile has, factors that it has of a token at most, warps,
-# stages. Rows are queries times their factors, and columns are keys times theirs. In 16 bits the first ones spill next to nothing.
+# By the bytes of a token's number: rows and columns of the products that a tile has, factors that it has of a token at
+# most, warps, stages. Rows are queries times their factors, and columns are keys times theirs. In 16 bits the first ones
+# spill next to nothing.
 _GRADIENT_TILES = {
     2: ((64, 64, 8, 8, 2), (64, 64, 8, 8, 1), (64, 64, 4, 4, 1), (32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
     4: ((64, 64, 4, 8, 1), (32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
