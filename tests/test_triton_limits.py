@@ -74,7 +74,8 @@ def brute_force(query, key, value, query_coefficients, key_coefficients, value_c
 )
 def test_a_first_tile_that_nobody_sees(layout, subset, rank):
     """Minus infinity for all keys of some queries' first tile; those of the next are seen."""
-    assert triton_basis._TILES[EXACT.itemsize][0][1] == KEYS
+    factors = {"query": tensor(1), "NQ": 2, "NK": 2, "NV": 2}
+    assert triton_basis._tiles(basis_kernels.forward_kernel, factors)[0]["KEYS"] == KEYS
     mixer = make_mixer(layout, subset, rank, offset_basis=2)
     queries = torch.arange(layout.num_tokens)[:, None]
     mask = torch.zeros(2, 1, layout.num_tokens, layout.num_tokens, dtype=torch.float64)
@@ -190,6 +191,84 @@ def test_heads_of_queries_share_one_of_keys_and_values(layout, key_heads, groups
     ]
     for one, other in zip((*actual, *gradients[0]), (*expected, *gradients[1]), strict=True):
         torch.testing.assert_close(one, other, rtol=100 * TOLERANCE, atol=10 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "numbers"),
+    [
+        (PairLayout.for_image(2, 3, 2, 3, class_token=False), (3, 1, 5)),
+        (PairLayout.for_text(KEYS + 2, 5, 4, past=1), (1, 5, 3)),
+        (PairLayout.for_image(1, 2, 1, 2), (3, 3, 1)),
+    ],
+    ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_more_factors_than_a_tile_holds(layout, numbers, monkeypatch):
+    """Outputs and every gradient, of factors that fill a tile's places in part; of each kind another number."""
+    small = ((32, 32, 2, 4, 1),)
+    monkeypatch.setattr(triton_basis, "_TILES", {name: {EXACT.itemsize: small} for name in triton_basis._TILES})
+    lengths = (layout.num_queries, layout.num_tokens, layout.num_tokens)
+    tokens = [tensor(1, 2, number, length, 5) for number, length in zip(numbers, lengths, strict=True)]
+    coefficients = [tensor(layout.num_offsets, number) if number > 1 else None for number in numbers]
+    inputs = [part.requires_grad_() for part in (*tokens, *coefficients) if part is not None]
+    weight = tensor(1, 2, layout.num_queries, 5)
+    expected = brute_force(*tokens, *coefficients, None, 0.5, layout)
+    actual, _ = triton_basis.basis_attention(*tokens, *coefficients, None, None, None, None, 0.5, layout)
+    gradients = [torch.autograd.grad((result * weight).sum(), inputs) for result in (actual, expected)]
+    for one, other in zip((actual, *gradients[0]), (expected, *gradients[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=100 * TOLERANCE, atol=10 * TOLERANCE)
+
+
+def test_nothing_is_read_beyond_the_coefficients(monkeypatch):
+    """Pairs that a tile has and the grid has not have a place in the bank all the same: what lies around it is NaN."""
+    layout = PairLayout.for_image(2, 3, 2, 3, class_token=False)
+    made = triton_basis._for_kernels
+
+    def surrounded(given):
+        tensors = made(given)
+        for name, inner in tensors.items():
+            if name.endswith("coefficients") and inner is not None:
+                around = inner.new_full((inner.numel() + 128,), math.nan)
+                tensors[name] = around[64:-64].view_as(inner).copy_(inner)
+        return tensors
+
+    monkeypatch.setattr(triton_basis, "_for_kernels", surrounded)
+    # Queries of one factor: a tile has more of them than a row of the grid.
+    tokens = [tensor(1, 1, factors, layout.num_tokens, 4) for factors in (1, 2, 2)]
+    coefficients = [tensor(layout.num_offsets, 2) for _ in range(2)]
+    inputs = [part.requires_grad_() for part in (*tokens, *coefficients)]
+    output, _ = triton_basis.basis_attention(*tokens, None, *coefficients, None, None, None, None, 0.5, layout)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.square().sum(), inputs))
+
+
+@pytest.mark.parametrize("factors", [(1, 2, 2), (2, 2, 2), (2, 1, 1)], ids=str)
+def test_products_of_each_kernel(factors, checked_integers, monkeypatch):
+    """As many as the docstring says: all factors' gradients from scores that are computed again once."""
+    layout = PairLayout.for_image(4, 8, 4, 8, class_token=False)
+    query, key, value = (tensor(1, 1, number, 32, 16).requires_grad_() for number in factors)
+    coefficients = [tensor(layout.num_offsets, number).requires_grad_() if number > 1 else None for number in factors]
+    multiply, run_kernel, products = interpreter.InterpreterBuilder.create_dot, launch.launch, {}
+
+    def counted(self, a, b, *arguments):
+        (rows, terms), (_, columns) = a.data.shape, b.data.shape
+        products[running[0]] = products.get(running[0], 0) + rows * terms * columns
+        return multiply(self, a, b, *arguments)
+
+    def note(kernel, *arguments, **named):
+        running[:] = [kernel.__name__]
+        run_kernel(kernel, *arguments, **named)
+
+    running = []
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted)
+    monkeypatch.setattr(triton_basis, "launch", note)
+    output, _ = triton_basis.basis_attention(query, key, value, *coefficients, None, None, None, None, 0.5, layout)
+    output.sum().backward()
+    of_scores, of_values = factors[0] * factors[1], factors[2]
+    # Tiles that the tokens fill: 32 queries and keys of 16 features.
+    unit = 32 * 32 * 16
+    assert products["forward_kernel"] == unit * (of_scores + of_values)
+    assert products["query_gradient_kernel"] == unit * (2 * of_scores + of_values)
+    assert products["key_value_gradient_kernel"] == unit * 2 * (of_scores + of_values)
 
 
 def test_heads_that_do_not_match_are_an_error():

@@ -2,9 +2,15 @@
 
 Every program computes the scores of its pairs again. Text is a grid of one row here: the distance is a column offset.
 
+Several factors of a tile's tokens lie one after the other, so that the products of all of them are one matrix product,
+`[m·i, n·j]`, and so are sums over pairs and factors; it is the coefficients that are read pair by pair. Where a tile
+does not hold all factors it goes through them in a loop that is not unrolled: unrolled, the factors' products would
+all need registers at once.
+
 `GROUPS` heads of queries share one of keys and values, one after the other: `key_head` is `head // GROUPS`.
 
-Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries.
+Legend: `i` queries, `j` keys, `m` and `n` factors; `head` and `key_head` number the heads of all batch entries. Tiles
+are `[m, i, n, j]` or a part of that.
 """
 
 from __future__ import annotations
@@ -24,22 +30,28 @@ _LENGTHS = [
     "height",
     "width",
     "past",
+    "num_offsets",
     "max_row_distance",
     "max_column_distance",
     "stride_x",
     "base_y",
     "class_row",
     "first",
+    "first_column_block",
+    "column_blocks",
 ]
 _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 
 @triton.jit
-def _program(blocks, FACTORS: tl.constexpr):
-    """Block, factor and head of a program. All lie on the grid's first axis: the others hold 65,535 programs at most."""
+def _program(blocks, PARTS: tl.constexpr):
+    """Block, part of the factors and head of a program.
+
+    All lie on the grid's first axis: the others hold 65,535 programs at most.
+    """
     program = tl.program_id(0)
     rest = program // blocks
-    return program % blocks, rest % FACTORS, (rest // FACTORS).to(tl.int64)
+    return program % blocks, rest % PARTS, (rest // PARTS).to(tl.int64)
 
 
 @triton.jit
@@ -78,34 +90,85 @@ def _bank_rows(
 
 
 @triton.jit
-def _tokens(pointer, head, index, exists, length, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Some tokens of one head, `[index, WIDTH]`, of a tensor `[heads, length, SIZE]`."""
-    column = tl.arange(0, WIDTH)
-    place = (head * length + index)[:, None] * SIZE + column[None, :]
-    return tl.load(pointer + place, mask=exists[:, None] & (column < SIZE)[None, :], other=0.0)
+def _places(
+    head, m, index, exists, length, N: tl.constexpr, FACTORS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Places of `FACTORS` factors, from `m` on, of some tokens of one head in `[heads, N, length, SIZE]`; `[m·index, WIDTH]`."""
+    factor, column = m + tl.arange(0, FACTORS), tl.arange(0, WIDTH)
+    row = tl.reshape((head * N + factor)[:, None] * length + index[None, :], [FACTORS * index.shape[0]])
+    exists = tl.reshape((factor < N)[:, None] & exists[None, :], [FACTORS * index.shape[0]])
+    return row[:, None] * SIZE + column[None, :], exists[:, None] & (column < SIZE)[None, :]
 
 
 @triton.jit
-def _store_tokens(pointer, head, index, exists, length, value, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    column = tl.arange(0, WIDTH)
-    place = (head * length + index)[:, None] * SIZE + column[None, :]
-    tl.store(pointer + place, value, mask=exists[:, None] & (column < SIZE)[None, :])
+def _load(
+    pointer,
+    head,
+    m,
+    index,
+    exists,
+    length,
+    N: tl.constexpr,
+    FACTORS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    place, exists = _places(head, m, index, exists, length, N, FACTORS, SIZE, WIDTH)
+    return tl.load(pointer + place, mask=exists, other=0.0)
 
 
 @triton.jit
-def _coefficient(pointer, rows, m, N: tl.constexpr):
-    return tl.load(pointer + rows * N + m)
+def _store(
+    pointer,
+    head,
+    m,
+    index,
+    exists,
+    length,
+    value,
+    N: tl.constexpr,
+    FACTORS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    place, exists = _places(head, m, index, exists, length, N, FACTORS, SIZE, WIDTH)
+    tl.store(pointer + place, value, mask=exists)
+
+
+@triton.jit
+def _query_weights(
+    coefficients, rows, m, num_offsets, N: tl.constexpr, FACTORS: tl.constexpr, BASIS: tl.constexpr, WIDE: tl.constexpr
+):
+    """Coefficients `[N, num_offsets]` of pairs by `FACTORS` factors from `m` on, `[m, i, j]`; ones without a basis."""
+    if BASIS:
+        factor = (m + tl.arange(0, FACTORS))[:, None, None]
+        weights = tl.load(coefficients + factor * num_offsets + rows[None, :, :], mask=factor < N, other=0.0)
+    else:
+        weights = tl.full([1, rows.shape[0], rows.shape[1]], 1.0, WIDE)
+    return weights
+
+
+@triton.jit
+def _key_weights(
+    coefficients, rows, n, num_offsets, N: tl.constexpr, FACTORS: tl.constexpr, BASIS: tl.constexpr, WIDE: tl.constexpr
+):
+    """As `_query_weights`, `[i, n, j]`: in the order of the products."""
+    if BASIS:
+        factor = (n + tl.arange(0, FACTORS))[None, :, None]
+        weights = tl.load(coefficients + factor * num_offsets + rows[:, None, :], mask=factor < N, other=0.0)
+    else:
+        weights = tl.full([rows.shape[0], 1, rows.shape[1]], 1.0, WIDE)
+    return weights
 
 
 @triton.jit
 def _products(
     left,
     right,
-    right_coefficients,
-    rows,
     head,
     key_head,
     m,
+    n,
     i,
     i_exists,
     j,
@@ -113,23 +176,48 @@ def _products(
     queries,
     tokens,
     LEFT_N: tl.constexpr,
+    LEFT_FACTORS: tl.constexpr,
     RIGHT_N: tl.constexpr,
-    RIGHT_BASIS: tl.constexpr,
+    RIGHT_FACTORS: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`Σ_n b[row, n] <left_mi, right_nj>`, `[i, j]`."""
-    one = _tokens(left, head * LEFT_N + m, i, i_exists, queries, SIZE, WIDTH)
-    total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
-    for n in tl.static_range(RIGHT_N):
-        other = _tokens(right, key_head * RIGHT_N + n, j, j_exists, tokens, SIZE, WIDTH)
-        product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
-        if RIGHT_BASIS:
-            product *= _coefficient(right_coefficients, rows, n, RIGHT_N)
-        total += product
+    """`<left_mi, right_nj>`, `[m, i, n, j]`."""
+    one = _load(left, head, m, i, i_exists, queries, LEFT_N, LEFT_FACTORS, SIZE, WIDTH)
+    other = _load(right, key_head, n, j, j_exists, tokens, RIGHT_N, RIGHT_FACTORS, SIZE, WIDTH)
+    products = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
+    return tl.reshape(products, [LEFT_FACTORS, i.shape[0], RIGHT_FACTORS, j.shape[0]])
+
+
+@triton.jit
+def _over_queries_factors(products, weights):
+    """`Σ_m weights[m, i, j] · products[m, i, n, j]`, `[i, n, j]`."""
+    weighted = products * weights[:, :, None, :]
+    if products.shape[0] == 1:
+        total = tl.reshape(weighted, [products.shape[1], products.shape[2], products.shape[3]])
+    else:
+        total = tl.sum(weighted, axis=0)
     return total
+
+
+@triton.jit
+def _over_keys_factors(products, weights):
+    """`Σ_n weights[i, n, j] · products[m, i, n, j]`, `[m, i, j]`."""
+    weighted = products * weights[None, :, :, :]
+    if products.shape[2] == 1:
+        total = tl.reshape(weighted, [products.shape[0], products.shape[1], products.shape[3]])
+    else:
+        total = tl.sum(weighted, axis=2)
+    return total
+
+
+@triton.jit
+def _weighted(pairs, query_weights, key_weights):
+    """`pairs[i, j] · query_weights[m, i, j] · key_weights[i, n, j]`, `[m·i, n·j]`."""
+    weighted = (pairs[None, :, :] * query_weights)[:, :, None, :] * key_weights[None, :, :, :]
+    return tl.reshape(weighted, [weighted.shape[0] * weighted.shape[1], weighted.shape[2] * weighted.shape[3]])
 
 
 @triton.jit
@@ -158,6 +246,7 @@ def _scores(
     queries,
     tokens,
     past,
+    num_offsets,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     Q_BASIS: tl.constexpr,
@@ -171,20 +260,26 @@ def _scores(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    QUERY_FACTORS: tl.constexpr,
+    KEY_FACTORS: tl.constexpr,
 ):
     """Scaled and masked scores of a tile of pairs, minus infinity where there is no pair."""
-    total = tl.zeros((i.shape[0], j.shape[0]), WIDE)
-    for m in tl.static_range(NQ):
-        product = _products(
-            query, key, key_coefficients, rows, head, key_head, m, i, i_exists, j, j_exists, queries, tokens,
-            NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
-        )  # fmt: skip
-        if Q_BASIS:
-            product *= _coefficient(query_coefficients, reverse, m, NQ)
-        total += product
+    total = tl.zeros([i.shape[0], 1, j.shape[0]], WIDE)
+    for m in range(0, NQ, QUERY_FACTORS):
+        mixed = tl.zeros([QUERY_FACTORS, i.shape[0], j.shape[0]], WIDE)
+        for n in range(0, NK, KEY_FACTORS):
+            products = _products(
+                query, key, head, key_head, m, n, i, i_exists, j, j_exists, queries, tokens, NQ, QUERY_FACTORS, NK,
+                KEY_FACTORS, E, E_WIDTH, WIDE, PRECISION,
+            )  # fmt: skip
+            key_weights = _key_weights(key_coefficients, rows, n, num_offsets, NK, KEY_FACTORS, K_BASIS, WIDE)
+            mixed += _over_keys_factors(products, key_weights)
+        query_weights = _query_weights(query_coefficients, reverse, m, num_offsets, NQ, QUERY_FACTORS, Q_BASIS, WIDE)
+        total += _over_queries_factors(mixed[:, :, None, :], query_weights)
+    total = tl.reshape(total, [i.shape[0], j.shape[0]])
     if DENSE_SCORES:
-        one = _tokens(dense_query, head, i, i_exists, queries, D, D_WIDTH)
-        other = _tokens(dense_key, key_head, j, j_exists, tokens, D, D_WIDTH)
+        one = _load(dense_query, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
+        other = _load(dense_key, key_head, 0, j, j_exists, tokens, 1, 1, D, D_WIDTH)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION, out_dtype=WIDE)
     total *= scale
     exists = i_exists[:, None] & j_exists[None, :]
@@ -223,6 +318,7 @@ def forward_kernel(
     tokens,
     width,
     past,
+    num_offsets,
     max_row_distance,
     max_column_distance,
     stride_x,
@@ -248,6 +344,9 @@ def forward_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    QUERY_FACTORS: tl.constexpr,
+    KEY_FACTORS: tl.constexpr,
+    VALUE_FACTORS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -266,15 +365,18 @@ def forward_kernel(
         j = start + tl.arange(0, KEYS)
         j_exists = j < tokens
         rows = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, False
-        )
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            False,
+        )  # fmt: skip
         reverse = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
-        )
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            True,
+        )  # fmt: skip
         scores = _scores(
-            query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-            mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries,
-            tokens, past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+            query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b,
+            mask_stride_a, mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists,
+            rows, reverse, queries, tokens, past, num_offsets, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL,
+            E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION, QUERY_FACTORS, KEY_FACTORS,
         )  # fmt: skip
         running_max_before = running_max
         running_max = tl.maximum(running_max, tl.max(scores, axis=1))
@@ -284,22 +386,21 @@ def forward_kernel(
         shrink = tl.exp(running_max_before - shift)
         total = total * shrink + tl.sum(weights, axis=1)
         mixed *= shrink[:, None]
-        for m in tl.static_range(NV):
-            one = _tokens(value, key_head * NV + m, j, j_exists, tokens, V, V_WIDTH)
-            weighted = weights
-            if V_BASIS:
-                weighted = weights * _coefficient(value_coefficients, rows, m, NV)
-            mixed = tl.dot(weighted.to(one.dtype), one, mixed, input_precision=PRECISION, out_dtype=WIDE)
+        for n in range(0, NV, VALUE_FACTORS):
+            one = _load(value, key_head, n, j, j_exists, tokens, NV, VALUE_FACTORS, V, V_WIDTH)
+            by_factor = _key_weights(value_coefficients, rows, n, num_offsets, NV, VALUE_FACTORS, V_BASIS, WIDE)
+            weighted = tl.reshape(weights[:, None, :] * by_factor, [QUERIES, VALUE_FACTORS * KEYS]).to(one.dtype)
+            mixed = tl.dot(weighted, one, mixed, input_precision=PRECISION, out_dtype=WIDE)
         if DENSE_VALUES:
-            one = _tokens(dense_value, key_head, j, j_exists, tokens, D, D_WIDTH)
+            one = _load(dense_value, key_head, 0, j, j_exists, tokens, 1, 1, D, D_WIDTH)
             dense = tl.dot(
                 weights.to(one.dtype), one, dense * shrink[:, None], input_precision=PRECISION, out_dtype=WIDE
             )
     # A query that sees nothing has no weights: 0 / 0, as in any softmax. What is past the end is not stored.
     total = tl.where(i_exists, total, 1.0)
-    _store_tokens(output, head, i, i_exists, queries, mixed / total[:, None], V, V_WIDTH)
+    _store(output, head, 0, i, i_exists, queries, mixed / total[:, None], 1, 1, V, V_WIDTH)
     if DENSE_VALUES:
-        _store_tokens(dense_output, head, i, i_exists, queries, dense / total[:, None], D, D_WIDTH)
+        _store(dense_output, head, 0, i, i_exists, queries, dense / total[:, None], 1, 1, D, D_WIDTH)
     tl.store(logsumexp + head * queries + i, running_max + tl.log(total), mask=i_exists)
 
 
@@ -336,6 +437,7 @@ def _weights(
     queries,
     tokens,
     past,
+    num_offsets,
     NQ: tl.constexpr,
     NK: tl.constexpr,
     NV: tl.constexpr,
@@ -354,22 +456,31 @@ def _weights(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    QUERY_FACTORS: tl.constexpr,
+    KEY_FACTORS: tl.constexpr,
+    VALUE_FACTORS: tl.constexpr,
 ):
     """Probabilities of a tile of pairs, and the gradients of their unscaled scores."""
     scores = _scores(
         query, key, query_coefficients, key_coefficients, dense_query, dense_key, mask, mask_stride_b, mask_stride_a,
-        mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse, queries,
-        tokens, past, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+        mask_stride_i, mask_stride_j, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows, reverse,
+        queries, tokens, past, num_offsets, NQ, NK, Q_BASIS, K_BASIS, DENSE_SCORES, MASKED, CAUSAL, E, E_WIDTH, D,
+        D_WIDTH, WIDE, PRECISION, QUERY_FACTORS, KEY_FACTORS,
     )  # fmt: skip
     shift = tl.load(logsumexp + head * queries + i, mask=i_exists, other=0.0)
     probabilities = tl.exp(scores - shift[:, None])
-    gradient = _products(
-        output_gradient, value, value_coefficients, rows, head, key_head, 0, i, i_exists, j, j_exists, queries, tokens,
-        1, NV, V_BASIS, V, V_WIDTH, WIDE, PRECISION,
-    )  # fmt: skip
+    gradient = tl.zeros([1, i.shape[0], j.shape[0]], WIDE)
+    for n in range(0, NV, VALUE_FACTORS):
+        products = _products(
+            output_gradient, value, head, key_head, 0, n, i, i_exists, j, j_exists, queries, tokens, 1, 1, NV,
+            VALUE_FACTORS, V, V_WIDTH, WIDE, PRECISION,
+        )  # fmt: skip
+        value_weights = _key_weights(value_coefficients, rows, n, num_offsets, NV, VALUE_FACTORS, V_BASIS, WIDE)
+        gradient += _over_keys_factors(products, value_weights)
+    gradient = tl.reshape(gradient, [i.shape[0], j.shape[0]])
     if DENSE_VALUES:
-        one = _tokens(dense_output_gradient, head, i, i_exists, queries, D, D_WIDTH)
-        other = _tokens(dense_value, key_head, j, j_exists, tokens, D, D_WIDTH)
+        one = _load(dense_output_gradient, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
+        other = _load(dense_value, key_head, 0, j, j_exists, tokens, 1, 1, D, D_WIDTH)
         gradient = tl.dot(one, tl.trans(other), gradient, input_precision=PRECISION, out_dtype=WIDE)
     mean = tl.load(delta + head * queries + i, mask=i_exists, other=0.0)
     return probabilities, probabilities * (gradient - mean[:, None]) * scale
@@ -403,6 +514,7 @@ def query_gradient_kernel(
     tokens,
     width,
     past,
+    num_offsets,
     max_row_distance,
     max_column_distance,
     stride_x,
@@ -428,15 +540,19 @@ def query_gradient_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    QUERY_FACTORS: tl.constexpr,
+    KEY_FACTORS: tl.constexpr,
+    VALUE_FACTORS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Gradients of some queries' queries by one factor, and of their dense queries."""
-    block, m, head = _program(tl.cdiv(queries, QUERIES), NQ)
+    """Gradients of some queries' queries by some factors, and of their dense queries."""
+    block, part, head = _program(tl.cdiv(queries, QUERIES), (NQ + QUERY_FACTORS - 1) // QUERY_FACTORS)
+    m = part * QUERY_FACTORS
     key_head = head // GROUPS
     i = block * QUERIES + tl.arange(0, QUERIES)
     i_exists = i < queries
-    total = tl.zeros((QUERIES, E_WIDTH), WIDE)
+    total = tl.zeros((QUERY_FACTORS * QUERIES, E_WIDTH), WIDE)
     dense = tl.zeros((QUERIES, D_WIDTH), WIDE)
     end = tokens
     if CAUSAL:
@@ -445,33 +561,33 @@ def query_gradient_kernel(
         j = start + tl.arange(0, KEYS)
         j_exists = j < tokens
         rows = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, False
-        )
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            False,
+        )  # fmt: skip
         reverse = _bank_rows(
-            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL, True
-        )
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            True,
+        )  # fmt: skip
         _, gradient = _weights(
             query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
             dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
             dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows,
-            reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
-            CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+            reverse, queries, tokens, past, num_offsets, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES,
+            DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION, QUERY_FACTORS,
+            KEY_FACTORS, VALUE_FACTORS,
         )  # fmt: skip
-        own = gradient
-        if Q_BASIS:
-            own = gradient * _coefficient(query_coefficients, reverse, m, NQ)
-        for n in tl.static_range(NK):
-            other = _tokens(key, key_head * NK + n, j, j_exists, tokens, E, E_WIDTH)
-            weighted = own
-            if K_BASIS:
-                weighted = own * _coefficient(key_coefficients, rows, n, NK)
-            total = tl.dot(weighted.to(other.dtype), other, total, input_precision=PRECISION, out_dtype=WIDE)
+        query_weights = _query_weights(query_coefficients, reverse, m, num_offsets, NQ, QUERY_FACTORS, Q_BASIS, WIDE)
+        for n in range(0, NK, KEY_FACTORS):
+            other = _load(key, key_head, n, j, j_exists, tokens, NK, KEY_FACTORS, E, E_WIDTH)
+            key_weights = _key_weights(key_coefficients, rows, n, num_offsets, NK, KEY_FACTORS, K_BASIS, WIDE)
+            weighted = _weighted(gradient, query_weights, key_weights).to(other.dtype)
+            total = tl.dot(weighted, other, total, input_precision=PRECISION, out_dtype=WIDE)
         if DENSE_SCORES:
-            other = _tokens(dense_key, key_head, j, j_exists, tokens, D, D_WIDTH)
+            other = _load(dense_key, key_head, 0, j, j_exists, tokens, 1, 1, D, D_WIDTH)
             dense = tl.dot(gradient.to(other.dtype), other, dense, input_precision=PRECISION, out_dtype=WIDE)
-    _store_tokens(query_gradient, head * NQ + m, i, i_exists, queries, total, E, E_WIDTH)
-    if DENSE_SCORES and m == 0:
-        _store_tokens(dense_query_gradient, head, i, i_exists, queries, dense, D, D_WIDTH)
+    _store(query_gradient, head, m, i, i_exists, queries, total, NQ, QUERY_FACTORS, E, E_WIDTH)
+    if DENSE_SCORES and part == 0:
+        _store(dense_query_gradient, head, 0, i, i_exists, queries, dense, 1, 1, D, D_WIDTH)
 
 
 @_jit
@@ -504,6 +620,7 @@ def key_value_gradient_kernel(
     tokens,
     width,
     past,
+    num_offsets,
     max_row_distance,
     max_column_distance,
     stride_x,
@@ -529,15 +646,20 @@ def key_value_gradient_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    QUERY_FACTORS: tl.constexpr,
+    KEY_FACTORS: tl.constexpr,
+    VALUE_FACTORS: tl.constexpr,
+    PARTS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Gradients of some keys' keys and values by one factor, and of their dense keys and values."""
-    block, n, key_head = _program(tl.cdiv(tokens, KEYS), max(NK, NV))
+    """Gradients of some keys' keys and values by some factors, and of their dense keys and values."""
+    block, part, key_head = _program(tl.cdiv(tokens, KEYS), PARTS)
+    key_factor, value_factor = part * KEY_FACTORS, part * VALUE_FACTORS
     j = block * KEYS + tl.arange(0, KEYS)
     j_exists = j < tokens
-    keys = tl.zeros((KEYS, E_WIDTH), WIDE)
-    values = tl.zeros((KEYS, V_WIDTH), WIDE)
+    keys = tl.zeros((KEY_FACTORS * KEYS, E_WIDTH), WIDE)
+    values = tl.zeros((VALUE_FACTORS * KEYS, V_WIDTH), WIDE)
     dense_keys = tl.zeros((KEYS, D_WIDTH), WIDE)
     dense_values = tl.zeros((KEYS, D_WIDTH), WIDE)
     begin = 0
@@ -549,93 +671,95 @@ def key_value_gradient_kernel(
             i = start + tl.arange(0, QUERIES)
             i_exists = i < queries
             rows = _bank_rows(
-                i,
-                j,
-                width,
-                past,
-                max_row_distance,
-                max_column_distance,
-                stride_x,
-                base_y,
-                class_row,
-                first,
-                CAUSAL,
+                i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
                 False,
-            )
+            )  # fmt: skip
             reverse = _bank_rows(
-                i,
-                j,
-                width,
-                past,
-                max_row_distance,
-                max_column_distance,
-                stride_x,
-                base_y,
-                class_row,
-                first,
-                CAUSAL,
+                i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
                 True,
-            )
+            )  # fmt: skip
             probabilities, gradient = _weights(
                 query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
                 dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
-                dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows,
-                reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
-                CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+                dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists,
+                rows, reverse, queries, tokens, past, num_offsets, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS,
+                DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+                QUERY_FACTORS, KEY_FACTORS, VALUE_FACTORS,
             )  # fmt: skip
-            if n < NK:
-                own = gradient
-                if K_BASIS:
-                    own = gradient * _coefficient(key_coefficients, rows, n, NK)
-                for m in tl.static_range(NQ):
-                    other = _tokens(query, head * NQ + m, i, i_exists, queries, E, E_WIDTH)
-                    weighted = own
-                    if Q_BASIS:
-                        weighted = own * _coefficient(query_coefficients, reverse, m, NQ)
-                    keys = tl.dot(
-                        tl.trans(weighted.to(other.dtype)), other, keys, input_precision=PRECISION, out_dtype=WIDE
-                    )
-            if n < NV:
-                other = _tokens(output_gradient, head, i, i_exists, queries, V, V_WIDTH)
-                weighted = probabilities
-                if V_BASIS:
-                    weighted = probabilities * _coefficient(value_coefficients, rows, n, NV)
-                values = tl.dot(
-                    tl.trans(weighted.to(other.dtype)), other, values, input_precision=PRECISION, out_dtype=WIDE
+            key_weights = _key_weights(key_coefficients, rows, key_factor, num_offsets, NK, KEY_FACTORS, K_BASIS, WIDE)
+            for m in range(0, NQ, QUERY_FACTORS):
+                other = _load(query, head, m, i, i_exists, queries, NQ, QUERY_FACTORS, E, E_WIDTH)
+                query_weights = _query_weights(
+                    query_coefficients, reverse, m, num_offsets, NQ, QUERY_FACTORS, Q_BASIS, WIDE
                 )
+                weighted = _weighted(gradient, query_weights, key_weights).to(other.dtype)
+                keys = tl.dot(tl.trans(weighted), other, keys, input_precision=PRECISION, out_dtype=WIDE)
+            other = _load(output_gradient, head, 0, i, i_exists, queries, 1, 1, V, V_WIDTH)
+            value_weights = _key_weights(
+                value_coefficients, rows, value_factor, num_offsets, NV, VALUE_FACTORS, V_BASIS, WIDE
+            )
+            weighted = tl.reshape(probabilities[:, None, :] * value_weights, [QUERIES, VALUE_FACTORS * KEYS])
+            weighted = tl.trans(weighted.to(other.dtype))
+            values = tl.dot(weighted, other, values, input_precision=PRECISION, out_dtype=WIDE)
             if DENSE_SCORES:
-                other = _tokens(dense_query, head, i, i_exists, queries, D, D_WIDTH)
-                dense_keys = tl.dot(
-                    tl.trans(gradient.to(other.dtype)), other, dense_keys, input_precision=PRECISION, out_dtype=WIDE
-                )
+                other = _load(dense_query, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
+                weighted = tl.trans(gradient.to(other.dtype))
+                dense_keys = tl.dot(weighted, other, dense_keys, input_precision=PRECISION, out_dtype=WIDE)
             if DENSE_VALUES:
-                other = _tokens(dense_output_gradient, head, i, i_exists, queries, D, D_WIDTH)
-                dense_values = tl.dot(
-                    tl.trans(probabilities.to(other.dtype)),
-                    other,
-                    dense_values,
-                    input_precision=PRECISION,
-                    out_dtype=WIDE,
-                )
-    if n < NK:
-        _store_tokens(key_gradient, key_head * NK + n, j, j_exists, tokens, keys, E, E_WIDTH)
-    if n < NV:
-        _store_tokens(value_gradient, key_head * NV + n, j, j_exists, tokens, values, V, V_WIDTH)
-    if n == 0:
+                other = _load(dense_output_gradient, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
+                weighted = tl.trans(probabilities.to(other.dtype))
+                dense_values = tl.dot(weighted, other, dense_values, input_precision=PRECISION, out_dtype=WIDE)
+    _store(key_gradient, key_head, key_factor, j, j_exists, tokens, keys, NK, KEY_FACTORS, E, E_WIDTH)
+    _store(value_gradient, key_head, value_factor, j, j_exists, tokens, values, NV, VALUE_FACTORS, V, V_WIDTH)
+    if part == 0:
         if DENSE_SCORES:
-            _store_tokens(dense_key_gradient, key_head, j, j_exists, tokens, dense_keys, D, D_WIDTH)
+            _store(dense_key_gradient, key_head, 0, j, j_exists, tokens, dense_keys, 1, 1, D, D_WIDTH)
         if DENSE_VALUES:
-            _store_tokens(dense_value_gradient, key_head, j, j_exists, tokens, dense_values, D, D_WIDTH)
+            _store(dense_value_gradient, key_head, 0, j, j_exists, tokens, dense_values, 1, 1, D, D_WIDTH)
 
 
 @triton.jit
-def _summed(pairs, diagonal, CLASS_PAIRS: tl.constexpr):
-    """Sums of a tile of pairs by offset: over its diagonals, or in one where a class token's pairs share an offset."""
+def _store_sums(
+    pointer,
+    pairs,
+    head,
+    n,
+    row,
+    offset,
+    exists,
+    num_rows,
+    num_dy,
+    N: tl.constexpr,
+    FACTORS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CLASS_PAIRS: tl.constexpr,
+):
+    """Sums of a tile of pairs `[i, n, j]` by offset, into `[heads, 2, N, num_rows, num_dy]`.
+
+    A tile's queries are rows of `COLUMNS`. Column `c` of queries and `k` of keys have the offset `offset[c - k]`, or
+    `offset[c - k + COLUMNS] - COLUMNS`; the two kinds go into different halves, so that nobody adds to what another has written.
+    A class token's pairs have one offset, `row`, and go into `[heads, N, num_rows]`.
+    """
+    factor = n + tl.arange(0, FACTORS)
     if CLASS_PAIRS:
-        by_column = tl.sum(pairs, axis=0)
-        place = tl.arange(0, diagonal.shape[1])
-        return tl.where(place == 0, tl.sum(by_column, axis=0), 0.0)
-    return tl.sum(tl.gather(pairs, diagonal, axis=1), axis=0)
+        sums = tl.sum(tl.sum(pairs, axis=2), axis=0)
+        tl.store(pointer + (head * N + factor) * num_rows + row, sums, mask=factor < N)
+    else:
+        QUERIES: tl.constexpr = pairs.shape[0]
+        KEYS: tl.constexpr = pairs.shape[2]
+        query, key = tl.arange(0, QUERIES)[:, None, None], tl.arange(0, KEYS)[None, None, :]
+        column = query % COLUMNS + key
+        from_query = query - query % COLUMNS + column % COLUMNS
+        turned = tl.gather(pairs, tl.broadcast_to(from_query, [QUERIES, FACTORS, KEYS]), axis=0)
+        for half in tl.static_range(2):
+            kept = column < COLUMNS
+            if half == 1:
+                kept = column >= COLUMNS
+                offset -= COLUMNS
+            sums = tl.sum(tl.where(kept, turned, 0.0), axis=2)
+            place = (((head * 2 + half) * N + factor)[None, :] * num_rows + row[:, None]) * num_dy + offset[:, None]
+            stored = (exists & (offset >= 0) & (offset < num_dy))[:, None] & (factor < N)[None, :]
+            tl.store(pointer + place, sums, mask=stored)
 
 
 @_jit
@@ -666,8 +790,11 @@ def coefficient_gradient_kernel(
     queries,
     tokens,
     height,
+    first_column_block,
+    column_blocks,
     width,
     past,
+    num_offsets,
     max_row_distance,
     max_column_distance,
     stride_x,
@@ -693,152 +820,129 @@ def coefficient_gradient_kernel(
     D_WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    QUERY_FACTORS: tl.constexpr,
+    KEY_FACTORS: tl.constexpr,
+    VALUE_FACTORS: tl.constexpr,
     CLASS_PAIRS: tl.constexpr,
-    FACTORS: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """Sums over the pairs of some offsets, `[heads, offsets, n]`: of grid offsets, or of a class token's three.
+    """Sums over the pairs of some offsets by some factors: of grid offsets, or of a class token's three.
 
-    A tile has `OFFSETS` queries of one grid row and `2 · OFFSETS` keys of another, so that every query meets `OFFSETS`
-    neighbouring offsets. For a class token the program's number is the kind of pair.
+    A tile has one grid row of keys, or part of it, and `QUERIES / COLUMNS` rows of `COLUMNS` queries each, as far from it as the
+    program says. Going through all rows and columns of keys, every tile has the same offsets in the same places, so that they are
+    told apart once, at the end. For a class token the program's number is the kind of pair.
     """
-    SPAN: tl.constexpr = 2 * OFFSETS
-    place, span, factor = tl.arange(0, OFFSETS), tl.arange(0, SPAN), tl.arange(0, FACTORS)
-    diagonal = place[:, None] - place[None, :] + OFFSETS - 1
-    row_offset, least, num_dy = 0, 0, width
-    if not CAUSAL:
-        least, num_dy = 1 - width, 2 * width - 1
-    blocks = tl.cdiv(num_dy, OFFSETS)
-    kinds = blocks
-    if not CAUSAL:
-        kinds = blocks * (2 * height - 1)
-    if CLASS_PAIRS:
-        kinds = 3
-    kind, _, head = _program(kinds, 1)
+    ROWS: tl.constexpr = QUERIES // COLUMNS
+    row, column = tl.arange(0, QUERIES), tl.arange(0, KEYS)
+    kinds = 3
+    if not CLASS_PAIRS:
+        kinds = column_blocks * tl.cdiv(2 * height - 1, ROWS)
+    kind, part, head = _program(kinds, PARTS)
     key_head = head // GROUPS
-    lowest = least
-    # A class token's pairs: queries and keys are one token or all patches.
-    rows_of_grid, low, high, other_steps = 1, 0, 1, 1
+    query_factor, key_factor, value_factor = part * QUERY_FACTORS, part * KEY_FACTORS, part * VALUE_FACTORS
     if CLASS_PAIRS:
-        if kind == 2:
-            high = tokens - 1
+        # Queries and keys are the class token or all patches.
+        steps = 1
         if kind == 1:
-            other_steps = tl.cdiv(tokens - 1, SPAN)
+            steps = tl.cdiv(tokens - 1, KEYS)
+        if kind == 2:
+            steps = tl.cdiv(tokens - 1, QUERIES)
     else:
-        if not CAUSAL:
-            row_offset = kind // blocks - height + 1
-        lowest = least + kind % blocks * OFFSETS
-        rows_of_grid = height - tl.abs(row_offset)
-        low = tl.maximum(lowest, past)
-        high = tl.minimum(width, width + lowest + OFFSETS - 1)
-    query_total = tl.zeros((FACTORS, OFFSETS), WIDE)
-    key_total = tl.zeros((FACTORS, OFFSETS), WIDE)
-    value_total = tl.zeros((FACTORS, OFFSETS), WIDE)
-    for grid_row in range(0, rows_of_grid):
-        x = grid_row + tl.maximum(row_offset, 0)
-        for start in range(low, high, OFFSETS):
-            for step in range(0, other_steps):
-                if CLASS_PAIRS:
-                    i = start + place
-                    j = step * SPAN + span
-                    if kind == 2:
-                        i, i_exists = i + 1, i < tokens - 1
-                    else:
-                        i_exists = i < 1
-                    if kind == 1:
-                        j, j_exists = j + 1, j < tokens - 1
-                    else:
-                        j_exists = j < 1
-                else:
-                    y = start + place
-                    v = start - lowest - OFFSETS + 1 + span
-                    i, i_exists = first + x * width + y - past, y < width
-                    j, j_exists = first + (x - row_offset) * width + v, (v >= 0) & (v < width)
-                rows = _bank_rows(
-                    i,
-                    j,
-                    width,
-                    past,
-                    max_row_distance,
-                    max_column_distance,
-                    stride_x,
-                    base_y,
-                    class_row,
-                    first,
-                    CAUSAL,
-                    False,
-                )
-                reverse = _bank_rows(
-                    i,
-                    j,
-                    width,
-                    past,
-                    max_row_distance,
-                    max_column_distance,
-                    stride_x,
-                    base_y,
-                    class_row,
-                    first,
-                    CAUSAL,
-                    True,
-                )
-                rows = tl.maximum(rows, 0)
-                reverse = tl.maximum(reverse, 0)
-                probabilities, gradient = _weights(
-                    query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
-                    dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
-                    dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists, rows,
-                    reverse, queries, tokens, past, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS, DENSE_SCORES, DENSE_VALUES, MASKED,
-                    CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+        row_shift = kind // column_blocks * ROWS - height + 1
+        column_shift = (first_column_block + kind % column_blocks) * COLUMNS
+        # The first row of keys and the first part of it for which any query exists.
+        first_row = tl.maximum(1 - row_shift - ROWS, 0)
+        first_step = tl.maximum(tl.cdiv(past - column_shift - COLUMNS + 1, KEYS), 0)
+        steps_of_row = tl.maximum(tl.cdiv(width - tl.maximum(column_shift, 0), KEYS) - first_step, 0)
+        steps = steps_of_row * tl.maximum(tl.minimum(height, height - row_shift) - first_row, 0)
+    query_total = tl.zeros((QUERY_FACTORS, QUERIES, KEYS), WIDE)
+    key_total = tl.zeros((QUERIES, KEY_FACTORS, KEYS), WIDE)
+    value_total = tl.zeros((QUERIES, VALUE_FACTORS, KEYS), WIDE)
+    for step in range(0, steps):
+        if CLASS_PAIRS:
+            i, j = row, column
+            i_exists, j_exists = row < 1, column < 1
+            if kind == 1:
+                j = step * KEYS + column + 1
+                j_exists = j < tokens
+            if kind == 2:
+                i = step * QUERIES + row + 1
+                i_exists = i < tokens
+        else:
+            u = first_row + step // steps_of_row
+            start = (first_step + step % steps_of_row) * KEYS
+            v = start + column
+            x, y = u + row_shift + row // COLUMNS, start + column_shift + row % COLUMNS
+            i_exists, j_exists = (x >= 0) & (x < height) & (y >= past) & (y < width), v < width
+            i, j = first + x * width + y - past, first + u * width + v
+        # What does not exist has an offset all the same, which must be in the bank.
+        i, j = tl.where(i_exists, i, 0), tl.where(j_exists, j, 0)
+        rows = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            False,
+        )  # fmt: skip
+        reverse = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            True,
+        )  # fmt: skip
+        probabilities, gradient = _weights(
+            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
+            dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
+            dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists,
+            rows, reverse, queries, tokens, past, num_offsets, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS,
+            DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+            QUERY_FACTORS, KEY_FACTORS, VALUE_FACTORS,
+        )  # fmt: skip
+        if Q_BASIS:
+            for n in range(0, NK, KEY_FACTORS):
+                products = _products(
+                    query, key, head, key_head, query_factor, n, i, i_exists, j, j_exists, queries, tokens, NQ,
+                    QUERY_FACTORS, NK, KEY_FACTORS, E, E_WIDTH, WIDE, PRECISION,
                 )  # fmt: skip
-                if Q_BASIS:
-                    for m in tl.static_range(NQ):
-                        product = gradient * _products(
-                            query, key, key_coefficients, rows, head, key_head, m, i, i_exists, j, j_exists, queries, tokens,
-                            NQ, NK, K_BASIS, E, E_WIDTH, WIDE, PRECISION,
-                        )  # fmt: skip
-                        sums = _summed(product, diagonal, CLASS_PAIRS)
-                        query_total += tl.where((factor == m)[:, None], sums[None, :], 0.0)
-                if K_BASIS:
-                    for n in tl.static_range(NK):
-                        product = tl.zeros((OFFSETS, SPAN), WIDE)
-                        other = _tokens(key, key_head * NK + n, j, j_exists, tokens, E, E_WIDTH)
-                        for m in tl.static_range(NQ):
-                            one = _tokens(query, head * NQ + m, i, i_exists, queries, E, E_WIDTH)
-                            part = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
-                            if Q_BASIS:
-                                part *= _coefficient(query_coefficients, reverse, m, NQ)
-                            product += part
-                        sums = _summed(gradient * product, diagonal, CLASS_PAIRS)
-                        key_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
-                if V_BASIS:
-                    one = _tokens(output_gradient, head, i, i_exists, queries, V, V_WIDTH)
-                    for n in tl.static_range(NV):
-                        other = _tokens(value, key_head * NV + n, j, j_exists, tokens, V, V_WIDTH)
-                        product = tl.dot(one, tl.trans(other), input_precision=PRECISION, out_dtype=WIDE)
-                        sums = _summed(probabilities * product, diagonal, CLASS_PAIRS)
-                        value_total += tl.where((factor == n)[:, None], sums[None, :], 0.0)
-    if CLASS_PAIRS:
-        offset, count, exists = kind + place, 3, place == 0
-    else:
-        column = lowest - least + place
-        row_of_offsets = 0
+                key_weights = _key_weights(key_coefficients, rows, n, num_offsets, NK, KEY_FACTORS, K_BASIS, WIDE)
+                query_total += gradient[None, :, :] * _over_keys_factors(products, key_weights)
+        if K_BASIS:
+            for m in range(0, NQ, QUERY_FACTORS):
+                products = _products(
+                    query, key, head, key_head, m, key_factor, i, i_exists, j, j_exists, queries, tokens, NQ,
+                    QUERY_FACTORS, NK, KEY_FACTORS, E, E_WIDTH, WIDE, PRECISION,
+                )  # fmt: skip
+                query_weights = _query_weights(
+                    query_coefficients, reverse, m, num_offsets, NQ, QUERY_FACTORS, Q_BASIS, WIDE
+                )
+                key_total += gradient[:, None, :] * _over_queries_factors(products, query_weights)
+        if V_BASIS:
+            products = _products(
+                output_gradient, value, head, key_head, 0, value_factor, i, i_exists, j, j_exists, queries, tokens, 1, 1,
+                NV, VALUE_FACTORS, V, V_WIDTH, WIDE, PRECISION,
+            )  # fmt: skip
+            value_total += probabilities[:, None, :] * tl.reshape(products, [QUERIES, VALUE_FACTORS, KEYS])
+    num_rows, num_dy = 3, 1
+    offset_row, offset, exists = kind, row, row < 1
+    if not CLASS_PAIRS:
+        num_rows, num_dy = 2 * height - 1, width
+        offset_row = kind // column_blocks * ROWS + row // COLUMNS
+        offset, exists = column_shift + row % COLUMNS, offset_row < num_rows
         if not CAUSAL:
-            row_of_offsets = row_offset + height - 1
-        offset, exists = row_of_offsets * num_dy + column, column < num_dy
-        count = num_dy
-        if not CAUSAL:
-            count = num_dy * (2 * height - 1)
-    sums_place = (head * count + offset)[None, :]
+            num_dy, offset = 2 * width - 1, offset + width - 1
     if Q_BASIS:
-        kept = exists[None, :] & (factor < NQ)[:, None]
-        tl.store(query_sums + sums_place * NQ + factor[:, None], query_total, mask=kept)
+        _store_sums(
+            query_sums, tl.permute(query_total, 1, 0, 2), head, query_factor, offset_row, offset, exists, num_rows, num_dy,
+            NQ, QUERY_FACTORS, COLUMNS, CLASS_PAIRS,
+        )  # fmt: skip
     if K_BASIS:
-        kept = exists[None, :] & (factor < NK)[:, None]
-        tl.store(key_sums + sums_place * NK + factor[:, None], key_total, mask=kept)
+        _store_sums(
+            key_sums, key_total, head, key_factor, offset_row, offset, exists, num_rows, num_dy, NK, KEY_FACTORS,
+            COLUMNS, CLASS_PAIRS,
+        )  # fmt: skip
     if V_BASIS:
-        kept = exists[None, :] & (factor < NV)[:, None]
-        tl.store(value_sums + sums_place * NV + factor[:, None], value_total, mask=kept)
+        _store_sums(
+            value_sums, value_total, head, value_factor, offset_row, offset, exists, num_rows, num_dy, NV,
+            VALUE_FACTORS, COLUMNS, CLASS_PAIRS,
+        )  # fmt: skip
 
 
 __all__ = ["coefficient_gradient_kernel", "forward_kernel", "key_value_gradient_kernel", "query_gradient_kernel"]

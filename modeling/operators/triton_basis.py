@@ -1,18 +1,46 @@
 """Basis Translution as Triton kernels in the manner of flash attention (Dao et al. 2022): memory is linear in the tokens.
 
-With projections `q_m`, `k_m`, `v_m` of every token by every factor, computed before, and coefficients `b` of every offset,
+With projections `q_m`, `k_m`, `v_m` of every token by every factor, computed before, and coefficients `b` of every
+offset,
 
     s_ij = scale · (Σ_mn bq[o(j, i), m] bk[o(i, j), n] <q_mi, k_nj>  +  <dense q_i, dense k_j>)
     out_i = Σ_j p_ij Σ_m bv[o(i, j), m] v_mj          dense out_i = Σ_j p_ij (dense v_j)
 
-with `p` the softmax of `s`. The dense parts are LoR's, and may be missing. Neither scores nor probabilities are stored: the backward
-pass computes them again from the logarithm of the softmax's denominator. Keys and values may have fewer heads than queries
-(`heads.py`): a program that owns some of a head's keys goes through the queries of all heads that share them.
+with `p` the softmax of `s`. The dense parts are LoR's, and may be missing. Neither scores nor probabilities are
+stored: the backward pass computes them again from the logarithm of the softmax's denominator. Keys and values may have
+fewer heads than queries (`heads.py`): a program that owns some of a head's keys goes through the queries of all heads
+that share them.
 
-Gradients of coefficients sum over all pairs of an offset. A program owns a few neighbouring offsets and goes through the pairs of
-two rows of the grid at a time, whose offsets lie on diagonals; it writes one sum per batch entry and head. No atomics.
+Gradients of coefficients sum over all pairs of an offset. A program owns some neighbouring offsets and goes through
+tiles of pairs in which they are in the same places, on diagonals, that it sums once, at the end; it writes two sums
+per offset, batch entry and head: neighbouring programs share some. No atomics.
 
-The kernels are in `basis_kernels.py`.
+Products of two vectors of each pair and head, with `N = n_q n_k` (one factor where there is no basis), if a tile has
+all factors:
+
+| | | kv, `n = 8` | qkv, `n = 8` | q, `n = 8` |
+|---|---|---|---|---|
+| forward: scores, outputs | `N + n_v` | 16 | 72 | 9 |
+| gradients of queries: scores, gradients of probabilities and of queries | `2N + n_v` | 24 | 136 | 17 |
+| gradients of keys and values: the same, and of values | `2N + 2n_v` | 32 | 144 | 18 |
+| gradients of coefficients: scores, gradients of probabilities | `N + n_v` | 16 | 72 | 9 |
+
+The last are as many in compiled code alone, which keeps the products for the sums; and without pairs that a tile has
+and the grid has not, which are most where a row is short. The three passes of the backward one cannot share more
+without atomics or memory per pair: each sums over other pairs.
+
+The kernels are in `basis_kernels.py`. Compiled by Triton 3.6.0 for sm_90, without a GPU, from float16 or bfloat16, for
+12 heads of 64, 8 factors and the first tiles: registers a thread, and bytes of its stack, which spilled registers
+take, of an image's 197 tokens and of a text's 4,096. Each takes a few seconds to compile. Triton 3.9.0 takes up to 424
+bytes (kv, image, forward).
+
+| | kv, image | kv, text | qkv, image | qkv, text | q, image | q, text |
+|---|---|---|---|---|---|---|
+| forward | 230, 0 | 215, 0 | 158, 0 | 156, 0 | 170, 0 | 138, 0 |
+| gradients of queries | 255, 0 | 255, 0 | 228, 0 | 226, 0 | 236, 0 | 169, 0 |
+| gradients of keys and values | 255, 216 | 255, 64 | 255, 104 | 255, 0 | 255, 272 | 236, 0 |
+| gradients of coefficients | 232, 0 | 234, 0 | 255, 80 | 255, 80 | 97, 0 | 95, 0 |
+| the same of class tokens | 250, 0 | | 255, 256 | | 177, 0 | |
 
 Legend: `B` batch, `A` heads of queries, `G` of them to each of keys and values, `R` queries, `L` tokens, `n` factors,
 `e` their size per head, `d` dense size per head.
@@ -43,14 +71,24 @@ except ImportError as error:
     raise ImportError("`attn_implementation='triton'` needs Triton: `pip install triton`.") from error
 
 
-# Queries, keys, warps, stages. A loop over factors is unrolled: prefetching all of them would not fit.
-_TILES = {
-    2: ((128, 64, 8, 1), (64, 64, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
-    4: ((64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)),
-    8: ((16, 16, 4, 1),),
+# By the bytes of a token's number: rows and columns of the products that a tile has, factors that it has of a token at
+# most, warps, stages. Rows are queries times their factors, and columns are keys times theirs. In 16 bits the first ones
+# spill next to nothing.
+_GRADIENT_TILES = {
+    2: ((64, 64, 8, 8, 2), (64, 64, 8, 8, 1), (64, 64, 4, 4, 1), (32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
+    4: ((64, 64, 4, 8, 1), (32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
+    8: ((32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
 }
-# Offsets, warps, stages.
-_OFFSET_TILES = {2: ((32, 4, 1), (16, 4, 1)), 4: ((32, 4, 1), (16, 4, 1)), 8: ((16, 4, 1),)}
+_TILES = {
+    "forward_kernel": {
+        2: ((128, 64, 8, 8, 2), (64, 64, 8, 8, 1), (64, 64, 4, 4, 1), (32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
+        4: ((64, 64, 4, 8, 1), (32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
+        8: ((32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
+    },
+    "query_gradient_kernel": _GRADIENT_TILES,
+    "key_value_gradient_kernel": _GRADIENT_TILES,
+    "coefficient_gradient_kernel": _GRADIENT_TILES | {4: ((16, 64, 4, 8, 1), (16, 16, 1, 4, 1))},
+}
 
 _NAMES = ("query", "key", "value", "query_coefficients", "key_coefficients", "value_coefficients", "dense_query", "dense_key", "dense_value")  # fmt: skip
 
@@ -126,6 +164,7 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
     shape = (query.shape[0], query.shape[1], layout.num_queries, layout.num_tokens)
     strides = (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
     image = not layout.causal
+    given = [tensor for name, tensor in tensors.items() if name.endswith("coefficients") and tensor is not None]
     return {
         # A pointer that is not read may point anywhere.
         **{name: query if tensor is None else tensor for name, tensor in tensors.items()},
@@ -138,6 +177,7 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
         "tokens": layout.num_tokens,
         "width": layout.width if image else layout.height,
         "past": layout.past,
+        "num_offsets": given[0].shape[-1] if given else 1,
         "max_row_distance": layout.max_row_distance if image else 0,
         "max_column_distance": (layout.bank_width if image else layout.bank_height) - 1,
         "stride_x": 2 * layout.max_column_distance + 1 if image else 0,
@@ -165,13 +205,33 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
     }
 
 
-def _tile_options(tokens: Tensor) -> list[dict[str, int]]:
-    names = ("QUERIES", "KEYS", "num_warps", "num_stages")
-    return [dict(zip(names, tile, strict=True)) for tile in _TILES[tokens.element_size()]]
+def _tiles(kernel: Any, arguments: dict[str, Any]) -> list[dict[str, int]]:
+    """Tiles of a kernel, largest first: queries, keys, factors of each, and how many programs share all factors."""
+    options = []
+    for rows, columns, most, warps, stages in _TILES[kernel.__name__][arguments["query"].element_size()]:
+        numbers = [arguments[name] for name in ("NQ", "NK", "NV")]
+        factors = [min(next_power_of_2(number), most) for number in numbers]
+        option = dict(zip(("QUERY_FACTORS", "KEY_FACTORS", "VALUE_FACTORS"), factors, strict=True))
+        # A matrix product has at least 16 rows, columns and terms.
+        option |= {"QUERIES": max(16, rows // factors[0]), "KEYS": max(16, columns // max(factors[1:]))}
+        option |= {"num_warps": warps, "num_stages": stages}
+        if kernel in (key_value_gradient_kernel, coefficient_gradient_kernel):
+            shared = zip(numbers, factors, strict=True)
+            option["PARTS"] = max(
+                -(-number // held)
+                for number, held in (list(shared)[1:] if kernel is key_value_gradient_kernel else shared)
+            )
+        options.append(option)
+    return options
 
 
-def _contiguous(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
+def _for_kernels(given: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+    """The tensors by name, contiguous, and coefficients as `[n, num_offsets]`: neighbouring pairs have neighbouring offsets."""
+    tensors = dict(zip(_NAMES, given, strict=True))
+    return {
+        name: tensor if tensor is None else (tensor.t() if name.endswith("coefficients") else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _basis_attention(
@@ -189,7 +249,7 @@ def _basis_attention(
     layout: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = (query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value)  # fmt: skip
-    tensors = _contiguous(dict(zip(_NAMES, given, strict=True)))
+    arguments = _arguments(_for_kernels(given), mask, scale, unpack(layout))
     batch, heads, _, queries, _ = query.shape
     output = query.new_empty(batch, heads, queries, value.shape[-1])
     dense_output = query.new_empty((batch, heads, queries, dense_value.shape[-1]) if dense_value is not None else 0)
@@ -197,12 +257,12 @@ def _basis_attention(
     launch(
         forward_kernel,
         lambda option: (-(-queries // option["QUERIES"]) * batch * heads,),
-        _tile_options(query),
+        _tiles(forward_kernel, arguments),
         lambda option: {},
         output=output,
         dense_output=dense_output,
         logsumexp=logsumexp,
-        **_arguments(tensors, mask, scale, unpack(layout)),
+        **arguments,
     )
     return output, dense_output, logsumexp
 
@@ -236,7 +296,7 @@ def _basis_attention_backward(
     layout: list[int],
 ) -> list[Tensor]:
     given = (query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key, dense_value)  # fmt: skip
-    tensors, geometry = _contiguous(dict(zip(_NAMES, given, strict=True))), unpack(layout)
+    tensors, geometry = _for_kernels(given), unpack(layout)
     wide, heads, key_heads = logsumexp.dtype, query.shape[0] * query.shape[1], key.shape[0] * key.shape[1]
     delta = (output_gradient.to(wide) * output.to(wide)).sum(-1)
     if dense_value is not None:
@@ -253,18 +313,19 @@ def _basis_attention_backward(
     }
     launch(
         query_gradient_kernel,
-        lambda option: (-(-geometry.num_queries // option["QUERIES"]) * query.shape[2] * heads,),
-        _tile_options(query),
+        lambda option: (
+            -(-geometry.num_queries // option["QUERIES"]) * -(-query.shape[2] // option["QUERY_FACTORS"]) * heads,
+        ),
+        _tiles(query_gradient_kernel, arguments),
         lambda option: {},
         query_gradient=gradients["query"],
         dense_query_gradient=gradients["dense_query"],
         **arguments,
     )
-    factors = max(key.shape[2], value.shape[2])
     launch(
         key_value_gradient_kernel,
-        lambda option: (-(-geometry.num_tokens // option["KEYS"]) * factors * key_heads,),
-        _tile_options(query),
+        lambda option: (-(-geometry.num_tokens // option["KEYS"]) * option["PARTS"] * key_heads,),
+        _tiles(key_value_gradient_kernel, arguments),
         lambda option: {},
         key_gradient=gradients["key"],
         value_gradient=gradients["value"],
@@ -272,12 +333,7 @@ def _basis_attention_backward(
         dense_value_gradient=gradients["dense_value"],
         **arguments,
     )
-    for name in ("query", "key", "value"):
-        coefficients = tensors[f"{name}_coefficients"]
-        if coefficients is not None:
-            # In the kernel's order of offsets first; there may be more of them than rows, or fewer.
-            gradients[f"{name}_coefficients"] = None
-    _coefficient_gradients(gradients, arguments, geometry, heads, query)
+    gradients |= _coefficient_gradients(tensors, arguments, geometry, heads)
     return list(gradients.values())
 
 
@@ -286,57 +342,69 @@ def _fake_basis_attention_backward(*arguments):
     return [query.new_empty(0) if t is None else torch.empty_like(t).contiguous() for t in arguments[5:14]]
 
 
-def _coefficient_gradients(
-    gradients: dict[str, Tensor | None], arguments: dict[str, Any], layout: PairLayout, heads: int, query: Tensor
-) -> None:
-    """Puts the gradients of coefficients, `[num_offsets, n]`, in the place of the `None`s."""
-    wanted = [name for name, gradient in gradients.items() if gradient is None]
-    if not wanted:
-        return
-    sizes = {"query_coefficients": "NQ", "key_coefficients": "NK", "value_coefficients": "NV"}
-    wide = arguments["logsumexp"].dtype
-    height, width = 1 if layout.causal else layout.height, arguments["width"]
-    num_dy = width if layout.causal else 2 * width - 1
-    num_offsets = num_dy * (1 if layout.causal else 2 * height - 1)
-    options = [
-        dict(zip(("OFFSETS", "num_warps", "num_stages"), tile, strict=True))
-        for tile in _OFFSET_TILES[query.element_size()]
-    ]
+def _column_blocks(width: int, causal: bool, option: dict[str, int]) -> dict[str, int]:
+    """By how many times `COLUMNS` columns of queries may begin after columns of keys, which begin at every `KEYS`-th."""
+    last_key = (width - 1) // option["KEYS"] * option["KEYS"]
+    first = 0 if causal else -last_key // option["COLUMNS"]
+    return {"first_column_block": first, "column_blocks": (width - 1) // option["COLUMNS"] + 1 - first}
 
-    def sums(count: int, class_pairs: bool) -> dict[str, Tensor]:
-        made = {name: query.new_empty(heads, count, arguments[sizes[name]], dtype=wide) for name in wanted}
-        outputs = {name.replace("coefficients", "sums"): made.get(name, arguments["logsumexp"]) for name in sizes}
-        rows = 1 if layout.causal else 2 * height - 1
+
+def _coefficient_gradients(
+    tensors: dict[str, Tensor | None], arguments: dict[str, Any], layout: PairLayout, heads: int
+) -> dict[str, Tensor]:
+    """Gradients of the coefficients that there are, `[num_offsets, n]`, by name."""
+    coefficients = {name: tensor for name, tensor in tensors.items() if name.endswith("coefficients")}
+    wanted = {name: tensor.shape[0] for name, tensor in coefficients.items() if tensor is not None}
+    if not wanted:
+        return {}
+    logsumexp, width = arguments["logsumexp"], arguments["width"]
+    height, num_dy = (1, width) if layout.causal else (layout.height, 2 * width - 1)
+    options = _tiles(coefficient_gradient_kernel, arguments)
+    for option in options:
+        # Rows of queries as wide as the grid, and no narrower than the keys, which are one row.
+        widest = max(16, next_power_of_2(width))
+        option["KEYS"] = min(option["KEYS"], option["QUERIES"], widest)
+        option["COLUMNS"] = min(option["QUERIES"], widest)
+
+    def blocks(option: dict[str, int]) -> dict[str, int]:
+        return _column_blocks(width, layout.causal, option)
+
+    def num_kinds(option: dict[str, int]) -> int:
+        rows = option["QUERIES"] // option["COLUMNS"]
+        return blocks(option)["column_blocks"] * -(-(2 * height - 1) // rows)
+
+    def sums(class_pairs: bool, *shape: int) -> dict[str, Tensor]:
+        # Zeros: of the halves of a tile's offsets not all are met.
+        made = {name: logsumexp.new_zeros(heads, shape[0], factors, *shape[1:]) for name, factors in wanted.items()}
         launch(
             coefficient_gradient_kernel,
-            lambda option: ((NUM_CLASS_ROWS if class_pairs else rows * -(-num_dy // option["OFFSETS"])) * heads,),
+            lambda option: ((NUM_CLASS_ROWS if class_pairs else num_kinds(option)) * option["PARTS"] * heads,),
             options,
-            lambda option: {},
-            **outputs,
+            blocks,
+            **{name.replace("coefficients", "sums"): made.get(name, logsumexp) for name in coefficients},
             **arguments,
             height=height,
             CLASS_PAIRS=class_pairs,
-            FACTORS=next_power_of_2(max(arguments["NQ"], arguments["NK"], arguments["NV"])),
         )
-        return {name: sum_.sum(0) for name, sum_ in made.items()}
+        return {name: total.sum((0, 1)) for name, total in made.items()}
 
-    grid = sums(num_offsets, False)
-    classes = sums(NUM_CLASS_ROWS, True) if layout.class_token else None
-    for name in wanted:
-        by_offset = grid[name].unflatten(0, (-1, num_dy))
+    grid = sums(False, 2, 2 * height - 1, num_dy)
+    classes = sums(True, 1, NUM_CLASS_ROWS) if layout.class_token else None
+    gradients = {}
+    for name, total in grid.items():
         if layout.causal:
-            rows = _clamped(by_offset, 1, 0, arguments["max_column_distance"], 0).flatten(0, 1)
+            rows = _clamped(total, 2, 0, arguments["max_column_distance"], 0)
         else:
             if name == "query_coefficients":
-                by_offset = by_offset.flip(0, 1)
-            rows = _clamped(by_offset, 0, -arguments["max_row_distance"], arguments["max_row_distance"], height - 1)
-            rows = _clamped(
-                rows, 1, -arguments["max_column_distance"], arguments["max_column_distance"], width - 1
-            ).flatten(0, 1)
+                total = total.flip(1, 2)
+            rows = _clamped(total, 1, -arguments["max_row_distance"], arguments["max_row_distance"], height - 1)
+            rows = _clamped(rows, 2, -arguments["max_column_distance"], arguments["max_column_distance"], width - 1)
+        rows = rows.flatten(1)
         if classes is not None:
             three = classes[name]
-            rows = torch.cat((rows, three[[0, 2, 1]] if name == "query_coefficients" else three))
-        gradients[name] = rows
+            rows = torch.cat((rows, three[:, [0, 2, 1]] if name == "query_coefficients" else three), 1)
+        gradients[name] = rows.t().contiguous()
+    return gradients
 
 
 def _clamped(sums: Tensor, axis: int, low: int, reach: int, centre: int) -> Tensor:
