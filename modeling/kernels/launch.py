@@ -59,7 +59,7 @@ def launch(
         RuntimeError: if none fits, or one takes more programs than a grid may have.
     """
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    problem = _problem(kernel, tensor.device, options, arguments)
+    problem = _problem(kernel, tensor.device, options, arguments | derived(options[0]))
     with torch.cuda.device_of(tensor):
         option = _chosen.get(problem)
         if option is not None:
@@ -166,7 +166,7 @@ def tuning_key(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def _problem(kernel: Any, device: torch.device, options: list[dict[str, int]], arguments: dict[str, Any]) -> tuple:
-    """All that a choice of an option depends on: what Triton compiles a kernel for, and the options."""
+    """All that a choice of an option depends on: what Triton compiles a kernel for with the first, and the options."""
     return (*_compiled_for(kernel, device, arguments), *(tuple(option.values()) for option in options))
 
 

@@ -471,7 +471,7 @@ def _time_case(bench: Bench, case: Case) -> None:
                 launching.launch, launch.kernel, launch.grid, launch.options, launch.derived, **launch.arguments
             )
             timing = bench.time(run)
-            problem = launching._problem(launch.kernel, tokens.device, launch.options, launch.arguments)
+            problem = launching._problem(launch.kernel, tokens.device, launch.options, launch.first)
             option = launching._chosen.get(problem, launch.options[0])
             bench.row(
                 **values, place=place, tile=json.dumps(option), **timing, **_rates_of(bench, launch, option, timing)

@@ -48,6 +48,11 @@ class Launch:
         return {**self.arguments, **self.derived(option), **option}
 
     @property
+    def first(self) -> dict[str, Any]:
+        """Its arguments with those that the first option derives."""
+        return self.arguments | self.derived(self.options[0])
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """By name; those of a tuple are numbered."""
         named: dict[str, Tensor] = {}
@@ -221,7 +226,7 @@ def different(launches: list[Launch]) -> dict[int, Launch]:
     found = {}
     for place, launch in enumerate(launches):
         tensor = next(iter(launch.tensors.values()))
-        key = _problem(launch.kernel, tensor.device, launch.options, launch.arguments)
+        key = _problem(launch.kernel, tensor.device, launch.options, launch.first)
         if key not in seen:
             seen.add(key)
             found[place] = launch
