@@ -75,12 +75,31 @@ def _gradient(launch: Launch, option: dict[str, int]) -> int:
     return 2 * _pairs(launch) * _columns(launch, option) * inner
 
 
+def _basis_forward(launch: Launch, option: dict[str, int]) -> int:
+    """A product for each two factors of queries and keys, and one for each of values, of all pairs of the tiles that are not hidden."""
+    arguments = launch.arguments
+    batch = arguments["query"].shape[0]
+    queries, tokens = _padded(arguments["queries"], option["QUERIES"]), _padded(arguments["tokens"], option["KEYS"])
+    pairs = (queries * (queries + option["KEYS"]) // 2) if arguments["CAUSAL"] else queries * tokens
+    features = arguments["NQ"] * arguments["NK"] * arguments["E_WIDTH"] + arguments["NV"] * arguments["V_WIDTH"]
+    return 2 * batch * arguments["num_heads"] * pairs * features
+
+
+def _none(launch: Launch, option: dict[str, int]) -> int:
+    """Near pairs have no matrix products."""
+    return 0
+
+
 # Operations of matrix products that a launch executes, padding and recomputation counted, by the name of its kernel.
 EXECUTED: dict[str, Callable[[Launch, dict[str, int]], int]] = {
     "scores_kernel": _scores,
     "sum_kernel": _sum,
     "token_gradient_kernel": _gradient,
     "bank_gradient_kernel": _gradient,
+    "forward_kernel": _basis_forward,
+    "near_kernel": _none,
+    "near_query_gradient_kernel": _none,
+    "near_key_gradient_kernel": _none,
 }
 
 
@@ -93,14 +112,16 @@ def executed_operations(launch: Launch, option: dict[str, int]) -> int | None:
         return None
 
 
-def predicted_ms(operations: float | None, moved: float, programs: int, blocks: int) -> float:
-    """The larger of the times that products and memory take at the device's rates.
+def predicted_ms(operations: float | None, moved: float, programs: int, blocks: int) -> float | None:
+    """The larger of the times that products and memory take at the device's rates; `None` where operations are not known.
 
     Programs start in waves; the last may leave multiprocessors idle, and takes as long as any.
     """
+    if operations is None:
+        return None
     at_once = max(blocks, 1) * MULTIPROCESSORS
     used = programs / (-(-programs // at_once) * at_once) if programs else 1.0
-    return max((operations or 0) / PRODUCT_RATE / used, moved / MEMORY_RATE) * 1e3
+    return max(operations / PRODUCT_RATE / used, moved / MEMORY_RATE) * 1e3
 
 
 def columns(launch: Launch, option: dict[str, int], taken: dict[str, int]) -> dict[str, Any]:
