@@ -7,7 +7,7 @@
     python scripts/gpu_check.py --compiled kernels.tar.xz    # on the GPU's: loads that
     python scripts/gpu_check.py --predict                    # without a GPU: scripts/results/gpu_kernels.csv
 
-Parts: `rates` of products and copies; `smoke`, ten checks against float64; `time`, mixers and kernels against their rivals; `sweep`,
+Parts: `rates` of products and copies; `smoke`, a dozen checks against float64; `time`, mixers and kernels against their rivals; `sweep`,
 tiles, the best of which go to `modeling/kernels/tuned.json`; `train`, whole steps; `verify`, other types, streams, graphs, compilation and
 large sizes; `scale`, two processes. Each runs in a process of its own, which is stopped when its time is over.
 
@@ -45,7 +45,9 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--case", default="", help="only cases with this in their name")
-    parser.add_argument("--minutes", type=float, default=25.0, help="begin no part after this time")
+    parser.add_argument(
+        "--minutes", type=float, default=25.0, help="begin no part, or compile no more, after this time"
+    )
     parser.add_argument("--dry_run", action="store_true", help="tiny sizes, on the CPU, with Triton's interpreter")
     parser.add_argument("--compiled", type=Path, help="kernels that `--precompile` made, its folder or its archive")
     parser.add_argument(
@@ -78,7 +80,7 @@ def main(arguments: list[str]) -> int:
     if args.dry_run and not interpreted:
         raise ValueError("`--dry_run` needs Triton's interpreter: set TRITON_INTERPRET=1.")
     if args.compiled is not None:
-        use_compiled(args.compiled, triton.__version__)
+        args.compiled = use_compiled(args.compiled, triton.__version__)
     if args.dry_run or len(args.part) == 1:
         return max(run_part(args, part) for part in args.part)
     return run_apart(args, arguments)
@@ -141,6 +143,9 @@ def precompile(args, version: str) -> int:
     for row in precompile(wanted_launches(args.case), args.precompile, args.processes):
         rows.append(row)
         print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
+        if time.monotonic() > start + 60 * args.minutes:
+            print("out of time: what is left is compiled where it is launched")
+            break
     fields = list(dict.fromkeys(name for row in rows for name in row))
     write_csv(args.precompile / "kernels.csv", fields, rows)
     failed = sum("note" in row for row in rows)
@@ -163,8 +168,8 @@ def predict(args) -> int:
     return 0
 
 
-def use_compiled(folder: Path, version: str) -> None:
-    """Has Triton load what another machine compiled.
+def use_compiled(folder: Path, version: str) -> Path:
+    """Has Triton load what another machine compiled, from the folder that is returned.
 
     Raises:
         OSError: if it is not what `--precompile` made.
@@ -180,6 +185,7 @@ def use_compiled(folder: Path, version: str) -> None:
     relocate(folder)
     stable_keys()
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    return folder
 
 
 if __name__ == "__main__":

@@ -198,3 +198,39 @@ def test_executed_operations_are_those_of_every_program(gpu_check):
     assert model.executed_operations(launch, option) == 2 * tiles * option["ROWS"] * 64 * 64
     # Scores in float32; queries, which are projected before, and keys in bfloat16, and the bank.
     assert model.moved_bytes(launch) == 4 * 4 * 2 * 64 * 64 + 2 * 2 * 4 * 64 * 64 + 2 * 64 * 64 * 64
+
+
+def test_an_archive_of_kernels_is_loaded_from_where_it_is(gpu_check, tmp_path, monkeypatch):
+    recording = importlib.import_module("gpu.recording")
+    # Undone at the end.
+    monkeypatch.setattr(recording, "stable_keys", lambda: None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    folder = tmp_path / "kernels"
+    (folder / "KEY").mkdir(parents=True)
+    (folder / "triton.json").write_text('{"triton": "3.6.0"}', encoding="utf-8")
+    (folder / "KEY" / "some_kernel.cubin").write_bytes(b"code")
+    group = {"child_paths": {"some_kernel.cubin": "/elsewhere/KEY/some_kernel.cubin"}}
+    (folder / "KEY" / "__grp__some_kernel.json").write_text(json.dumps(group), encoding="utf-8")
+    archive = recording.pack(folder)
+    gpu_check.use_compiled(archive, "3.6.0")
+    unpacked = Path(os.environ["TRITON_CACHE_DIR"])
+    assert unpacked != folder
+    (named,) = json.loads((unpacked / "KEY" / "__grp__some_kernel.json").read_text(encoding="utf-8"))[
+        "child_paths"
+    ].values()
+    assert Path(named) == unpacked / "KEY" / "some_kernel.cubin"
+    assert Path(named).read_bytes() == b"code"
+    with pytest.raises(ValueError, match=r"`--compiled` must be made with Triton 3\.9\.0, got 3\.6\.0"):
+        gpu_check.use_compiled(archive, "3.9.0")
+
+
+def test_tiles_to_try_are_few_different_and_ones_that_a_kernel_takes(gpu_check):
+    recording, cases, tiles = (importlib.import_module(f"gpu.{name}") for name in ("recording", "cases", "tiles"))
+    for case in cases.TIMED:
+        for launch in recording.different(recording.launches_of(case, torch.bfloat16)).values():
+            tried = tiles.candidates(launch)
+            assert tried[0] == launch.options[0]
+            assert 2 <= len(tried) <= tiles.MOST
+            assert len({tuple(option.items()) for option in tried}) == len(tried)
+            assert all(option.keys() == tried[0].keys() for option in tried)
+            assert all(value & (value - 1) == 0 for option in tried for value in option.values() if value != 3)

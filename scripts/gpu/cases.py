@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ class Case:
         batch: of the input.
         sizes: hidden size, heads, and features of each.
         fields: others of the configuration.
+        groups: heads of queries that share one of keys and values, as in models that start from another one's attention.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     batch: int
     sizes: tuple[int, int, int] = TINY
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
+    groups: int = 1
 
     @property
     def kind(self) -> str:
@@ -64,10 +66,24 @@ class Case:
         config = TranslutionConfig(**fields, **self.fields, far_offsets="shared" if layout.share_far else "clamped")
         with torch.device(device):
             mixer = TranslutionMixer(config, 0)
+        if self.groups > 1:
+            self._share_heads(mixer)
         for name, parameter in mixer.named_parameters():
             scale = 0.5 if name.endswith("_coefficients") else parameter.shape[-1] ** -0.5
             nn.init.normal_(parameter, std=scale)
         return mixer.to(dtype)
+
+    def _share_heads(self, mixer: TranslutionMixer) -> None:
+        """Leaves keys and values the heads that they have where some share them."""
+        mixer.groups, features = self.groups, mixer.inner_size // self.groups
+        for name in "kv":
+            for part in ("bank", "factors"):
+                whole = getattr(mixer, f"{name}_{part}", None)
+                if whole is not None:
+                    setattr(mixer, f"{name}_{part}", nn.Parameter(whole.data[..., :features].contiguous()))
+            projection = getattr(mixer, f"{name}_proj", None)
+            if projection is not None:
+                projection.weight = nn.Parameter(projection.weight.data[:features].contiguous())
 
     def tokens(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Random tokens, `[B, L, C]`."""
@@ -117,6 +133,7 @@ TIMED = (
     Case("text 1024 kv", text(1024), 8, TINY, KV),
     Case("basis 8, text 4096 kv", text(4096), 4, TINY, KV | {"offset_basis": 8}),
     Case("local, text 4096 kv", text(4096, 3), 4, TINY, KV),
+    Case("local, shared heads, text 4096 kv", text(4096, 3), 4, BASE, KV, groups=4),
     Case("LoR 8, base/16 kv", image(14), 64, BASE, KV | {"relative_rank": 8}),
     Case("text 4096 kv", text(4096), 1, TINY, KV),
     Case("local, base/16 kv", image(14, 1, share_far=True), 64, BASE, KV),
@@ -134,7 +151,7 @@ def _odd(name: str, layout: PairLayout, **fields: Any) -> Case:
     return Case(name, layout, 3, (72, 3, 24), fields)
 
 
-# Ten that between them start every kernel.
+# Between them they start every kernel.
 SMOKE = (
     _odd("full kv, image 5x7", PairLayout.for_image(5, 7, 5, 7), **KV),
     _odd("full qkv, image 5x7", PairLayout.for_image(5, 7, 5, 7), **QKV),
@@ -145,6 +162,8 @@ SMOKE = (
     _odd("basis 3 qkv, text 67", PairLayout.for_text(67, 70), **QKV, offset_basis=3),
     _odd("local kv, text 67", PairLayout.for_text(67, 70, 3), **KV),
     _odd("local qkv, text 67", PairLayout.for_text(67, 70, 3), **QKV),
+    replace(_odd("local kv, text 67, shared heads", PairLayout.for_text(67, 70, 3), **KV), groups=3),
+    replace(_odd("full kv, text 67, shared heads", PairLayout.for_text(67, 70), **KV), groups=3),
     _odd("local kv, image 5x7, shared", PairLayout.for_image(5, 7, 5, 7, 1, share_far=True), **KV),
 )
 DRY_SMOKE = (

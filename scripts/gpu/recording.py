@@ -269,15 +269,16 @@ def wanted_launches(only: str = "") -> list[Wanted]:
     from gpu.cases import SMOKE, TIMED
     from gpu.tiles import candidates
 
-    wanted = {}
+    wanted: list[tuple[int, Wanted]] = []
     for dtype, cases, all_tiles in (("bfloat16", TIMED, True), *((dtype, SMOKE, False) for dtype in DTYPES)):
         for case in cases:
             if only not in case.name:
                 continue
             for place, launch in different(launches_of(case, DTYPES[dtype])).items():
-                for option in candidates(launch) if all_tiles else launch.options[:1]:
-                    wanted[case.name, dtype, place, str(option)] = Wanted(case, dtype, place, tuple(option.items()))
-    return list(wanted.values())
+                for rank, option in enumerate(candidates(launch) if all_tiles else launch.options[:1]):
+                    wanted.append((rank, Wanted(case, dtype, place, tuple(option.items()))))
+    # What every part starts with first.
+    return [one for _, one in sorted(wanted, key=lambda pair: pair[0])]
 
 
 def pack(folder: Path) -> Path:
