@@ -255,6 +255,9 @@ def _memcheck(bench: Bench) -> None:
                 continue
             script = [sys.executable, str(ROOT / "scripts" / "gpu_check.py"), "--part", "smoke", "--case", name]
             script += ["--output", str(bench.output.with_suffix(".memcheck.csv"))]
+            kernels = os.environ.get("TRITON_CACHE_DIR", "")
+            if (Path(kernels) / "triton.json").exists():
+                script += ["--compiled", kernels]
             ran = subprocess.run([tool, "--tool", "memcheck", *script], capture_output=True, text=True, timeout=150, check=False)  # fmt: skip
             said = [line for line in (ran.stdout + ran.stderr).splitlines() if "ERROR SUMMARY" in line]
             note = said[-1].strip("= ") if said else (ran.stderr.strip().splitlines() or ["nothing was said"])[-1]
