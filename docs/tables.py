@@ -9,6 +9,7 @@ The study's own tables, between other markers in docs/study.md, are written by `
 from __future__ import annotations
 
 import csv
+import json
 import re
 import statistics
 import sys
@@ -38,7 +39,15 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("benchmarks.md", "deployment.md", "from_attention.md", "local.md", "study.md", "training.md")
+        for name in (
+            "benchmarks.md",
+            "deployment.md",
+            "from_attention.md",
+            "gpu.md",
+            "local.md",
+            "study.md",
+            "training.md",
+        )
     ),
 )
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -416,6 +425,44 @@ def quantization_origin() -> str:
     return f"{origin('quantization')[:-1]}; torchao {torchao}."
 
 
+# GPU
+
+
+def kernel_table() -> str:
+    """What each kernel takes of an H100 or H200, the least time it should take, and what it took on a GPU."""
+    path = RESULTS / "gpu.csv"
+    measured = read_rows("gpu", part="time", implementation="kernel") if path.exists() else []
+    lines = []
+    for row in read_rows("gpu_kernels"):
+        wanted = {name: row[name] for name in ("case", "kernel", "place")}
+        times = [one["median_ms"] for one in measured if wanted.items() <= one.items() and one["median_ms"]]
+        tile = ", ".join(str(value) for value in json.loads(row["tile"]).values())
+        operations, predicted = (row[name] for name in ("executed_gflop", "predicted_ms"))
+        lines.append(
+            [
+                row["case"],
+                f"`{row['kernel']}`",
+                tile,
+                *(row[name] for name in ("registers", "spills")),
+                number(str(int(row["shared"]) / 1024)),
+                row["blocks"],
+                number(row["programs"]),
+                number(operations) if operations and float(operations) else "–",
+                number(row["mbytes"]),
+                number(predicted, 3) if predicted else "–",
+                number(times[0], 3) if times else "",
+            ]
+        )
+    columns = ["case", "kernel", "tile", "registers", "spills", "shared, KiB", "blocks", "programs", "Gflop", "MB"]
+    return markdown([*columns, "predicted, ms", "measured, ms"], lines, texts=3)
+
+
+def kernel_origin() -> str:
+    rows = read_rows("gpu_kernels")
+    parts = [" and ".join(sorted({row[column] for row in rows})) for column in ("triton", "torch", "commit")]
+    return "Compiled for sm_90 with Triton {}; PyTorch {}; commit {}.".format(*parts)
+
+
 def origin(name: str) -> str:
     """Machine, versions and commits of a CSV."""
     rows = read_rows(name)
@@ -443,6 +490,8 @@ TABLES = {
     "origin of local_cpu.csv": lambda: origin("local_cpu"),
     "quantization": quantization_table,
     "origin of quantization.csv": quantization_origin,
+    "kernels": kernel_table,
+    "origin of gpu_kernels.csv": kernel_origin,
     "origin of cpu.csv": lambda: origin("cpu"),
     "origin of generation_cpu.csv": lambda: origin("generation_cpu"),
 }

@@ -1,14 +1,18 @@
-"""Compiles every kernel for a GPU that need not be there, and prints the bytes of shared memory each takes.
+"""Compiles every kernel for a GPU that need not be there, and prints what each takes of it.
 
-    python tests/compile_kernels.py DTYPE OPTION BACKEND ARCHITECTURE
+    python tests/compile_kernels.py DTYPE OPTION BACKEND ARCHITECTURE   # each form of a kernel, for a small problem: shared memory
+    python tests/compile_kernels.py real [DTYPE] [CASE]                 # as `gpu_check.py` launches it, for an H100 or H200
 
-`OPTION` is the place of the tile sizes among those that a device may be given. With `TRITON_DUMP_PTXAS_LOG=1` the assembler of CUDA also
-says how many registers a thread takes, and how many bytes of them it spills to memory.
+`OPTION` is the place of the tile sizes among those that a device may be given. At real sizes numbers are multiples of 16 as they are in
+use, each kernel has the tiles that the launcher chooses, and one that spills more than `MAX_SPILLS` registers makes the status 1. CASE is
+part of the name of one of `TIMED` of `scripts/gpu/cases.py`, by default all.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from translution.modeling.kernels.launch import MAX_SPILLS
 from translution.modeling.operators import registration, triton_basis, triton_local, triton_pairs
 from translution.modeling.operators.pair_autograd import pack
 from translution.modeling.operators.pair_layout import PairLayout
@@ -62,7 +67,7 @@ def launches(dtype: torch.dtype, option: int) -> list[tuple[Any, dict[str, Any]]
     registration.operator("basis_attention_backward")(
         output, output.new_empty(0), output, output.new_empty(0), sums, *given
     )
-    looping = ("token_gradient_kernel", "sum_kernel", "key_value_gradient_kernel")
+    looping = ("projection_kernel", "sum_kernel", "key_value_gradient_kernel")
     noted[alone:] = [launched for launched in noted[alone:] if launched[0].__name__ in looping]
 
     # A text of the distance 3, with heads that share keys as well; the far part, plain PyTorch, is whatever memory holds.
@@ -102,5 +107,19 @@ def main(dtype: str, option: str, backend: str, architecture: str) -> None:
         print(kernel.__name__, compiled.metadata.shared)
 
 
+def real(dtype: str = "bfloat16", only: str = "") -> int:
+    """Registers of a thread, words that it spills, bytes of shared memory and blocks of a multiprocessor at the sizes that are timed."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from gpu.model import predictions
+
+    spilling = 0
+    for row in predictions(only, dtype=dtype):
+        spilling += row["spills"] > MAX_SPILLS
+        tile = " ".join(f"{name}={value}" for name, value in json.loads(row["tile"]).items())
+        taken = " ".join(f"{name}={row[name]}" for name in ("registers", "spills", "shared", "blocks"))
+        print(f"{row['kernel']} {taken} | {row['case']} {dtype} | {tile}", flush=True)
+    return int(spilling > 0)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(real(*sys.argv[2:]) if sys.argv[1] == "real" else main(*sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import json
 import math
 import mmap
 
@@ -25,6 +26,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.runtime.errors import OutOfResources
 from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
@@ -638,3 +640,66 @@ def test_rocm_computes_float32_as_it_is(tf32_restored, monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = True
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert launch.dot_precision(torch.zeros(1)) == "ieee"
+
+
+class Spilling:
+    """A kernel that fits with tiles of at most `rows`, and spills as many registers as `spills` says of each."""
+
+    __name__ = "spilling"
+
+    def __init__(self, rows, spills):
+        self.rows, self.spills, self.ran = rows, spills, []
+
+    def __getitem__(self, programs):
+        return lambda ROWS, **arguments: self.ran.append(ROWS)  # noqa: N803
+
+    def spills_of(self, kernel, programs, arguments):
+        if self.rows < arguments["ROWS"]:
+            raise OutOfResources(arguments["ROWS"], self.rows, "shared memory")
+        return self.spills[arguments["ROWS"]]
+
+
+def run_spilling(kernel, monkeypatch, **arguments):
+    monkeypatch.setattr(launch, "_spills", kernel.spills_of)
+    options = [{"ROWS": rows} for rows in (128, 64, 32)]
+    for _ in range(2):
+        launch.launch(kernel, lambda option: (1,), options, lambda option: {}, tokens=torch.zeros(1), **arguments)
+    return kernel.ran
+
+
+def test_tiles_that_spill_registers_come_last(monkeypatch):
+    few = launch.MAX_SPILLS
+    assert run_spilling(Spilling(128, {128: few + 1, 64: few, 32: 0}), monkeypatch) == [64, 64]
+    # Where all spill, those that spill least.
+    assert run_spilling(Spilling(128, {128: few + 3, 64: few + 1, 32: few + 2}), monkeypatch) == [64, 64]
+    # What does not fit does not count.
+    assert run_spilling(Spilling(64, {128: 0, 64: few + 2, 32: few + 3}), monkeypatch) == [64, 64]
+
+
+def test_tiles_that_were_measured_to_be_best_come_first(monkeypatch, tmp_path):
+    arguments = {"tokens": torch.zeros(1, dtype=torch.bfloat16), "C": 192, "height": 1, "batch": 8}
+    key = launch.tuning_key(Spilling(0, {}), arguments)
+    assert key == "spilling bfloat16 C=192 height=1"
+    tuned = tmp_path / "tuned.json"
+    tuned.write_text(json.dumps({"some GPU": {key: {"ROWS": 64}}}), encoding="utf-8")
+    monkeypatch.setattr(launch, "TUNED", tuned)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    launch.tuned_options.cache_clear()
+    options = [{"ROWS": 128}, {"ROWS": 64}]
+
+    class OnGPU:
+        device = torch.device("cuda")
+
+    def order(kernel, found, options=options):
+        return launch._in_order(kernel, OnGPU, options, found)
+
+    assert order(Spilling(0, {}), arguments) == options[::-1]
+    # Of another type, with other constants, or with parameters that the measurement did not know: the list decides.
+    assert order(Spilling(0, {}), arguments | {"tokens": torch.zeros(1)}) == options
+    assert order(Spilling(0, {}), arguments | {"C": 768}) == options
+    assert order(Spilling(0, {}), arguments, [{"ROWS": 128, "STEPS": 1}]) == [{"ROWS": 128, "STEPS": 1}]
+    launch.tuned_options.cache_clear()
+    # In a checkpoint that carries its code there is no such file.
+    monkeypatch.setattr(launch, "TUNED", tmp_path / "nowhere.json")
+    assert order(Spilling(0, {}), arguments) == options
+    launch.tuned_options.cache_clear()

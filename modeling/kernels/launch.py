@@ -1,8 +1,15 @@
-"""Launching Triton kernels with the largest tiles that a device can hold."""
+"""Launching Triton kernels with the tiles that suit a device: those that a measurement found best, else the largest that it can hold.
+
+`scripts/gpu_check.py --part sweep` measures tiles and writes the best to `tuned.json` beside this file. Without that file, as in a
+checkpoint that carries its code, the order of each kernel's list decides.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +19,21 @@ from transformers.utils import logging
 
 try:
     from triton.runtime.errors import OutOfResources
+    from triton.runtime.jit import JITFunction
 except ImportError as error:
     raise ImportError("Triton kernels need Triton: `pip install triton`.") from error
 
 
 logger = logging.get_logger(__name__)
 
-# What did not fit, as `_compiled_for` names it, so that it is compiled once.
-_too_large: set[tuple] = set()
+# The option for each problem, as `_problem` names it.
+_chosen: dict[tuple, dict[str, int]] = {}
 # Programs that CUDA starts at most on each axis of a grid.
 MAX_PROGRAMS = (2**31 - 1, 65535, 65535)
 COMPILER_OPTIONS = ("num_warps", "num_stages")
+# Registers that a thread may keep in local memory, in words of 4 bytes. A few cost less than smaller tiles do.
+MAX_SPILLS = 16
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 def launch(
@@ -33,6 +44,9 @@ def launch(
     **arguments: Any,
 ) -> None:
     """Runs a kernel with the first of `options` that the device has the shared memory and registers for.
+
+    The one that `tuned.json` names comes before them. One whose threads spill more than `MAX_SPILLS` registers to memory comes after all
+    that spill fewer.
 
     Args:
         kernel: the jitted function.
@@ -45,30 +59,115 @@ def launch(
         RuntimeError: if none fits, or one takes more programs than a grid may have.
     """
     tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-    for option in options:
-        programs = grid(option)
-        if 0 in programs:
+    problem = _problem(kernel, tensor.device, options, arguments | derived(options[0]))
+    with torch.cuda.device_of(tensor):
+        option = _chosen.get(problem)
+        if option is not None:
+            programs = _programs(kernel, grid, option)
+            if 0 not in programs:
+                kernel[programs](**arguments, **derived(option), **option)
             return
-        if any(number > most for number, most in zip(programs, MAX_PROGRAMS, strict=False)):
-            raise RuntimeError(
-                f"{kernel.__name__} needs {programs} programs with {option}, and a grid has at most {MAX_PROGRAMS}; take a smaller "
-                "batch, or set `TRANSLUTION_TRITON=0` to run without it."
-            )
-        passed = {**arguments, **derived(option), **option}
-        if _too_large and _compiled_for(kernel, tensor.device, passed) in _too_large:
-            continue
-        try:
-            with torch.cuda.device_of(tensor):
+        spilling: list[tuple[int, dict[str, int]]] = []
+        for option in _in_order(kernel, tensor, options, arguments):
+            programs = _programs(kernel, grid, option)
+            if 0 in programs:
+                return
+            passed = {**arguments, **derived(option), **option}
+            try:
+                spills = _spills(kernel, programs, passed)
+                if spills > MAX_SPILLS:
+                    logger.info(f"{kernel.__name__} spills {spills} registers with {option}.")
+                    spilling.append((spills, option))
+                    continue
                 kernel[programs](**passed)
-        except OutOfResources as error:
-            logger.info(f"{kernel.__name__} does not fit with {option}: {error}")
-            _too_large.add(_compiled_for(kernel, tensor.device, passed))
-            continue
-        return
-    raise RuntimeError(
-        f"{kernel.__name__} does not fit on {tensor.device} with any of its tile sizes, the smallest of which is {options[-1]}; "
-        "set `TRANSLUTION_TRITON=0` to run without it."
+            except OutOfResources as error:
+                logger.info(f"{kernel.__name__} does not fit with {option}: {error}")
+                continue
+            _chosen[problem] = option
+            return
+        if not spilling:
+            raise RuntimeError(
+                f"{kernel.__name__} does not fit on {tensor.device} with any of its tile sizes, the smallest of which is {options[-1]}; "
+                "set `TRANSLUTION_TRITON=0` to run without it."
+            )
+        _, option = min(spilling, key=lambda pair: pair[0])
+        kernel[_programs(kernel, grid, option)](**arguments, **derived(option), **option)
+        _chosen[problem] = option
+
+
+def _programs(
+    kernel: Any, grid: Callable[[dict[str, int]], tuple[int, ...]], option: dict[str, int]
+) -> tuple[int, ...]:
+    """The programs of an option on each axis, which a grid must have room for."""
+    programs = grid(option)
+    if any(number > most for number, most in zip(programs, MAX_PROGRAMS, strict=False)):
+        raise RuntimeError(
+            f"{kernel.__name__} needs {programs} programs with {option}, and a grid has at most {MAX_PROGRAMS}; take a smaller "
+            "batch, or set `TRANSLUTION_TRITON=0` to run without it."
+        )
+    return programs
+
+
+def _spills(kernel: Any, programs: tuple[int, ...], arguments: dict[str, Any]) -> int:
+    """Registers that each thread spills, known after the kernel is compiled and before it runs; 0 where nothing is compiled.
+
+    Raises:
+        OutOfResources: if the device cannot hold the kernel.
+    """
+    if not isinstance(kernel, JITFunction):
+        return 0
+    compiled = kernel.warmup(grid=programs, **arguments)
+    # Loads it, as the first launch would.
+    compiled._init_handles()
+    return compiled.n_spills
+
+
+def _in_order(
+    kernel: Any, tensor: Tensor, options: list[dict[str, int]], arguments: dict[str, Any]
+) -> list[dict[str, int]]:
+    """The options to try: first the one that was measured to be best on this device."""
+    tuned = tuned_options(str(TUNED))
+    if not tuned or tensor.device.type != "cuda":
+        return options
+    best = tuned.get(torch.cuda.get_device_name(tensor.device), {}).get(tuning_key(kernel, arguments))
+    # One that was measured before the kernel's parameters changed is of no use.
+    if best is None or best.keys() != options[0].keys():
+        return options
+    return [best, *(option for option in options if option != best)]
+
+
+@lru_cache(maxsize=1)
+def tuned_options(path: str) -> dict[str, dict[str, dict[str, int]]]:
+    """The best options that were measured: for each name of a GPU, by `tuning_key`; none where there is no such file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+
+
+def tuning_key(kernel: Any, arguments: dict[str, Any]) -> str:
+    """What a measurement of tiles holds for: the kernel, the tokens' type, its constants, and which of its numbers are 1.
+
+    Those tell a text, a grid of one row, from an image. Batch and length are not part of it.
+
+    Args:
+        kernel: the jitted function.
+        arguments: those that do not depend on the option.
+    """
+    tensors = (part for value in arguments.values() for part in (value if isinstance(value, tuple) else (value,)))
+    # Tokens and banks are of the narrowest type; scores, and sums, of a wider one.
+    narrowest = min((part.dtype for part in tensors if isinstance(part, Tensor)), key=lambda dtype: dtype.itemsize)
+    constants = sorted((name, value) for name, value in arguments.items() if name.isupper())
+    ones = sorted(
+        name for name, value in arguments.items() if not name.isupper() and type(value) is int and value == 1
     )
+    parts = [kernel.__name__, str(narrowest).removeprefix("torch."), *(f"{name}={value}" for name, value in constants)]
+    return " ".join([*parts, *(f"{name}=1" for name in ones)])
+
+
+def _problem(kernel: Any, device: torch.device, options: list[dict[str, int]], arguments: dict[str, Any]) -> tuple:
+    """All that a choice of an option depends on: what Triton compiles a kernel for with the first, and the options."""
+    return (*_compiled_for(kernel, device, arguments), *(tuple(option.values()) for option in options))
 
 
 def _compiled_for(kernel: Any, device: torch.device, arguments: dict[str, Any]) -> tuple:
@@ -114,4 +213,4 @@ def next_power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-__all__ = ["dot_precision", "launch", "next_power_of_2"]
+__all__ = ["MAX_SPILLS", "TUNED", "dot_precision", "launch", "next_power_of_2", "tuned_options", "tuning_key"]
