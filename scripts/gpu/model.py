@@ -15,7 +15,7 @@ from translution.modeling.operators import triton_pairs
 
 
 FIELDS = [
-    "case", "kernel", "place", "dtype", "tile", "registers", "spills", "shared", "blocks", "launches", "programs", "executed_gflop", "mbytes", "predicted_ms",
+    "case", "kernel", "place", "dtype", "tile", "rank", "registers", "spills", "shared", "blocks", "launches", "programs", "executed_gflop", "mbytes", "predicted_ms",
     "triton", "torch", "commit",
 ]  # fmt: skip
 
@@ -310,5 +310,7 @@ def predictions(only: str = "", cases: Iterable[Case] = TIMED, dtype: str = "bfl
                 "place": place,
                 "dtype": dtype,
                 "tile": json.dumps(option),
+                # Of its list: tiles before it do not fit, or spill.
+                "rank": launches[0].options.index(option),
             }
             yield row | taken | columns(launches, option, taken) | common
