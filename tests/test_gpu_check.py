@@ -239,8 +239,8 @@ def test_operations_over_pairs_are_those_that_are_counted(gpu_check, layout, gro
     small = ((16, 16, 16, 2, 1),)
     monkeypatch.setattr(triton_pairs, "_TILES", {name: {4: small} for name in triton_pairs._TILES})
     batch, size, features, heads = 3, 9, 17, groups
-    # What the queries of two offsets project.
-    monkeypatch.setattr(triton_pairs, "SCRATCH_BYTES", 2 * 4 * layout.num_queries * batch * heads * size)
+    # What all queries of one offset project.
+    monkeypatch.setattr(triton_pairs, "SCRATCH_BYTES", 4 * layout.num_queries * batch * heads * size)
     query, key = (torch.randn(batch, count, features, requires_grad=True) for count in (layout.num_queries, layout.num_tokens))  # fmt: skip
     plain = torch.randn(batch, layout.num_queries, heads * size, requires_grad=True)
     query_bank, key_bank = (
