@@ -446,6 +446,7 @@ def kernel_table() -> str:
                 *(row[name] for name in ("registers", "spills")),
                 number(str(int(row["shared"]) / 1024)),
                 row["blocks"],
+                row["launches"],
                 number(row["programs"]),
                 number(operations) if operations and float(operations) else "–",
                 number(row["mbytes"]),
@@ -453,7 +454,19 @@ def kernel_table() -> str:
                 number(times[0], 3) if times else "",
             ]
         )
-    columns = ["case", "kernel", "tile", "registers", "spills", "shared, KiB", "blocks", "programs", "Gflop", "MB"]
+    columns = [
+        "case",
+        "kernel",
+        "tile",
+        "registers",
+        "spills",
+        "shared, KiB",
+        "blocks",
+        "launches",
+        "programs",
+        "Gflop",
+        "MB",
+    ]
     return markdown([*columns, "predicted, ms", "measured, ms"], lines, texts=3)
 
 

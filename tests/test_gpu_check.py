@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from translution.modeling.operators.pair_layout import PairLayout
+
 
 pytest.importorskip("triton")
 
 import triton_devices  # noqa: F401  # the interpreter starts kernels faster
+from triton.runtime import interpreter
+
+from translution.modeling.operators import triton_basis, triton_local, triton_pairs
 
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for the interpreter")
@@ -188,16 +193,128 @@ def test_blocks_of_a_multiprocessor_are_those_of_nvidias_table(gpu_check):
     assert blocks_of(16, 0, 1) == 32
 
 
-def test_executed_operations_are_those_of_every_program(gpu_check):
-    """Counted by a loop over the pairs of each offset, for a case without padding of features."""
+def counted_launches(monkeypatch, run):
+    """The launches of `run`, each with twice the multiplications of the matrix products that Triton's interpreter was asked for."""
+    recording, launching = (
+        importlib.import_module("gpu.recording"),
+        importlib.import_module("translution.modeling.kernels.launch"),
+    )
+    launch_, multiply = launching.launch, interpreter.InterpreterBuilder.create_dot
+    counts, taken = [0], []
+
+    def create_dot(self, a, b, *arguments):
+        counts[-1] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return multiply(self, a, b, *arguments)
+
+    def take(launch):
+        launch_(launch.kernel, launch.grid, launch.options, launch.derived, **launch.arguments)
+        taken.append((launch, counts[-1]))
+        counts.append(0)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    with recording.intercepted(take):
+        run()
+    return taken
+
+
+def assert_as_counted(taken, *names):
+    executed_operations = importlib.import_module("gpu.model").executed_operations
+    assert {launch.name for launch, _ in taken} == set(names)
+    for launch, counted in taken:
+        assert executed_operations(launch, launch.options[0]) == counted, launch.name
+
+
+PAIRS = ["scores_kernel", "sum_kernel", "projection_kernel", "token_gradient_kernel", "bank_gradient_kernel"]
+BASIS = ["forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel", "coefficient_gradient_kernel"]
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("layout", "groups"),
+    [(PairLayout.for_image(2, 1, 2, 1, 0, class_token=False), 2), (PairLayout.for_text(3, 3, past=1), 1)],
+    ids=["image", "text"],
+)
+def test_operations_over_pairs_are_those_that_are_counted(gpu_check, layout, groups, monkeypatch):
+    """Of tiles that inner sizes, heads, batches and offsets fill in part; with one bank and with two, in several chunks."""
+    small = ((16, 16, 16, 2, 1),)
+    monkeypatch.setattr(triton_pairs, "_TILES", {name: {4: small} for name in triton_pairs._TILES})
+    batch, size, features, heads = 3, 9, 17, groups
+    # What all queries of one offset project.
+    monkeypatch.setattr(triton_pairs, "SCRATCH_BYTES", 4 * layout.num_queries * batch * heads * size)
+    query, key = (torch.randn(batch, count, features, requires_grad=True) for count in (layout.num_queries, layout.num_tokens))  # fmt: skip
+    plain = torch.randn(batch, layout.num_queries, heads * size, requires_grad=True)
+    query_bank, key_bank = (
+        torch.randn(layout.num_offsets, features, count * size, requires_grad=True) for count in (heads, 1)
+    )
+
+    pairs = torch.randn(batch, heads, layout.num_queries, layout.num_tokens)
+
+    def run():
+        (triton_pairs.pair_scores(query, key, query_bank, key_bank, heads, layout) * pairs).sum().backward()
+        triton_pairs.pair_scores(plain, key, None, key_bank, heads, layout)
+        triton_pairs.pair_values(pairs, key, key_bank, layout, groups)
+
+    taken = counted_launches(monkeypatch, run)
+    assert_as_counted(taken, *PAIRS)
+    recording, model = importlib.import_module("gpu.recording"), importlib.import_module("gpu.model")
+    # Chunks of offsets are launches of the same kernel; together they move what all pairs have, and banks and tokens each.
+    projections = [launch for launch, _ in taken if launch.name == "projection_kernel"]
+    groups_of_chunks = recording.alike(projections).values()
+    assert max(map(len, groups_of_chunks)) > 1
+    for chunks in groups_of_chunks:
+        first = chunks[0].arguments
+        numbers = int((layout.offsets()[0] >= 0).sum()) * batch * (heads + first["projections"].shape[-1])
+        rows = len(chunks) if layout.clamp else layout.num_offsets
+        fixed = len(chunks) * first["tokens"].numel() + rows * first["bank"][0].numel()
+        assert sum(map(model.moved_bytes, chunks)) == 4 * (numbers + fixed)
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("layout", "factors", "dense", "groups"),
+    [
+        (PairLayout.for_image(1, 2, 1, 2), (3, 3, 3), False, 1),
+        (PairLayout.for_text(18, 18, past=1), (1, 3, 5), True, 2),
+    ],
+    ids=["image", "text"],
+)
+def test_operations_with_a_basis_are_those_that_are_counted(gpu_check, layout, factors, dense, groups, monkeypatch):
+    """Of tiles that do not hold all factors: compiled code takes products that a tile has already, and an interpreter does not."""
+    small = ((32, 32, 2, 4, 1),)
+    monkeypatch.setattr(triton_basis, "_TILES", {name: {4: small} for name in triton_basis._TILES})
+    lengths = (layout.num_queries, layout.num_tokens, layout.num_tokens)
+    heads = (groups, 1, 1)
+
+    def tensor(*shape):
+        return torch.randn(*shape, requires_grad=True)
+
+    tokens = [tensor(1, *shape, 5) for shape in zip(heads, factors, lengths, strict=True)]
+    coefficients = [tensor(layout.num_offsets, number) if number > 1 else None for number in factors]
+    denses = [tensor(1, *shape, 20) if dense else None for shape in zip(heads, lengths, strict=True)]
+
+    def run():
+        outputs = triton_basis.basis_attention(*tokens, *coefficients, *denses, None, 0.5, layout)
+        sum(output.sum() for output in outputs if output is not None).backward()
+
+    assert_as_counted(counted_launches(monkeypatch, run), *BASIS)
+
+
+def test_every_kernel_has_a_formula_for_every_case(gpu_check):
     model, recording, cases = (importlib.import_module(f"gpu.{name}") for name in ("model", "recording", "cases"))
-    case = cases.Case("text", cases.text(64), 4, (64, 2, 32), cases.KV)
-    launch = recording.launches_of(case, torch.bfloat16)[0]
-    option = launch.options[0]
-    tiles = sum(-(-4 * (64 - distance) // option["ROWS"]) for distance in range(64))
-    assert model.executed_operations(launch, option) == 2 * tiles * option["ROWS"] * 64 * 64
-    # Scores in float32; queries, which are projected before, and keys in bfloat16, and the bank.
-    assert model.moved_bytes(launch) == 4 * 4 * 2 * 64 * 64 + 2 * 2 * 4 * 64 * 64 + 2 * 64 * 64 * 64
+    modules = (triton_pairs, triton_basis, triton_local)
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert set(model.EXECUTED) == kernels
+    started = set()
+    for case in cases.TIMED:
+        for launches in recording.alike(recording.launches_of(case, torch.bfloat16)).values():
+            option = launches[0].options[0]
+            row = model.columns(launches, option, {"blocks": 1})
+            started.add(launches[0].name)
+            assert (row["executed_gflop"] > 0) == (
+                not launches[0].name.startswith("near") and launches[0].arguments.get("BANK", True)
+            ), (case.name, launches[0].name)
+            assert row["predicted_ms"] > 0
+    assert started == kernels
 
 
 def test_an_archive_of_kernels_is_loaded_from_where_it_is(gpu_check, tmp_path, monkeypatch):

@@ -51,7 +51,6 @@ LAYOUTS = [
     PairLayout.for_text(7, 3, max_relative_distance=2),
     PairLayout.for_image(2, 3, 2, 3, class_token=False),
 ]
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 SMALL_TILES = dict.fromkeys((2, 4, 8), ((16, 16, 16, 2, 1),))
 
 
@@ -91,8 +90,13 @@ def on_device(mixer, hidden_states, mask, weight, dtype):
     return mixer.to(DEVICE, dtype), hidden_states.to(DEVICE, dtype), mask, weight.to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize(("subset", "rank"), [("qkv", None), ("kv", None), ("q", None), ("qk", 3), ("v", 3)], ids=str)
-@every_layout
+# Two banks for every layout, and two of the other forms in turn: the interpreter takes seconds for each.
+OTHERS = [("kv", None), ("q", None), ("qk", 3), ("v", 3)]
+CASES = [(layout, "qkv", None) for layout in LAYOUTS]
+CASES += [(layout, *OTHERS[(place + more) % 4]) for place, layout in enumerate(LAYOUTS) for more in (0, 2)]
+
+
+@pytest.mark.parametrize(("layout", "subset", "rank"), CASES, ids=lambda v: layout_id(v) if isinstance(v, PairLayout) else str(v))  # fmt: skip
 @pytest.mark.usefixtures("all_pairs_alike")
 def test_kernels_equal_reference(layout, subset, rank):
     mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
@@ -312,8 +316,18 @@ def test_basis_stores_nothing_per_pair():
     assert largest.numel < 64 * 64
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("subset", "rank", "basis"), [("qkv", None, None), ("kv", 3, None), ("kv", 3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("subset", "rank", "basis", "dtype"),
+    [
+        ("qkv", None, None, torch.float32),
+        ("qkv", None, None, torch.bfloat16),
+        ("qkv", None, None, torch.float16),
+        ("kv", 3, None, torch.bfloat16),
+        ("kv", 3, 2, torch.bfloat16),
+        ("kv", 3, 2, torch.float16),
+    ],
+    ids=str,
+)
 def test_lower_precision_within_twice_plain_pytorch(subset, rank, basis, dtype):
     layout = LAYOUTS[1]
     mixer, mask = make_mixer(layout, subset, rank, offset_basis=basis), make_mask(layout, True)

@@ -589,6 +589,19 @@ def test_what_does_not_fit_is_known_for_what_is_compiled(where):
     assert tried(512) == [128, 64]
 
 
+def test_lengths_of_a_chunk_are_no_problem_of_their_own():
+    """Triton compiles once for all chunks of offsets, so that their tile is chosen once; types and strides do count."""
+    kernel, tokens = KERNELS["projection_kernel"], torch.zeros(4)
+
+    def problem(**numbers):
+        given = {"tokens": tokens, "least": -5, "most_row": 1, "token_strides_b": 32, "C": 16} | numbers
+        return launch._problem(kernel, tokens.device, [{"ROWS": 16}], given)
+
+    assert problem(least=1, most_row=16) == problem()
+    assert problem(least=2**31) != problem()
+    assert problem(token_strides_b=33) != problem()
+
+
 def test_constants_of_kernels_have_names_in_capitals():
     """`launch` tells by their names what a kernel is compiled for."""
     for name, kernel in KERNELS.items():

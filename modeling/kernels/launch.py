@@ -7,7 +7,7 @@ checkpoint that carries its code, the order of each kernel's list decides.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ _chosen: dict[tuple, dict[str, int]] = {}
 # Programs that CUDA starts at most on each axis of a grid.
 MAX_PROGRAMS = (2**31 - 1, 65535, 65535)
 COMPILER_OPTIONS = ("num_warps", "num_stages")
-# Registers that a thread may keep in local memory, in words of 4 bytes. A few cost less than smaller tiles do.
-MAX_SPILLS = 16
+# Local memory that a thread may take, in words of 4 bytes as Triton's `n_spills` counts it: 512 bytes. The first tiles of the kernels with
+# a basis take up to 272 bytes (`triton_basis.py`), which the L1 cache holds; the next tiles hold fewer factors or fewer pairs, so that
+# products are computed again or columns of products are half as many. Tiles that are too large take thousands of bytes.
+MAX_SPILLS = 128
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -173,9 +175,11 @@ def _problem(kernel: Any, device: torch.device, options: list[dict[str, int]], a
 def _compiled_for(kernel: Any, device: torch.device, arguments: dict[str, Any]) -> tuple:
     """All that Triton compiles a kernel for: types, constants, and what it tells apart about addresses and other numbers.
 
-    A constant has a name in capitals, here as in the kernels, or is an option of the compiler, such as `num_warps`.
+    A constant has a name in capitals, here as in the kernels, or is an option of the compiler, such as `num_warps`. Of lengths, which
+    kernels name in `do_not_specialize`, the type alone counts: what chunks of offsets differ in is no other problem.
     """
     key: list[Any] = [kernel, device]
+    lengths = _lengths(kernel)
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             key.append(_compiled_for_tensor(value))
@@ -184,10 +188,18 @@ def _compiled_for(kernel: Any, device: torch.device, arguments: dict[str, Any]) 
         elif name.isupper() or name in COMPILER_OPTIONS:
             key.append(value)
         elif isinstance(value, int):
-            key.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
+            fits = -(2**31) <= value < 2**31
+            key.append(fits if name in lengths else (value == 1, value % 16 == 0, fits))
         else:
             key.append(type(value))
     return tuple(key)
+
+
+def _lengths(kernel: Any) -> Collection[str]:
+    """Numbers that Triton compiles nothing in for, by name."""
+    # An interpreted kernel keeps what it was declared with apart.
+    declared = getattr(kernel, "kwargs", {}).get("do_not_specialize")
+    return getattr(kernel, "do_not_specialize", declared) or ()
 
 
 def _compiled_for_tensor(tensor: Tensor) -> tuple[torch.dtype, bool]:

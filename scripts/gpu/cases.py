@@ -139,6 +139,19 @@ TIMED = (
     Case("local, base/16 kv", image(14, 1, share_far=True), 64, BASE, KV),
     Case("basis 8, text 1024 qkv", text(1024), 8, TINY, QKV | {"offset_basis": 8}),
 )
+# Compiled as well: forms of kernels that no timed case has, such as offsets that share rows of a bank, and heads that share keys.
+COMPILED = (
+    *TIMED,
+    Case("base/16 qkv, distance 3", image(14, 3), 64, BASE, QKV),
+    replace(Case("base/16 qkv, shared heads", image(14), 64, BASE, QKV), groups=4),
+    Case("LoR 8, base/16 qkv", image(14), 64, BASE, QKV | {"relative_rank": 8}),
+    Case("basis 8, base/16 kv", image(14), 64, BASE, KV | {"offset_basis": 8}),
+    Case("basis 8, base/16 qkv", image(14), 64, BASE, QKV | {"offset_basis": 8}),
+    Case("basis 8, base/16 q", image(14), 64, BASE, {"relative_projections": "q", "offset_basis": 8}),
+    Case("basis 8, text 4096 q", text(4096), 4, TINY, {"relative_projections": "q", "offset_basis": 8}),
+    replace(Case("basis 8, text 4096 kv, shared heads", text(4096), 4, BASE, KV | {"offset_basis": 8}), groups=4),
+    Case("basis 8, LoR 8, base/16 kv", image(14), 64, BASE, KV | {"relative_rank": 8, "offset_basis": 8}),
+)
 DRY_TIMED = (
     Case("full", image(2), 2, (8, 2, 4), KV),
     Case("basis", text(4), 2, (8, 2, 4), KV | {"offset_basis": 2}),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,11 @@ from gpu import cases as problems
 from gpu.bench import Bench
 from gpu.cases import DTYPES, KV, QKV, TINY, Case, both_passes, output_of
 from gpu.model import executed_operations, moved_bytes
-from gpu.recording import Launch, as_on_gpu, different, intercepted, launches_of
+from gpu.recording import Launch, alike, as_on_gpu, intercepted, kind_of, launches_of
 from gpu.tiles import candidates
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 from translution.modeling.kernels import launch as launching
-from translution.modeling.operators import dispatch
+from translution.modeling.operators import dispatch, grouped_gemm, triton_pairs
 from translution.modeling.operators.dispatch import AUTO, EAGER, TRITON
 
 
@@ -86,9 +85,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @contextmanager
-def plain_pytorch() -> Iterator[None]:
-    """`attn_implementation="auto"` is the path of plain PyTorch that groups pairs by their offset."""
-    with mock.patch.dict(os.environ, {dispatch.VARIABLE: "0"}), mock.patch.object(dispatch, "STREAM", False):
+def plain_pytorch(many_offsets: bool = False) -> Iterator[None]:
+    """`attn_implementation="auto"` is the path of plain PyTorch that groups pairs by their offset, or takes many offsets at a time."""
+    with (
+        mock.patch.dict(os.environ, {dispatch.VARIABLE: "0"}),
+        mock.patch.object(dispatch, "STREAM", False),
+        mock.patch.object(dispatch, "GEMM_DEVICES", ("cuda", "cpu") if many_offsets else ()),
+    ):
         yield
 
 
@@ -268,15 +271,21 @@ def _memcheck(bench: Bench) -> None:
 
 
 def sweep(bench: Bench) -> None:
-    """Tiles of every kernel and case: each compared with the first that the kernel's list names, and timed; winners to a file."""
+    """Memory of a chunk of offsets; then tiles of every kernel and case, each compared with the first that the kernel's list names, and
+    timed; winners to a file.
+    """
     winners: dict[str, tuple[float, dict[str, int]]] = {}
-    for case in bench.cases(problems.DRY_TIMED if bench.dry else problems.TIMED):
-        recorded: dict[int, Launch] = {}
+    cases = bench.cases(problems.DRY_TIMED if bench.dry else problems.TIMED)
+    for case in cases:
+        if case.kind in ("full", "LoR"):
+            _sweep_memory(bench, case)
+    for case in cases:
+        recorded: dict[int, list[Launch]] = {}
         with bench.guarded(case=case.name, dtype=bench.half_name):
             recorded = _launches_that_ran(bench, case)
-        for launch in recorded.values():
+        for launches in recorded.values():
             with torch.no_grad():
-                _sweep_launch(bench, case, launch, winners)
+                _sweep_launch(bench, case, launches[0], winners)
     name = "none" if bench.dry else torch.cuda.get_device_name(bench.device)
     found = {name: {key: option for key, (_, option) in sorted(winners.items())}}
     path = bench.output.with_name("tuned.json") if bench.dry else launching.TUNED
@@ -285,23 +294,56 @@ def sweep(bench: Bench) -> None:
     print(f"{len(winners)} winners in {path}")
 
 
-def _launches_that_ran(bench: Bench, case: Case) -> dict[int, Launch]:
-    """The different launches of both passes by their place among all, with the tensors as they were before each."""
+# Bytes that an operator may take for a chunk of offsets, or count on in the L2 cache: what is set, of which module, for which path.
+MEMORY = (("SCRATCH_BYTES", triton_pairs, "kernels"), ("CACHED_BYTES", triton_pairs, "kernels"), ("CHUNK_BYTES", grouped_gemm, "grouped_gemm"))  # fmt: skip
+MEMORY_MIB = (8, 16, 32, 64, 128)
+
+
+def _sweep_memory(bench: Bench, case: Case) -> None:
+    """Times both passes with each size, compared with those with the size that is set."""
+    mixer, tokens = case.mixer(bench.device, bench.half), case.tokens(bench.device, bench.half)
+    weight = torch.randn_like(tokens)
+    for name, module, implementation in MEMORY:
+        many_offsets = implementation == "grouped_gemm"
+        wish = AUTO if many_offsets else TRITON
+        expected: dict[str, Tensor] | None = None
+        for mib in (getattr(module, name) >> 20, *(MEMORY_MIB[:1] if bench.dry else MEMORY_MIB)):
+            values = {"case": case.name, "implementation": implementation, "passes": BOTH, "dtype": bench.half_name}
+            values["tile"] = json.dumps({name: mib << 20})
+            with (
+                bench.guarded(**values),
+                plain_pytorch(True) if many_offsets else nullcontext(),
+                mock.patch.object(module, name, mib << 20),
+            ):
+                run = partial(both_passes, mixer, wish, tokens, case.layout, weight)
+                found = run()
+                if expected is None:
+                    expected = found
+                    continue
+                # Sums go on from chunk to chunk in another order, which a rounding of each part may show.
+                error = difference(found, expected)
+                ok = error <= 2 * torch.finfo(bench.half).eps
+                bench.row(**values, error=error, ok=ok, **(bench.time(run, 5) if ok else {}))
+
+
+def _launches_that_ran(bench: Bench, case: Case) -> dict[int, list[Launch]]:
+    """The launches of both passes that are `alike`, by the place of the first, with the tensors as they were before that one."""
     taken: list[Launch] = []
+    kinds: set[tuple] = set()
     launch_ = launching.launch
 
     def take(launch: Launch) -> None:
-        before = {name: tensor.clone() for name, tensor in launch.tensors.items()}
+        is_new, names = kind_of(launch) not in kinds, launch.tensors
+        before = {name: tensor.clone() for name, tensor in names.items()} if is_new else {}
         launch_(launch.kernel, launch.grid, launch.options, launch.derived, **launch.arguments)
-        launch.before = {
-            name: before[name] for name, tensor in launch.tensors.items() if not tensor.equal(before[name])
-        }
+        launch.before = {name: tensor for name, tensor in before.items() if not names[name].equal(tensor)}
+        kinds.add(kind_of(launch))
         taken.append(launch)
 
     mixer, tokens = case.mixer(bench.device, bench.half), case.tokens(bench.device, bench.half)
     with intercepted(take), poisoned_memory():
         both_passes(mixer, TRITON, tokens, case.layout, torch.randn_like(tokens))
-    return different(taken)
+    return alike(taken)
 
 
 def _run(launch: Launch, option: dict[str, int]) -> Any:
@@ -339,7 +381,7 @@ def _sweep_launch(bench: Bench, case: Case, launch: Launch, winners: dict[str, t
                 bench.row(**values, error=error, ok=False, note="differs from the first tile")
                 continue
             timing = bench.time(lambda option=option: _run(launch, option), 7)
-            bench.row(**values, error=error, ok=True, **timing, **_rates_of(bench, launch, option, timing))
+            bench.row(**values, error=error, ok=True, **timing, **_rates_of(bench, [launch], option, timing))
             if key not in winners or timing["median_ms"] < winners[key][0]:
                 winners[key] = (timing["median_ms"], option)
 
@@ -352,9 +394,10 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return worst_error(map(torch.nan_to_num, found.values()), map(torch.nan_to_num, expected.values()))
 
 
-def _rates_of(bench: Bench, launch: Launch, option: dict[str, int], timing: dict[str, Any]) -> dict[str, Any]:
-    """Executed operations of a launch, and what it reads and writes at least."""
-    executed, moved = executed_operations(launch, option), moved_bytes(launch)
+def _rates_of(bench: Bench, launches: list[Launch], option: dict[str, int], timing: dict[str, Any]) -> dict[str, Any]:
+    """Executed operations of launches, and what they read and write at least."""
+    executed = sum(executed_operations(launch, option) for launch in launches)
+    moved = sum(map(moved_bytes, launches))
     columns = {"mbytes": moved / 1e6, "gbytes_per_second": moved / timing["median_ms"] / 1e6}
     if executed:
         tflops = executed / timing["median_ms"] / 1e9
@@ -378,13 +421,9 @@ def useful_operations(case: Case) -> dict[str, int]:
     return counts
 
 
-def executed_of(case: Case, dtype: torch.dtype) -> float | None:
-    """Operations that the kernels of both passes execute, where there is a formula for each."""
-    try:
-        counts = [executed_operations(launch, launch.options[0]) for launch in launches_of(case, dtype)]
-    except Exception:
-        return None
-    return None if None in counts else sum(counts)
+def executed_of(case: Case, dtype: torch.dtype) -> float:
+    """Operations that the kernels of both passes execute."""
+    return sum(executed_operations(launch, launch.options[0]) for launch in launches_of(case, dtype))
 
 
 def rivals_of(
@@ -393,41 +432,26 @@ def rivals_of(
     """What a case is timed against, each with the inputs that it has gradients for."""
     parameters = list(mixer.parameters())
 
-    def grouped() -> Tensor:
-        with plain_pytorch():
+    def plain(many_offsets: bool) -> Tensor:
+        with plain_pytorch(many_offsets):
             return output_of(mixer, AUTO, tokens, case.layout)
 
-    rivals: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {}
     if case.kind in ("full", "LoR"):
-        rivals["grouped"] = (grouped, parameters)
-        try:
-            operators = importlib.import_module("translution.modeling.operators.grouped_gemm")
-        except ImportError:
-            operators = None
-        if operators is not None:
-
-            def products() -> Tensor:
-                dispatch._load()
-                loaded = dispatch._loaded[0]._replace(
-                    pair_scores=operators.pair_scores, pair_values=operators.pair_values
-                )
-                with mock.patch.object(dispatch, "_loaded", [loaded]):
-                    return output_of(mixer, TRITON, tokens, case.layout)
-
-            rivals["grouped_gemm"] = (products, parameters)
-        return rivals
+        ways = {"grouped": False, "grouped_gemm": True}
+        return {name: (partial(plain, many_offsets), parameters) for name, many_offsets in ways.items()}
+    rivals: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {}
     _, heads, size = case.sizes
     shape = (case.batch, heads, case.layout.num_tokens, size)
-    plain = [torch.randn(shape, device=bench.device, dtype=bench.half, requires_grad=True) for _ in range(3)]
-    rivals["flash attention"] = (partial(nn.functional.scaled_dot_product_attention, *plain, is_causal=case.layout.causal), plain)  # fmt: skip
+    attended = [torch.randn(shape, device=bench.device, dtype=bench.half, requires_grad=True) for _ in range(3)]
+    rivals["flash attention"] = (partial(nn.functional.scaled_dot_product_attention, *attended, is_causal=case.layout.causal), attended)  # fmt: skip
     if not bench.dry:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         length = case.layout.num_tokens
         mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=bench.device) if case.layout.causal else None  # fmt: skip
         flex = torch.compile(flex_attention)
-        rivals["FlexAttention"] = (lambda: flex(*plain, block_mask=mask), plain)
-    rivals["plain PyTorch"] = (grouped, parameters)
+        rivals["FlexAttention"] = (lambda: flex(*attended, block_mask=mask), attended)
+    rivals["plain PyTorch"] = (partial(plain, False), parameters)
     return rivals
 
 
@@ -467,17 +491,20 @@ def _time_case(bench: Bench, case: Case) -> None:
                 if name != "kernels" and "kernels" in medians:
                     counted |= {"rival": name, "times_rival": medians["kernels"] / medians[name]}
                 bench.row(**values, **counted, **timing)
-    for place, launch in _launches_that_ran(bench, case).items():
-        values = {"case": case.name, "implementation": "kernel", "kernel": launch.name, "dtype": bench.half_name}
+    for place, launches in _launches_that_ran(bench, case).items():
+        first = launches[0]
+        values = {"case": case.name, "implementation": "kernel", "kernel": first.name, "dtype": bench.half_name}
         with bench.guarded(**values):
-            run = partial(
-                launching.launch, launch.kernel, launch.grid, launch.options, launch.derived, **launch.arguments
-            )
+
+            def run(launches: list[Launch] = launches) -> None:
+                for one in launches:
+                    launching.launch(one.kernel, one.grid, one.options, one.derived, **one.arguments)
+
             timing = bench.time(run)
-            problem = launching._problem(launch.kernel, tokens.device, launch.options, launch.first)
-            option = launching._chosen.get(problem, launch.options[0])
+            problem = launching._problem(first.kernel, tokens.device, first.options, first.first)
+            option = launching._chosen.get(problem, first.options[0])
             bench.row(
-                **values, place=place, tile=json.dumps(option), **timing, **_rates_of(bench, launch, option, timing)
+                **values, place=place, tile=json.dumps(option), **timing, **_rates_of(bench, launches, option, timing)
             )
 
 

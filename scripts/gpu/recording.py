@@ -218,19 +218,25 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
-def different(launches: list[Launch]) -> dict[int, Launch]:
-    """Launches by their place, without those that Triton compiles the same kernel for."""
+def kind_of(launch: Launch) -> tuple:
+    """What Triton compiles its kernel for, and with which options."""
     from translution.modeling.kernels.launch import _problem
 
-    seen: set[tuple] = set()
-    found = {}
+    tensor = next(iter(launch.tensors.values()))
+    return _problem(launch.kernel, tensor.device, launch.options, launch.first)
+
+
+def alike(launches: list[Launch]) -> dict[int, list[Launch]]:
+    """Launches by the place of the first of those that Triton compiles the same kernel for, such as those of chunks of offsets."""
+    groups: dict[tuple, tuple[int, list[Launch]]] = {}
     for place, launch in enumerate(launches):
-        tensor = next(iter(launch.tensors.values()))
-        key = _problem(launch.kernel, tensor.device, launch.options, launch.first)
-        if key not in seen:
-            seen.add(key)
-            found[place] = launch
-    return found
+        groups.setdefault(kind_of(launch), (place, []))[1].append(launch)
+    return dict(groups.values())
+
+
+def different(launches: list[Launch]) -> dict[int, Launch]:
+    """The first launch of each of those that are `alike`, by its place."""
+    return {place: group[0] for place, group in alike(launches).items()}
 
 
 def precompile(wanted: list[Wanted], folder: Path, processes: int) -> Iterator[dict[str, Any]]:
