@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from common.command import EXPECTED
-from common.saved_files import RUN
+from common.saved_files import EVALUATION, RUN
 from common.training_hours import estimate_hours
 from training.arguments import read_overrides, read_recipe
 from training.run import Run
@@ -23,7 +23,6 @@ SCRIPTS = ("run_image_classification", "run_clm")
 KEYS = ("script", "recipe", "options", "seeds", "train_samples", "rows")
 # Options that the sweep decides.
 DECIDED = ("output_dir", "seed", "do_train", "resume_from_checkpoint")
-EVALUATION = "evaluation_results.json"
 
 
 @dataclass(frozen=True)
