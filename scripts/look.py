@@ -1,6 +1,6 @@
 """Looks at a saved model: the matrices of its offsets, and the attention of one token to a picture or a text.
 
-    python scripts/look.py runs/digits --output digits.png
+    python scripts/look.py runs/digits
     python scripts/look.py runs/digits picture.png --output digits.png --json digits.json
     python scripts/look.py runs/stdlib "def main(self):" --output stdlib.png
 
@@ -126,7 +126,10 @@ def main(arguments: Sequence[str]):
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model, or its name on the Hub")
     parser.add_argument("input", nargs="?", help="a picture or a text to show attention over; - is standard input")
-    parser.add_argument("--output", help=f"figure to write or replace, {', '.join(FIGURES)}")
+    parser.add_argument(
+        "--output",
+        help=f"figure to write or replace, {', '.join(FIGURES)}; without `json`, by default the model's name and -look.png",
+    )
     parser.add_argument("--json", help="file to write the numbers to as JSON; - is standard output")
     parser.add_argument(
         "--token",
@@ -139,7 +142,7 @@ def main(arguments: Sequence[str]):
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     options = parser.parse_args(arguments)
     if options.output is None and options.json is None:
-        parser.error("`output` or `json` must be given, got neither")
+        options.output = f"{Path(options.model).resolve().name}-look.png"
     if options.token is not None and options.input is None:
         parser.error(f"`token` needs a picture or a text, got {options.token} without")
     require_least(options, near=0)
@@ -168,6 +171,8 @@ def main(arguments: Sequence[str]):
         pixels = None if inputs is None else inputs.get("pixel_values")
         draw_report(model.config, report, pixels).savefig(content, format=output.suffix[1:], dpi=100)
         write_whole(output, content.getvalue())
+        if options.json != "-":
+            print(f"{output}: the figure")
     if options.json == "-":
         print(as_json(report), end="")
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.canvas import PLACEMENTS, Canvas
 from common.command import run_command
-from common.saved_files import write_whole
+from common.saved_files import CONFUSION, PREDICTIONS, write_whole
 from common.saved_models import require_preprocessor
 from common.tables import as_csv
 from datasets import IterableDataset
@@ -25,7 +25,7 @@ from training.augmentation import AugmentationArguments, ImageBatch, ImageSample
 from training.data_arguments import ImageDataArguments
 from training.image_data import load_images, with_classes
 from training.loading import AnyDataset, require_folder
-from training.metrics import CONFUSION, evaluation_metrics, image_metrics, likeliest_classes
+from training.metrics import evaluation_metrics, image_metrics, likeliest_classes
 from training.run import Run
 from training.trainer import ImageTrainer
 from training.weights import load_checkpoint
@@ -33,10 +33,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 from transformers import ViTImageProcessorPil as ImageProcessor
 
 from translution import TranslutionConfig, TranslutionForImageClassification
-
-
-# What is written of `test_dir`.
-PREDICTIONS = "predictions.csv"
 
 
 @dataclass

@@ -290,7 +290,6 @@ def test_errors_say_what_is_wrong(saved, tmp_path, capsys):
     )
     assert "`token` needs a picture or a text, got 0 without" in fails(capsys, images, "--token", "0", *output)
     assert "`near` must be an integer of at least 0, got -1" in fails(capsys, images, "--near", "-1", *output)
-    assert "`output` or `json` must be given" in fails(capsys, images)
     assert "`output` must be a file named ….png, ….pdf, ….svg, got x.jpg" in fails(capsys, images, "--output", "x.jpg")
     assert "`output` must be in a folder that is there" in fails(capsys, images, "--output", "no/where.png")
     assert "`output` and `json` must be two outputs" in fails(capsys, images, *output, "--json", output[1])
@@ -311,3 +310,13 @@ def test_the_demo_draws_these_norms(tmp_path, monkeypatch):
     expected = [[np.linalg.norm(matrix_of(mixer, "v", 3 * row + column)) for column in range(3)] for row in range(5)]
     np.testing.assert_allclose(image.get_array(), expected, rtol=ROUNDING)
     assert describe_bank(mixer, "v", 1)["norms"][4]["norm"] == pytest.approx(expected[1][1], rel=ROUNDING)
+
+
+def test_a_figure_gets_a_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model("image", num_hidden_layers=1).save_pretrained("runs/pictures")
+    look.main(["runs/pictures"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures-look.png", "runs"]
+    assert "pictures-look.png: the figure" in capsys.readouterr().out
+    with Image.open("pictures-look.png") as picture:
+        assert picture.format == "PNG"

@@ -35,7 +35,7 @@ FILE = {
     "rows": {
         "rotary": {"seeds": [0, 1], "config_overrides": {"mixer_types": "rope_attention"}},
         "full": {"learning_rate": 0.01},
-        "rotary, again": {"evaluates": "rotary", "seeds": [1], "config_overrides": {"mixer_types": "rope_attention"}},
+        "rotary, again": {"evaluates": "rotary", "seeds": [1], "max_eval_samples": 64},
     },
 }  # fmt: skip
 
@@ -222,3 +222,13 @@ def test_hours_are_those_of_counted_operations(write, capsys):
     rotary, full, evaluated = (float(cells[2].strip(" |")) for cells in hours)
     # Two seeds of attention cost less than one of Translution.
     assert 0 == evaluated < rotary / 2 < full
+
+
+def test_a_row_has_the_options_of_the_row_that_it_evaluates(write):
+    rows = {
+        "static": {"config_overrides": {"mixer_types": "attention"}, "canvas_size": 16, "placement": "static"},
+        "again": {"evaluates": "static", "placement": "dynamic"},
+    }
+    trained, evaluated = Sweep.read(Path(write(changed(rows=rows)))).rows
+    assert evaluated.options == {**trained.options, "placement": "dynamic"}
+    assert (evaluated.evaluates, evaluated.seeds) == ("static", trained.seeds)

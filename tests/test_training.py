@@ -690,6 +690,54 @@ def test_a_folder_of_something_else_is_refused(images, pictures, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "runs").rglob("*")] == ["other", "notes.txt"]
 
 
+def test_what_a_run_reads_is_not_overwritten(images, text, pictures, texts, tmp_path, monkeypatch):
+    """An option may be written in many ways, and name a checkpoint, a tokenizer or data of the folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = images("--train_dir", str(pictures), "--save_strategy", "steps", "--save_steps", "2")
+    words = text("--train_dir", str(texts), name="words")
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    shutil.copytree(pictures, folder / "data")
+    (words / "a.txt").write_text("one and two")
+    before = contents(folder), contents(words)
+    bare = [option for option in COMMON if option not in ("--config_overrides", MODEL)]
+    classify, write = importlib.import_module("run_image_classification").main, importlib.import_module("run_clm").main
+    for main, name, value, *options in (
+        (classify, "model_name_or_path", str(folder), "--train_dir", str(pictures), "--output_dir", str(folder)),
+        (classify, "model_name_or_path", "./run", "--train_dir", str(pictures), "--output_dir", "link"),
+        (classify, "model_name_or_path", "link/checkpoint-2", "--train_dir", str(pictures), "--output_dir", "run/"),
+        (classify, "train_dir", "run/data", "--output_dir", str(folder)),
+        (classify, "test_dir", "link/data", "--train_dir", str(pictures), "--output_dir", "run"),
+        (write, "model_name_or_path", "words", "--train_dir", str(texts), "--output_dir", str(words)),
+        (write, "tokenizer_name", "words/tokenizer", "--train_dir", str(texts), "--output_dir", "run/../words"),
+        (write, "validation_file", "words/a.txt", "--train_dir", str(texts), "--output_dir", str(words)),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` must lie outside `output_dir` .* got {value}: give another"):
+            main([*bare, f"--{name}", value, *options, "--overwrite_output_dir", "true"])
+        assert (contents(folder), contents(words)) == before
+    # Without weights a tokenizer of other options is deleted, too.
+    (words / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="`tokenizer_name` must lie outside `output_dir`"):
+        text("--train_dir", str(texts), "--tokenizer_name", "words/tokenizer", name="words")
+    assert (words / "tokenizer").is_dir()
+    # Data of the package, whatever the folder is called; and another folder.
+    images("--dataset_name", "digits", "--max_train_samples", "16", "--max_eval_samples", "8", name="digits")
+    images("--dataset_name", "digits", "--max_train_samples", "16", "--overwrite_output_dir", "true", name="digits")
+
+
+def test_figures_go_with_the_model(images, pictures):
+    arguments = ["--train_dir", str(pictures)]
+    folder = images(*arguments)
+    images(*arguments, "--do_train", "false", "--test_dir", str(pictures))
+    figures = {"confusion.png", "predictions.csv", "evaluation_results.json", "eval_results.json"}
+    assert figures <= {path.name for path in folder.iterdir()}
+    (folder / "notes.json").touch()
+    images(*arguments, "--do_eval", "false", "--overwrite_output_dir", "true")
+    left = {path.name for path in folder.iterdir()}
+    assert not figures & left
+    assert {"notes.json", "model.safetensors", "train_results.json"} <= left
+    assert not [name for name in read(folder, "all_results.json") if name.startswith("eval_")]
+
+
 def test_tokens_are_written_nowhere(images, pictures, monkeypatch, capfd):
     monkeypatch.setenv("HF_TOKEN", "")
     folder = images("--train_dir", str(pictures), "--token", "hf_secret", "--hub_token=hf_secret")

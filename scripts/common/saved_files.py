@@ -16,6 +16,9 @@ from translution.modeling.models.weight_files import read_index
 
 
 RUN, CARD = "run.json", "README.md"
+# Of an evaluation without training: the figures, as the Trainer calls them, the picture of the confusion matrix, and the classes
+# of `test_dir`.
+EVALUATION, CONFUSION, PREDICTIONS = "evaluation_results.json", "confusion.png", "predictions.csv"
 # Texts of licences, to which the card may link.
 LICENSES = "LICENSE*"
 WEIGHTS, WEIGHTS_INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"

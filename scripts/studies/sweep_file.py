@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from common.command import EXPECTED
-from common.saved_files import RUN
+from common.saved_files import EVALUATION, RUN
 from common.training_hours import estimate_hours
 from training.arguments import read_overrides, read_recipe
 from training.run import Run
@@ -23,7 +23,6 @@ SCRIPTS = ("run_image_classification", "run_clm")
 KEYS = ("script", "recipe", "options", "seeds", "train_samples", "rows")
 # Options that the sweep decides.
 DECIDED = ("output_dir", "seed", "do_train", "resume_from_checkpoint")
-EVALUATION = "evaluation_results.json"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Row:
     Args:
         name: in the table, and of its folder.
         seeds: one run for each.
-        options: of the training script, those of the recipe among them.
+        options: of the training script, those of the recipe among them, and those of the row that is evaluated.
         evaluates: the row whose models are evaluated with these options; None if the row trains its own.
     """
 
@@ -108,7 +107,10 @@ class Sweep:
         sweep = cls(importlib.import_module(found["script"]), [], samples)
         for name, own in found["rows"].items():
             with naming(name):
-                row = read_row(name, own, common, found.get("seeds", [0]))
+                of_model = [
+                    row.options for row in sweep.rows if isinstance(own, dict) and row.name == own.get("evaluates")
+                ]
+                row = read_row(name, own, of_model[0] if of_model else common, found.get("seeds", [0]))
                 if row.evaluates is not None:
                     trained = [other.name for other in sweep.rows if set(row.seeds) <= set(other.trained_seeds)]
                     require_names("`evaluates`, a row before it that trains its seeds,", [row.evaluates], trained)

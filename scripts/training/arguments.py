@@ -39,6 +39,18 @@ PASSING_FIELDS = (
     "max_eval_samples",
 )
 
+# Options that may name a file or folder that a run reads.
+SOURCE_FIELDS = (
+    "model_name_or_path",
+    "tokenizer_name",
+    "dataset_name",
+    "train_dir",
+    "train_file",
+    "validation_dir",
+    "validation_file",
+    "test_dir",
+)
+
 
 @dataclass
 class ModelArguments:
@@ -120,7 +132,9 @@ class RunArguments:
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Delete model, checkpoints and TensorBoard events in the output folder, and start over."},
+        metadata={
+            "help": "Delete model, checkpoints, figures and TensorBoard events in the output folder, and start over."
+        },
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the model, for its card."})
     co2_grams: float | None = field(
@@ -292,6 +306,12 @@ def lasting(*parts: Any, given: bool = False) -> dict[str, Any]:
         if item.name not in PASSING_FIELDS and not (given and getattr(part, item.name) == default_of(item))
     }
     return json.loads(json.dumps(values, default=str))
+
+
+def sources(*parts: Any) -> list[tuple[str, str]]:
+    """The given options of `SOURCE_FIELDS`, each with one of its values."""
+    values = [(name, getattr(part, name, None)) for part in parts for name in SOURCE_FIELDS]
+    return [(name, one) for name, value in values for one in (value if isinstance(value, list) else [value]) if one]
 
 
 def hyperparameters(training: TrainingArguments, *others: Any) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from transformers import EvalPrediction
 
 IGNORED = -100
 TOP_K = 5
-# Picture of the confusion matrix.
-CONFUSION = "confusion.png"
 # The most classes whose confusion matrix has room for counts, and for names.
 COUNTED, NAMED = 30, 100
 

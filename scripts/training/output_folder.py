@@ -6,12 +6,13 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.saved_files import CARD, RUN, read_json, write_json
+from common.saved_files import CARD, CONFUSION, EVALUATION, PREDICTIONS, RUN, read_json, write_json
 
-from training.checkpoints import CHECKPOINT, newest_checkpoint, why_incomplete
+from training.checkpoints import CHECKPOINT, TRAINER_STATE, newest_checkpoint, why_incomplete
 from training.weights import has_weights
 
 
@@ -21,6 +22,14 @@ RUN_ARGUMENTS = "arguments.json"
 LASTING = "model_and_data"
 # Besides checkpoints, what a resumed run uses again.
 LEFT_BEHIND = "tokenizer"
+# What a run says of its model: figures of the training and of evaluations, which of another model would be wrong.
+RESULTS = (
+    *(f"{split}_results.json" for split in ("train", "eval", "all")),
+    TRAINER_STATE,
+    EVALUATION,
+    CONFUSION,
+    PREDICTIONS,
+)
 # Where the Trainer writes events for TensorBoard, in a folder for each call.
 EVENTS = "runs"
 # Where the model is saved before its files are moved.
@@ -29,21 +38,29 @@ WEIGHTS_FILE = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\
 
 
 def claim_output_dir(
-    folder: Path, resume: str | None, overwrite: bool, arguments: dict[str, Any], lasting: dict[str, Any]
+    folder: Path,
+    resume: str | None,
+    overwrite: bool,
+    arguments: dict[str, Any],
+    lasting: dict[str, Any],
+    sources: Sequence[tuple[str, str]] = (),
 ) -> Path | None:
     """Returns the checkpoint to resume from, and refuses a folder that holds something else.
 
     Args:
         folder: what a run writes to; made if it is not there.
         resume: a checkpoint that the user asks for.
-        overwrite: whether to delete the checkpoints, the tokenizer, the model and the events for TensorBoard of an earlier run.
+        overwrite: whether to delete the checkpoints, the tokenizer, the model, its figures and the events for TensorBoard of an
+            earlier run.
         arguments: what to leave behind, so that the folder is known as a run's.
         lasting: those that a resumed run must not change.
+        sources: options that may name a file or folder that the run reads, and their values.
 
     Raises:
         FileExistsError: if `folder` is no folder, or has files and none of them is a run's.
         FileNotFoundError: if `resume` is no folder.
-        ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`; or for another value in `lasting`.
+        ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`; for another value in `lasting`; or if one of
+            `sources` lies in a folder whose earlier run is deleted.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"`output_dir` must be a folder, got the file {folder}.")
@@ -64,6 +81,8 @@ def claim_output_dir(
         )
     if not overwrite:
         refuse_changes(folder, lasting)
+    if overwrite or changes(folder, lasting):
+        refuse_sources(folder, sources)
     if int(os.environ.get("RANK", "0")) == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -76,6 +95,21 @@ def claim_output_dir(
     return checkpoint
 
 
+def refuse_sources(folder: Path, sources: Iterable[tuple[str, str]]):
+    """Refuses to read from a folder what is deleted there before it is read.
+
+    Raises:
+        ValueError: if one of `sources` lies in `folder`, or is it.
+    """
+    for name, source in sources:
+        # However it is written, and through links.
+        if os.path.exists(source) and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"`{name}` must lie outside `output_dir` {folder}, whose earlier run is deleted first, got {source}: give "
+                "another `--output_dir`."
+            )
+
+
 def delete_run(folder: Path):
     # What the run reported to TensorBoard would be drawn into the curves of the new one.
     for path in list((folder / EVENTS).glob("*/events.out.tfevents.*")):
@@ -86,6 +120,8 @@ def delete_run(folder: Path):
     for path in folder.iterdir():
         if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name in (LEFT_BEHIND, FINAL_MODEL)):
             shutil.rmtree(path)
+    for name in RESULTS:
+        (folder / name).unlink(missing_ok=True)
     delete_model(folder)
 
 

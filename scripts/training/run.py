@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from common.hardware import hardware
-from common.saved_files import CARD, RUN, copy_licenses, read_json, write_json
+from common.saved_files import CARD, EVALUATION, RUN, copy_licenses, read_json, write_json
 from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
 
 import translution
@@ -24,6 +24,7 @@ from training.arguments import (
     lasting,
     new_model_options,
     parse_arguments,
+    sources,
     without_tokens,
 )
 from training.checkpoints import TRAINER_STATE, newest_checkpoint
@@ -35,8 +36,6 @@ from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArgu
 from training.weights import has_weights, load_weights
 
 
-# What the Trainer calls the figures of an evaluation without training.
-EVALUATION = "evaluation_results.json"
 # What `run.json` says of a training, and does not change when nothing is left to train.
 OF_TRAINING = ("hardware", "num_processes", "versions", "commit", "seconds", "date")
 
@@ -124,6 +123,12 @@ class Run:
                 self.run.overwrite_output_dir,
                 {"command": self.command, **self.hyperparameters()},
                 lasting(self.model, self.data, *self.others),
+                # Bundled data are no folders.
+                [
+                    (name, source)
+                    for name, source in sources(self.model, self.data, *self.others)
+                    if name != "dataset_name" or source not in (DIGITS, STANDARD_LIBRARY)
+                ],
             )
             PartialState().wait_for_everyone()
         else:
