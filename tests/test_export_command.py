@@ -15,7 +15,7 @@ from small_models import make_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from translution import TranslutionForCausalLM
+from translution import TranslutionForCausalLM, quantize_int8
 
 
 # Relative to the largest logit: twice the bound of the script, whose comparison is with the model's faster implementation.
@@ -168,6 +168,18 @@ def test_a_file_that_differs_is_not_left(text_model, tmp_path, monkeypatch, caps
     assert line.startswith("error: words.pt is not written: its logits must be within 1e-05 of the model's")
     assert Path("words.pt").read_text() == "from before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["words", "words.pt"]
+
+
+def test_weights_of_8_bits_are_said_to_be_float32(tmp_path, monkeypatch, capsys):
+    onnx = pytest.importorskip("onnx", reason="pip install translution[onnx]")
+    pytest.importorskip("torchao", reason="pip install translution[quantize]")
+    monkeypatch.chdir(tmp_path)
+    model = make_model("text", "full-kv", max_position_embeddings=10, num_hidden_layers=1).float()
+    quantize_int8(model).save_pretrained("words")
+    export.main(["words", "--format", "onnx"])
+    assert "the weights of 8 bits are float32 in this file" in capsys.readouterr().out
+    types = {weight.data_type for weight in onnx.load("words.onnx").graph.initializer if len(weight.dims) > 1}
+    assert types == {onnx.TensorProto.FLOAT}
 
 
 def test_errors_say_what_is_wrong(text_model, monkeypatch, capsys):
