@@ -267,7 +267,10 @@ def test_a_model_of_attention(saved, tmp_path, capsys):
         capsys, folder, "--output", str(output)
     )
     look.main([folder, str(tmp_path / "picture.png"), "--output", str(output)])
-    assert capsys.readouterr().out == "Layers without a matrix for each offset: 0 (attention), 1 (attention).\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{output}: the figure",
+        "Layers without a matrix for each offset: 0 (attention), 1 (attention).",
+    ]
     assert colours(output) > 100
 
 
