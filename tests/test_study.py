@@ -100,7 +100,7 @@ def test_study_goes_on_where_it_was_stopped(small, args):
 
     text = study.write_report(study.plan_tests(args, small), args.output)
     assert "| basis 8 kv |" in text
-    assert "| Translution | parameters | dynamic → dynamic | attention |" in text
+    assert "| model | parameters | dynamic → dynamic | attention |" in text
     assert args.output.with_suffix(".md").read_text(encoding="utf-8") == text
     assert args.output.with_suffix(".png").stat().st_size > 10_000
 

@@ -134,7 +134,7 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
             lines.append(
                 [name, sizes[0], spreads[name], kind, sizes[1], spreads[rival], f"{gain:+.1f}{unit}", interval]
             )
-    columns = ["Translution", "parameters", column, "attention", "parameters", column, "gain", "95 % interval"]
+    columns = ["model", "parameters", column, "attention", "parameters", column, "gain", "95 % interval"]
     return pd.DataFrame(lines, columns=columns)
 
 
