@@ -101,6 +101,20 @@ def assert_same(actual, expected, tolerance):
             assert relative_error(actual[name], expected[name]) < tolerance, name
 
 
+def assert_precise(mixer, layout, mask, dtype):
+    """In a narrower type no result of a float64 mixer's path has more than twice the error of the reference's in that type."""
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    # Both see the same rounded inputs; the truth is computed from those in float64.
+    mixer, hidden_states, weight = mixer.to(dtype), hidden_states.to(dtype), weight.to(dtype)
+    mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min)
+    expected = run(mixer, "eager", hidden_states, layout, mask, weight)
+    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
+    truth = run(mixer.double(), "eager", hidden_states.double(), layout, mask, weight)
+    for name in truth:
+        allowed = 2 * relative_error(expected[name], truth[name]) + torch.finfo(dtype).eps
+        assert relative_error(actual[name], truth[name]) <= allowed, name
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the largest storage that any operator returns, and the largest of those that are no view of its inputs.
 

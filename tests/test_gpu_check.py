@@ -22,7 +22,10 @@ from triton.runtime import interpreter
 from translution.modeling.operators import triton_basis, triton_local, triton_pairs
 
 
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for the interpreter")
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="where there is a GPU kernels are compiled, not interpreted: run the check itself",
+)
 ROOT = Path(__file__).parents[1]
 
 

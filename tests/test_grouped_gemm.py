@@ -11,6 +11,7 @@ from small_layers import (
     HIDDEN,
     SUBSETS,
     LargestTensor,
+    assert_precise,
     assert_same,
     make_mask,
     make_mixer,
@@ -131,16 +132,7 @@ def test_a_distance_of_0(layout, on_this_device):
 @pytest.mark.parametrize("subset", ["qkv", "q"])
 @pytest.mark.parametrize("layout", CHOSEN, ids=layout_id)
 def test_lower_precision_within_twice_the_reference(layout, subset, dtype, on_this_device):
-    mixer, mask = make_mixer(layout, subset), make_mask(layout, True)
-    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
-    mixer, hidden_states, weight = mixer.to(dtype), hidden_states.to(dtype), weight.to(dtype)
-    mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min)
-    plain = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
-    truth = run(mixer.double(), "eager", hidden_states.double(), layout, mask, weight)
-    for name in truth:
-        allowed = 2 * relative_error(plain[name], truth[name]) + torch.finfo(dtype).eps
-        assert relative_error(actual[name], truth[name]) <= allowed, name
+    assert_precise(make_mixer(layout, subset), layout, make_mask(layout, True), dtype)
 
 
 @pytest.mark.skipif(

@@ -6,7 +6,18 @@ import pytest
 import torch
 from closeness import assert_close_in_rounding
 from layouts import layout_id
-from small_layers import BATCH, HIDDEN, SUBSETS, LargestTensor, assert_same, make_mask, make_mixer, relative_error, run
+from small_layers import (
+    BATCH,
+    HIDDEN,
+    SUBSETS,
+    LargestTensor,
+    assert_precise,
+    assert_same,
+    make_mask,
+    make_mixer,
+    relative_error,
+    run,
+)
 
 from translution.modeling.operators import (
     basis,
@@ -261,17 +272,9 @@ def test_layers_equal_the_reference(layout, groups, form, subset, masked):
 @pytest.mark.parametrize("layout", CHOSEN[:2], ids=layout_id)
 @pytest.mark.usefixtures("all_pairs_alike")
 def test_lower_precision_within_twice_the_reference(layout, form, dtype):
-    mixer, mask = make_mixer(layout, "qkv", groups=3, num_heads=6, **FORMS[form]), make_mask(layout, True)
-    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
-    # Both see the same rounded inputs; the truth is computed from those in float64.
-    mixer, hidden_states, weight = mixer.to(dtype), hidden_states.to(dtype), weight.to(dtype)
-    mask = mask.clamp(min=torch.finfo(dtype).min)
-    expected = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
-    truth = run(mixer.double(), "eager", hidden_states.double(), layout, mask, weight)
-    for name in truth:
-        allowed = 2 * relative_error(expected[name], truth[name]) + torch.finfo(dtype).eps
-        assert relative_error(actual[name], truth[name]) <= allowed, name
+    assert_precise(
+        make_mixer(layout, "qkv", groups=3, num_heads=6, **FORMS[form]), layout, make_mask(layout, True), dtype
+    )
 
 
 @pytest.mark.parametrize("elements", [1, 64])

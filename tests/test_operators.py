@@ -13,6 +13,7 @@ from small_layers import (
     HIDDEN,
     SUBSETS,
     LargestTensor,
+    assert_precise,
     make_mask,
     make_mixer,
     relative_error,
@@ -169,17 +170,7 @@ def test_gradcheck_values(layout):
 @pytest.mark.parametrize("subset", ["qkv", "kv", "q"])
 @pytest.mark.parametrize("layout", [LAYOUTS[3], LAYOUTS[5], LAYOUTS[9], LAYOUTS[10]], ids=layout_id)
 def test_lower_precision_within_twice_the_reference(layout, subset, rank, dtype):
-    mixer, mask = make_mixer(layout, subset, rank), make_mask(layout, True)
-    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
-    # Both see the same rounded inputs; the truth is computed from those in float64.
-    mixer, hidden_states, weight = mixer.to(dtype), hidden_states.to(dtype), weight.to(dtype)
-    mask = None if mask is None else mask.clamp(min=torch.finfo(dtype).min)
-    reference = run(mixer, "eager", hidden_states, layout, mask, weight)
-    actual = run(mixer, "auto", hidden_states, layout, mask, weight)
-    truth = run(mixer.double(), "eager", hidden_states.double(), layout, mask, weight)
-    for name in truth:
-        allowed = 2 * relative_error(reference[name], truth[name]) + torch.finfo(dtype).eps
-        assert relative_error(actual[name], truth[name]) <= allowed, name
+    assert_precise(make_mixer(layout, subset, rank), layout, make_mask(layout, True), dtype)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[2], LAYOUTS[9]], ids=layout_id)

@@ -107,10 +107,9 @@ class Sweep:
         sweep = cls(importlib.import_module(found["script"]), [], samples)
         for name, own in found["rows"].items():
             with naming(name):
-                of_model = [
-                    row.options for row in sweep.rows if isinstance(own, dict) and row.name == own.get("evaluates")
-                ]
-                row = read_row(name, own, of_model[0] if of_model else common, found.get("seeds", [0]))
+                evaluated = own.get("evaluates") if isinstance(own, dict) else None
+                shared = next((row.options for row in sweep.rows if row.name == evaluated), common)
+                row = read_row(name, own, shared, found.get("seeds", [0]))
                 if row.evaluates is not None:
                     trained = [other.name for other in sweep.rows if set(row.seeds) <= set(other.trained_seeds)]
                     require_names("`evaluates`, a row before it that trains its seeds,", [row.evaluates], trained)
