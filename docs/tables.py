@@ -96,16 +96,15 @@ def tuned_rows(task: str, length: str = "", study: str = "study", **columns: str
 
     Learning rates are tuned at the first length of text, and serve the others too.
     """
-    rows = read_rows(study, task=task, **columns)
+    rows = pd.DataFrame(read_rows(study, task=task, **columns))
     column, sign = ("dynamic → dynamic", 1) if task == "images" else ("perplexity", -1)
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["stage"] == "test" and row["length"] == length:
-            tuning = [one for one in rows if one["stage"] == "tuning" and one["variant"] == row["variant"]]
-            best = max(tuning, key=lambda one: sign * float(one[column]))
-            if best["learning_rate"] == row["learning_rate"]:
-                found.setdefault(row["variant"], []).append(row)
-    return found
+    tuning = rows[rows["stage"] == "tuning"]
+    # The mean over the seeds that tuned.
+    means = sign * tuning[column].astype(float).groupby([tuning["variant"], tuning["learning_rate"]]).mean()
+    best = {variant: each.idxmax()[1] for variant, each in means.groupby(level="variant")}
+    tests = rows[(rows["stage"] == "test") & (rows["length"] == length)]
+    chosen = tests[tests["learning_rate"] == tests["variant"].map(best)]
+    return {variant: group.to_dict("records") for variant, group in chosen.groupby("variant", sort=False)}
 
 
 def spread(rows: list[Row], column: str) -> str:

@@ -62,9 +62,9 @@ def chosen_variants(args: argparse.Namespace) -> dict[str, list[Variant]]:
 
 def plan_tests(args: argparse.Namespace, settings: Settings) -> list[Run]:
     """The test runs of all variants whose tuning is complete."""
-    variants = chosen_variants(args)
-    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, variants)
-    return plan(args.seeds, args.text_seeds, settings, best_learning_rates(tuning, read_rows(args.output)), variants)
+    variants, rows = chosen_variants(args), read_rows(args.output)
+    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, variants, rows)
+    return plan(args.seeds, args.text_seeds, settings, best_learning_rates(tuning, rows), variants)
 
 
 def run_study(args: argparse.Namespace, settings: Settings):
@@ -75,8 +75,13 @@ def run_study(args: argparse.Namespace, settings: Settings):
     def has_time() -> bool:
         return args.limit_minutes is None or time.perf_counter() - start < 60 * args.limit_minutes
 
-    tuning = plan_tuning(args.tasks, args.tuning_seeds, settings, chosen_variants(args))
-    do_missing(tuning, args.output, args.threads, args.processes, has_time)
+    def tuning() -> list[Run]:
+        return plan_tuning(args.tasks, args.tuning_seeds, settings, chosen_variants(args), read_rows(args.output))
+
+    planned: list[Run] = []
+    while has_time() and (now := tuning()) != planned:
+        planned = now
+        do_missing(planned, args.output, args.threads, args.processes, has_time)
     # Tests of the variants that happen to be tuned would be no comparison.
     if has_time():
         do_missing(plan_tests(args, settings), args.output, args.threads, args.processes, has_time)

@@ -12,10 +12,11 @@ import pytest
 import study
 import torch
 from closeness import assert_close_in_rounding
+from studies import runs as study_runs
 from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches
 from studies.report import MARKERS, Comparison, equal_size_table, results_table, write_between_markers
 from studies.rows import read_rows
-from studies.runs import TASKS, Run, forward_flops, key_of
+from studies.runs import TASKS, Run, best_learning_rates, forward_flops, key_of, plan_tuning
 from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, SETTINGS, Settings
 from studies.variants import STUDIES, VARIANTS, ShortConvolution, build, count_parameters, model_fields
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +31,7 @@ def small(monkeypatch):
         kept = [one for one in VARIANTS[task] if one.name in names]
         monkeypatch.setitem(VARIANTS, task, kept)
         monkeypatch.setitem(LEARNING_RATES, task, (1e-3, 2e-3))
+    monkeypatch.setattr(study_runs, "RATES_BEYOND", 0)
     return Settings(
         image_epochs=1,
         train_digits=64,
@@ -110,6 +112,66 @@ def test_study_stops_in_time(small, args):
     study.run_study(args, small)
     assert read_rows(args.output) == []
     assert study.plan_tests(args, small) == []
+
+
+def tuned(run, best):
+    """The row of a tuning run of a task whose loss is least at the learning rate `best`."""
+    loss = abs(math.log2(run.learning_rate / best))
+    figures = {DYNAMIC: "", "perplexity": 50 + loss} if run.task == "text" else {DYNAMIC: 50 - loss, "perplexity": ""}
+    return {**run.identity(), **{name: str(figure) for name, figure in figures.items()}}
+
+
+@pytest.mark.parametrize("task", ["images", "text"])
+@pytest.mark.parametrize(
+    ("best", "rates"),
+    [
+        (2e-3, [1e-3, 2e-3, 4e-3]),
+        (16e-3, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+        (0.5e-3, [0.25e-3, 0.5e-3, 1e-3, 2e-3, 4e-3]),
+        # Beyond what it tries at most.
+        (1.0, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3]),
+    ],
+)
+def test_tuning_goes_on_beyond_the_rate_at_the_edge(task, best, rates, small, monkeypatch):
+    monkeypatch.setattr(study_runs, "RATES_BEYOND", 3)
+    monkeypatch.setitem(LEARNING_RATES, task, (1e-3, 2e-3, 4e-3))
+    rows, planned = [], None
+    while (now := plan_tuning([task], 2, small, VARIANTS, rows)) != planned:
+        planned = now
+        rows = [tuned(run, best) for run in planned]
+    assert len(planned) == len(set(planned)) == 2 * len(VARIANTS[task]) * len(rates)
+    for one in VARIANTS[task]:
+        assert sorted({run.learning_rate for run in planned if run.variant is one}) == pytest.approx(rates)
+    assert [run.seed for run in planned] == sorted(run.seed for run in planned)
+    chosen = best_learning_rates(planned, rows)
+    assert set(chosen.values()) == {min(rates, key=lambda rate: abs(math.log2(rate / best)))}
+    assert set(chosen) == {(task, one.name) for one in VARIANTS[task]}
+
+
+def test_a_rate_is_chosen_by_the_mean_over_seeds_that_have_all_rates(small, monkeypatch):
+    monkeypatch.setattr(study_runs, "RATES_BEYOND", 1)
+    monkeypatch.setitem(LEARNING_RATES, "text", (1e-3, 2e-3, 4e-3))
+    one = {"text": VARIANTS["text"][:1]}
+    planned = plan_tuning(["text"], 2, small, one)
+    perplexities = {
+        (100, 1e-3): 10,
+        (101, 1e-3): 90,
+        (100, 2e-3): 40,
+        (101, 2e-3): 42,
+        (100, 4e-3): 50,
+        (101, 4e-3): 30,
+    }
+    rows = [{**tuned(run, 1e-3), "perplexity": str(perplexities[run.seed, run.learning_rate])} for run in planned]
+    assert list(best_learning_rates(planned, rows).values()) == [4e-3]
+    assert best_learning_rates(planned, rows[:-1]) == {}
+    diverged = [{**row, "perplexity": "nan"} if row["learning_rate"] == "0.004" else row for row in rows]
+    assert list(best_learning_rates(planned, diverged).values()) == [2e-3]
+    # A rate beyond the edge counts once it has a row of every seed.
+    further = plan_tuning(["text"], 2, small, one, rows)
+    assert {run.learning_rate for run in further} == {1e-3, 2e-3, 4e-3, 8e-3}
+    beyond = [{**tuned(run, 1e-3), "perplexity": "20"} for run in further if run.learning_rate == 8e-3]
+    assert list(best_learning_rates(further, rows + beyond[:1]).values()) == [4e-3]
+    assert list(best_learning_rates(further, rows + beyond).values()) == [8e-3]
 
 
 def test_other_settings_are_other_rows(small):

@@ -24,7 +24,7 @@ from training.digits import DigitCanvases, digits_split
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
 
 from studies.examples import cut, digits_of, held_out_blocks, image_batches, text_batches, text_tokens
-from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, Settings
+from studies.settings import COMPARISONS, DYNAMIC, LEARNING_RATES, RATES_BEYOND, Settings
 from studies.variants import VARIANTS, Variant, build, model_fields
 
 
@@ -100,31 +100,72 @@ def key_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def plan_tuning(
-    tasks: Iterable[str], seeds: int, settings: Settings, variants: dict[str, list[Variant]] = VARIANTS
+    tasks: Iterable[str],
+    seeds: int,
+    settings: Settings,
+    variants: dict[str, list[Variant]] = VARIANTS,
+    rows: Iterable[dict[str, str]] = (),
 ) -> list[Run]:
-    """The runs that tune every variant's learning rate."""
-    length = {"images": None, "text": settings.text_lengths[0]}
-    return [
-        Run(task, variant, seed, rate, settings, length[task], "tuning")
-        for task in tasks
-        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
-        for variant in variants[task]
-        for rate in LEARNING_RATES[task]
-    ]
+    """The runs that tune every variant's learning rate, as far as the rows so far tell.
 
-
-def best_learning_rates(runs: list[Run], rows: list[dict[str, str]]) -> dict[tuple[str, str], float]:
-    """The best learning rate by task and variant, for variants whose tuning is complete."""
+    A variant whose best rate is the lowest or the highest of all it has tried is given one more beyond it. So the runs are
+    complete once all have a row and planning anew adds none.
+    """
     found = {key_of(row): row for row in rows}
-    losses: dict[tuple[str, str], dict[float, list[float]]] = {}
+    length = {"images": None, "text": settings.text_lengths[0]}
+
+    def runs_of(task: str, variant: Variant) -> list[Run]:
+        def runs_at(rates: Iterable[float]) -> list[Run]:
+            every_seed = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+            return [
+                Run(task, variant, seed, rate, settings, length[task], "tuning")
+                for seed in every_seed
+                for rate in rates
+            ]
+
+        rates = list(LEARNING_RATES[task])
+        lowest, highest = rates[0] / 2**RATES_BEYOND, rates[-1] * 2**RATES_BEYOND
+        while (losses := mean_losses(runs_at(rates), found)) and not any(map(math.isnan, losses.values())):
+            best = min(losses, key=losses.get)
+            if best == rates[0] > lowest:
+                rates.insert(0, best / 2)
+            elif best == rates[-1] < highest:
+                rates.append(2 * best)
+            else:
+                break
+        return runs_at(rates)
+
+    planned = [run for task in tasks for variant in variants[task] for run in runs_of(task, variant)]
+    return sorted(planned, key=lambda run: (list(TASKS).index(run.task), run.seed))
+
+
+def mean_losses(runs: Iterable[Run], found: dict[tuple[str, ...], dict[str, str]]) -> dict[float, float]:
+    """What tuning lowers, by learning rate: the mean over the seeds, and NaN where one of them has no row yet."""
+    losses: dict[float, list[float]] = {}
     for run in runs:
         row = found.get(key_of(run.identity()))
-        loss = float("nan") if row is None else float(row["perplexity"] or -float(row[DYNAMIC]))
-        losses.setdefault((run.task, run.variant.name), {}).setdefault(run.learning_rate, []).append(loss)
-    means = {name: {rate: statistics.mean(each) for rate, each in rates.items()} for name, rates in losses.items()}
-    return {
-        name: min(rates, key=rates.get) for name, rates in means.items() if not any(map(math.isnan, rates.values()))
-    }
+        loss = math.nan
+        if row is not None:
+            loss = float(row["perplexity"] or -float(row[DYNAMIC]))
+            # A training that diverged is done, and worse than all others.
+            loss = math.inf if math.isnan(loss) else loss
+        losses.setdefault(run.learning_rate, []).append(loss)
+    return {rate: statistics.mean(each) for rate, each in losses.items()}
+
+
+def best_learning_rates(runs: list[Run], rows: Iterable[dict[str, str]]) -> dict[tuple[str, str], float]:
+    """The best learning rate by task and variant, for variants with a row of each of `LEARNING_RATES` and tuning seed."""
+    found = {key_of(row): row for row in rows}
+    by_variant: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        by_variant.setdefault((run.task, run.variant.name), []).append(run)
+    best = {}
+    for (task, name), own in by_variant.items():
+        losses = mean_losses(own, found)
+        if not any(math.isnan(losses[rate]) for rate in LEARNING_RATES[task]):
+            complete = {rate: loss for rate, loss in losses.items() if not math.isnan(loss)}
+            best[task, name] = min(complete, key=complete.get)
+    return best
 
 
 def plan(
@@ -185,7 +226,8 @@ def perplexity(model: PreTrainedModel, blocks: Tensor) -> float:
     losses = []
     for batch in blocks.split(32):
         losses.append(model(input_ids=batch, labels=batch).loss.double() * len(batch))
-    return math.exp(sum(losses).item() / len(blocks))
+    # PyTorch's, which is infinite where Python's raises an error.
+    return (sum(losses) / len(blocks)).exp().item()
 
 
 def forward_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:

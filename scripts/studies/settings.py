@@ -30,8 +30,10 @@ class Settings:
 
 
 SETTINGS = Settings()
-# Wide enough that few models choose one at the edge.
+# From low to high. Where one at the edge is best, tuning goes on beyond it.
 LEARNING_RATES = {"images": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3), "text": (1.5e-3, 3e-3, 6e-3, 1.2e-2)}
+# How many rates tuning tries at most beyond each edge, each twice as far as the last.
+RATES_BEYOND = 3
 
 IMAGE_FIELDS = {
     "modality": "image",

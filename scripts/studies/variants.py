@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -146,9 +147,16 @@ def model_fields(
     fields = {**(IMAGE_FIELDS if task == "images" else of_text), **variant.fields}
     if variant.widened_to is None:
         return fields
+    return fields | _widened_fields(task, variant, length, vocab_size)
+
+
+# Every run of a variant asks for them, and a search by counting takes its time.
+@cache
+def _widened_fields(task: str, variant: Variant, length: int | None, vocab_size: int) -> dict[str, Any]:
     known = [other for variants in STUDIES.values() for other in variants[task]]
     target = next(other for other in known if other.name == variant.widened_to)
-    return widen(fields, count_parameters(model_fields(task, target, length, vocab_size)))
+    narrow = model_fields(task, replace(variant, widened_to=None), length, vocab_size)
+    return widen(narrow, count_parameters(model_fields(task, target, length, vocab_size)))
 
 
 class ShortConvolution(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from common.canvas import Canvas
@@ -41,8 +42,12 @@ class Digits:
         return Digits(self.images[:count], self.labels[:count])
 
 
+@cache
 def digits_split(test_share: float = 0.25) -> tuple[Digits, Digits]:
-    """Digits to train on and digits held out, with the same mixture of classes; always the same ones."""
+    """Digits to train on and digits held out, with the same mixture of classes; always the same ones.
+
+    They are read once: nobody may write to them.
+    """
     data = load_digits()
     images = torch.from_numpy(data.images * (255 / 16)).round().to(torch.uint8)
     labels = torch.from_numpy(data.target).long()
