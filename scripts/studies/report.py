@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 from common.tables import markdown
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy import stats
 
 from studies.runs import Run, key_of
@@ -60,10 +62,14 @@ class Comparison:
 
     @property
     def models(self) -> pd.DataFrame:
-        """What does not depend on the seed, and the mean, standard deviation, minimum and maximum of `column`, by variant."""
+        """By variant: what does not depend on the seed, the processor seconds of one training, and the mean, standard
+        deviation, minimum and maximum of `column`."""
         groups = self.rows.groupby("variant", sort=False)
         fixed = ["family", "widened_to", "parameters", "forward_flops", "learning_rate"]
-        return groups[fixed].first().join(groups[self.column].agg(["mean", "std", "min", "max"]).fillna({"std": 0.0}))
+        # Of one core; unlike wall-clock time they do not depend on what runs beside it. A row of images has two trainings.
+        seconds = groups["cpu_seconds"].median() / (2 if self.higher_is_better else 1)
+        results = groups[self.column].agg(["mean", "std", "min", "max"]).fillna({"std": 0.0})
+        return groups[fixed].first().join(seconds).join(results)
 
     def spreads(self, column: str) -> pd.Series:
         """Mean ± standard deviation by variant."""
@@ -91,9 +97,6 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
     """Size, cost and results of every model."""
     models = comparison.models
     columns = list(COMPARISONS) if comparison.higher_is_better else ["perplexity"]
-    # Of one training on one core; unlike wall-clock time it does not depend on what runs beside it.
-    seconds = comparison.rows.groupby("variant", sort=False)["cpu_seconds"].median()
-    seconds = seconds / (2 if comparison.higher_is_better else 1)
     return pd.DataFrame(
         {
             "mixer": models.index,
@@ -101,7 +104,7 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
             f"MFLOPs per {'image' if comparison.higher_is_better else 'block'}": models["forward_flops"]
             .div(1e6)
             .map("{:.1f}".format),
-            "CPU seconds to train": seconds.map("{:.1f}".format),
+            "CPU seconds to train": models["cpu_seconds"].map("{:.1f}".format),
             "learning rate": models["learning_rate"],
             **{column: comparison.spreads(column) for column in columns},
         }
@@ -199,21 +202,35 @@ def series(comparison: Comparison) -> Iterator[tuple[str, pd.DataFrame]]:
     yield from models.groupby(names.where(is_attention, models["family"]), sort=False)
 
 
+# Columns of `Comparison.models` that results are drawn over, with the words for them.
+COSTS = {"parameters": "parameters", "cpu_seconds": "processor seconds to train"}
+
+
 def draw(found: list[Comparison], path: Path) -> None:
-    """Draws results over numbers of parameters."""
-    figure = Figure(figsize=(7 * len(found), 6), layout="constrained")
-    for comparison, axes in zip(found, figure.subplots(1, len(found), squeeze=False).flat, strict=True):
-        for name, models in series(comparison):
-            style = STYLES[name]
-            axes.errorbar(models["parameters"], models["mean"], models["std"], capsize=2, label=name, **style)
-            if not name.startswith("attention"):
-                for label, x, y in models[["parameters", "mean"]].itertuples():
-                    place = {"xytext": (4, 3), "textcoords": "offset points"}
-                    axes.annotate(label, (x, y), fontsize=7, color=style["color"], **place)
-        measure = f"accuracy, %, {DYNAMIC}" if comparison.higher_is_better else comparison.measure
-        title = f"{comparison.title} ({comparison.seeds}, ± sd)"
-        axes.set(xscale="log", xlabel="parameters", ylabel=measure, title=title)
-        axes.margins(x=0.12)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    """Draws results over numbers of parameters, and below over the processor seconds of a training."""
+    figure = Figure(figsize=(7 * len(found), 6 * len(COSTS)), layout="constrained")
+    grid = figure.subplots(len(COSTS), len(found), squeeze=False)
+    for cost, row in zip(COSTS, grid, strict=True):
+        for comparison, axes in zip(found, row, strict=True):
+            draw_over(cost, comparison, axes)
     figure.savefig(path, dpi=120)
+
+
+def draw_over(cost: str, comparison: Comparison, axes: Axes) -> None:
+    """Draws the results of a task over one of `COSTS`."""
+    for name, models in series(comparison):
+        style = STYLES[name]
+        axes.errorbar(models[cost], models["mean"], models["std"], capsize=2, label=name, **style)
+        if not name.startswith("attention"):
+            for label, x, y in models[[cost, "mean"]].itertuples():
+                place = {"xytext": (4, 3), "textcoords": "offset points"}
+                axes.annotate(label.split(", as ")[0], (x, y), fontsize=7, color=style["color"], **place)
+    measure = f"accuracy, %, {DYNAMIC}" if comparison.higher_is_better else comparison.measure
+    title = f"{comparison.title} ({comparison.seeds}, ± sd)"
+    axes.set(xscale="log", xlabel=COSTS[cost], ylabel=measure, title=title)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.2)  # labels stand to the right of their points
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
