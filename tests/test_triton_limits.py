@@ -613,13 +613,18 @@ def test_constants_of_kernels_have_names_in_capitals():
 
 @pytest.fixture
 def tf32_restored():
-    """Whatever a test says of float32's precision is forgotten after it."""
+    """Whatever was said of float32's precision before a test, and in it, is forgotten."""
+
+    def forget():
+        if hasattr(torch.backends, "fp32_precision"):
+            torch.backends.fp32_precision = "none"
+            torch.backends.cuda.matmul.fp32_precision = "none"
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    forget()
     yield
-    if hasattr(torch.backends, "fp32_precision"):
-        torch.backends.fp32_precision = "none"
-        torch.backends.cuda.matmul.fp32_precision = "none"
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    forget()
 
 
 def test_precision_is_what_the_trainer_asks_of_pytorch(tf32_restored):
