@@ -9,8 +9,8 @@ Python's standard library, in two block lengths.
 
 All models of a task are trained alike; those of one seed see the same examples in the same order. Only the learning rate is
 each model's own: a rate that suits a narrow model of one kind puts a wide one of another kind at a disadvantage. All are
-tuned the same way first, with other seeds, on examples that are used for neither training nor testing. Runs go seed by seed,
-so that an unfinished study is a fair comparison too.
+tuned the same way first, with other seeds, on examples that are used for neither training nor testing; where the lowest or the
+highest rate is the best, tuning goes on beyond it. Runs go seed by seed, so that an unfinished study is a fair comparison too.
 
 A row is one run: for images a training on static and one on dynamic digits (only the latter for tuning), for text one training.
 `train_seconds` and `cpu_seconds` are sums over the trainings of a row, `forward_flops` those of one image or block of text.
