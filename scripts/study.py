@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from common.command import ArgumentParser, run_command
+from common.command import ArgumentParser, require_least, run_command
 from studies.report import comparisons, draw, report, write_between_markers
 from studies.rows import append_row, read_rows
 from studies.runs import TASKS, Run, best_learning_rates, execute_all, key_of, plan, plan_tuning
@@ -118,8 +118,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="only write tables and figure")
     parser.add_argument("--only", choices=TASKS, help="one of the tasks")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds for images")
-    parser.add_argument("--text_seeds", type=int, default=3, help="seeds for text")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds for images; 0 leaves them out")
+    parser.add_argument("--text_seeds", type=int, default=3, help="seeds for text; 0 leaves it out")
     parser.add_argument("--tuning_seeds", type=int, default=1, help="seeds to tune each learning rate with")
     parser.add_argument("--epochs", type=int, default=SETTINGS.image_epochs, help="epochs for images")
     parser.add_argument("--text_steps", type=int, default=SETTINGS.text_steps, help="steps for text")
@@ -129,10 +129,20 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     known = {one.name for variants in STUDIES[args.study].values() for one in variants}
     if unknown := sorted(set(args.variants or ()) - known):
-        parser.error(f"--variants must be of {', '.join(sorted(known))}; got {', '.join(unknown)}")
+        parser.error(
+            f"--variants must be of {', '.join(map(repr, sorted(known)))}; got {', '.join(map(repr, unknown))}"
+        )
     if args.output is None:
         args.output = LOCAL_RESULTS if args.study == "local" else RESULTS
-    args.tasks = [args.only] if args.only else list(TASKS)
+    require_least(args, seeds=0, text_seeds=0, tuning_seeds=1, epochs=1, text_steps=1, threads=1, processes=1)
+    seeds = {"images": args.seeds, "text": args.text_seeds}
+    args.tasks = [task for task in TASKS if seeds[task] and args.only in (None, task)]
+    chosen = chosen_variants(args)
+    if not any(chosen[task] for task in args.tasks):
+        parser.error(
+            f"`--variants`, `--only`, `--seeds` and `--text_seeds` must leave something to train; of "
+            f"{', '.join(args.tasks) or 'no task'} they leave no model."
+        )
     return args
 
 

@@ -114,6 +114,28 @@ def test_study_stops_in_time(small, args):
     assert study.plan_tests(args, small) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tuning_seeds", "0"], "`tuning_seeds` must be an integer of at least 1, got 0"),
+        (["--processes", "0"], "`processes` must be an integer of at least 1, got 0"),
+        (["--seeds", "-1"], "`seeds` must be an integer of at least 0, got -1"),
+        (["--variants", "kv, D 1"], "got 'kv, D 1'"),
+        (["--study", "local", "--only", "text", "--variants", "local kv, D 1, shared"], "of text they leave no model"),
+        (["--only", "images", "--seeds", "0"], "of no task they leave no model"),
+    ],
+)
+def test_options_that_train_nothing_are_refused(options, message, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        study.parse_arguments(options)
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_a_task_without_seeds_is_left_out():
+    assert study.parse_arguments(["--seeds", "0"]).tasks == ["text"]
+    assert study.parse_arguments([]).tasks == ["images", "text"]
+
+
 def tuned(run, best):
     """The row of a tuning run of a task whose loss is least at the learning rate `best`."""
     loss = abs(math.log2(run.learning_rate / best))

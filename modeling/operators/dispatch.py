@@ -167,7 +167,9 @@ def _choose_path(call: Call) -> Choice:
             return Choice("local_kernel", "near pairs by a CUDA kernel, far ones by one attention")
     obstacle = ""
     if call.layout.share_far:
-        obstacle = "far offsets share one matrix, which the kernels do not know"
+        obstacle = "far offsets share one matrix, which the kernels of all pairs do not know"
+        if not call.layout.has_far_pairs:
+            obstacle += ", and the one of near pairs serves only where others are far"
     elif call.rotated:
         obstacle = "what banks project is rotated, which the kernels do not know"
     if call.kind == "basis":

@@ -107,13 +107,17 @@ LOCAL_IMAGE_VARIANTS = [
     local("kv, D 1, shared, first layer", "kv", 1, **SHARED, mixer_types=["translution"] + ["rope_attention"] * 2),
     local("kv, D 1, shared, every second layer", "kv", 1, **SHARED, mixer_types=["translution", "rope_attention", "translution"]),
     local("kv, D 1, shared, wide", "kv", 1, **SHARED, **WIDE_IMAGE),
+    local("kv, D 1, shared, first layer, wide", "kv", 1, **SHARED, **WIDE_IMAGE, mixer_types=["translution"] + ["rope_attention"] * 2),
     Variant("ACmix", "ACmix", {"mixer_types": "acmix"}),
     Variant("convolution, then rotary", "hybrid", {"mixer_types": ["convolution"] + ["rope_attention"] * 2}),
     *(
         widened("rotary", f"local {name}")
-        for name in ("kv, D 1, shared", "kv, D 1, clamped", "kv, D 2, shared", "v, D 1, shared", "kv, D 1, shared, first layer")
+        for name in (
+            "kv, D 1, shared", "kv, D 1, clamped", "kv, D 2, shared", "kv, D 3, shared", "v, D 1, shared", "qkv, D 1, shared",
+            "kv, D 1, shared, first layer", "kv, D 1, shared, every second layer",
+        )
     ),
-    widened("rotary", "local kv, D 1, shared, wide", **WIDE_IMAGE),
+    *(widened("rotary", f"local kv, D 1, shared, {name}", **WIDE_IMAGE) for name in ("wide", "first layer, wide")),
 ]  # fmt: skip
 SHORT = {SHORT_CONVOLUTION: 4}
 LOCAL_TEXT_VARIANTS = [
@@ -127,13 +131,20 @@ LOCAL_TEXT_VARIANTS = [
     local("basis 4 kv, D 4, rotary", "kv", 4, offset_basis=4, **ROTARY),
     local("kv, D 3, rotary, first layer", "kv", 3, mixer_types=["rope_translution", "rope_attention"]),
     local("kv, D 3, rotary, wide", "kv", 3, **ROTARY, **WIDE_TEXT),
+    local("kv, D 3, rotary, first layer, wide", "kv", 3, **WIDE_TEXT, mixer_types=["rope_translution", "rope_attention"]),
     Variant("rotary, short convolutions", "hybrid", {**ATTENTION["rotary"], **SHORT}),
-    Variant("rotary, short convolutions, as local kv, D 3, rotary", "hybrid", {**ATTENTION["rotary"], **SHORT}, "local kv, D 3, rotary"),
+    *(
+        Variant(f"rotary, short convolutions, as {name}", "hybrid", {**ATTENTION["rotary"], **SHORT}, name)
+        for name in ("local kv, D 3, rotary", "local kv, D 3, rotary, first layer")
+    ),
     *(
         widened("rotary", f"local {name}")
-        for name in ("kv, D 3, rotary", "kv, D 1, rotary", "kv, D 7, rotary", "v, D 3, rotary", "basis 4 kv, D 4, rotary", "kv, D 3, rotary, first layer")
+        for name in (
+            "kv, D 3, rotary", "kv, D 1, rotary", "kv, D 7, rotary", "v, D 3, rotary", "qkv, D 3, rotary", "basis 4 kv, D 4, rotary",
+            "kv, D 3, rotary, first layer",
+        )
     ),
-    widened("rotary", "local kv, D 3, rotary, wide", **WIDE_TEXT),
+    *(widened("rotary", f"local kv, D 3, rotary, {name}", **WIDE_TEXT) for name in ("wide", "first layer, wide")),
 ]  # fmt: skip
 # Of each study, the variants of each task.
 STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text": LOCAL_TEXT_VARIANTS}}
