@@ -155,11 +155,33 @@ def test_a_folder_of_pictures_becomes_a_classifier(images, pictures):
     assert {item["label"] for item in found} == {"cat", "train", "zebra [x]"}
     run = read(folder)
     assert run["task"] == "image-classification"
-    assert set(run["metrics"]) == {"loss", "accuracy"}
+    assert set(run["metrics"]) == {"loss", "accuracy", "macro_f1"}
+    kinds = {
+        result.metric_name: result.metric_type for result in ModelCard.load(folder / "README.md").data.eval_results
+    }
+    assert kinds == {"loss": "loss", "accuracy": "accuracy", "macro_f1": "f1"}
     assert run["hyperparameters"]["max_steps"] == 2
     assert run["seconds"] > 0
     assert_card(folder, run)
     assert not list(folder.rglob("*.bin"))
+
+
+def test_the_last_evaluation_draws(scripts, images, pictures, monkeypatch):
+    """And no other: the matrix is of the model that is saved, and its figures are those of `run.json`."""
+    metrics, drawn = scripts("training.metrics"), []
+    draw = metrics.confusion_matrix
+    monkeypatch.setattr(metrics, "confusion_matrix", lambda *args: drawn.append(args) or draw(*args))
+    folder = images("--train_dir", str(pictures), "--eval_strategy", "steps", "--eval_steps", "1")
+    evaluations = [one for one in read(folder, "trainer_state.json")["log_history"] if "eval_loss" in one]
+    assert [one["step"] for one in evaluations] == [1, 2]
+    assert all({"eval_accuracy", "eval_macro_f1"} <= one.keys() for one in evaluations)
+    ((labels, guesses, names),) = drawn
+    assert names == ["cat", "train", "zebra [x]"]
+    found = read(folder)["metrics"]
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, guesses), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, guesses, average="macro"), abs=1e-12)
+    with Image.open(folder / "confusion.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys):
@@ -173,7 +195,9 @@ def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys)
     assert "Resuming" not in said
     state, accuracy = read(folder, "trainer_state.json"), read(folder)["metrics"]["accuracy"]
     assert re.search(
-        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second: accuracy {accuracy:.4g}, loss ", said, re.M
+        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second: accuracy {accuracy:.4g}, macro_f1 .*, loss ",
+        said,
+        re.M,
     )
     assert f"Best accuracy: {state['best_metric']:.4g} at step {state['best_global_step']}." in said
     # A run of two steps has a curve, too.
@@ -476,7 +500,7 @@ def test_evaluation_alone_changes_nothing(images, pictures, monkeypatch):
     loss = pytest.approx(read(folder)["metrics"]["loss"], rel=ROUNDING)
     assert read(folder, found.name)["eval_loss"] == loss
     found.unlink()
-    (folder / "confusion.png").unlink()
+    (folder / "evaluation_confusion.png").unlink()
     assert contents(folder) == before
     # Without a model it is the newest checkpoint.
     (folder / "model.safetensors").unlink()
@@ -567,9 +591,9 @@ def test_pictures_to_evaluate_alone(scripts, images, pictures, tmp_path):
         assert figures["eval_loss"] == pytest.approx(loss, rel=ROUNDING)
         assert figures["eval_accuracy"] == pytest.approx(accuracy_score(names, guesses), abs=1e-12)
         assert figures["eval_macro_f1"] == pytest.approx(f1_score(names, guesses, average="macro"), abs=1e-12)
-        with Image.open(target / "confusion.png") as picture:
+        with Image.open(target / "evaluation_confusion.png") as picture:
             assert picture.format == "PNG"
-        for name in ("evaluation_results.json", "confusion.png"):
+        for name in ("evaluation_results.json", "evaluation_confusion.png"):
             (target / name).unlink()
     assert contents(folder) == before
     # What is given must still be the model's.
@@ -728,7 +752,8 @@ def test_figures_go_with_the_model(images, pictures):
     arguments = ["--train_dir", str(pictures)]
     folder = images(*arguments)
     images(*arguments, "--do_train", "false", "--test_dir", str(pictures))
-    figures = {"confusion.png", "predictions.csv", "evaluation_results.json", "eval_results.json"}
+    figures = {"predictions.csv", "evaluation_results.json", "evaluation_confusion.png"}
+    figures |= {"eval_results.json", "confusion.png"}
     assert figures <= {path.name for path in folder.iterdir()}
     (folder / "notes.json").touch()
     images(*arguments, "--do_eval", "false", "--overwrite_output_dir", "true")

@@ -18,7 +18,7 @@ from training.checkpoints import TRAINER_STATE
 SAMPLES = {"image-classification": "pictures", "text-generation": "blocks"}
 INPUTS = {"image-classification": "picture.png", "text-generation": "'Once upon a time'"}
 # The figures that are named at the end, where a task has them.
-FIGURES = ("accuracy", "perplexity", "loss")
+FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
 
 
 def describe_start(trainer: Trainer, task: str, checkpoint: str | None) -> str:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
 TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
 # Types of metrics on the Hub; those of other metrics are their names.
-METRIC_TYPES = {"top_5_accuracy": "accuracy"}
+METRIC_TYPES = {"top_5_accuracy": "accuracy", "macro_f1": "f1"}
 # Fields of a card's metadata, the same in `run.json`: the Hub wants the last two beside the licence `other`.
 LICENSE = ("license", "license_name", "license_link")
 ORIGIN = ("base_model", *LICENSE)

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.saved_files import CARD, CONFUSION, EVALUATION, PREDICTIONS, RUN, read_json, write_json
+from common.saved_files import (
+    CARD,
+    CONFUSION,
+    EVALUATION,
+    EVALUATION_CONFUSION,
+    PREDICTIONS,
+    RUN,
+    read_json,
+    write_json,
+)
 
 from training.checkpoints import CHECKPOINT, TRAINER_STATE, newest_checkpoint, why_incomplete
 from training.weights import has_weights
@@ -26,8 +35,9 @@ LEFT_BEHIND = "tokenizer"
 RESULTS = (
     *(f"{split}_results.json" for split in ("train", "eval", "all")),
     TRAINER_STATE,
-    EVALUATION,
     CONFUSION,
+    EVALUATION,
+    EVALUATION_CONFUSION,
     PREDICTIONS,
 )
 # Where the Trainer writes events for TensorBoard, in a folder for each call.
