@@ -205,8 +205,8 @@ def main(arguments: Sequence[str]):
     )
     run.finish(trainer, checkpoint, metrics_with_picture(names, picture))
     if pictures and trainer.is_world_process_zero():
-        saved = run.folder if training.do_train else checkpoint or run.model.model_name_or_path
-        write_predictions(run, str(saved), pictures, canvas)
+        saved = str(run.folder) if training.do_train else run.evaluated(checkpoint)
+        write_predictions(run, saved, pictures, canvas)
 
 
 if __name__ == "__main__":

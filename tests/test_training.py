@@ -224,6 +224,48 @@ def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys)
     )
 
 
+def test_an_evaluation_says_what_it_does(scripts, images, text, pictures, texts, tmp_path, capsys):
+    folder, words = images("--train_dir", str(pictures)), text("--train_dir", str(texts), name="words")
+    of_images = (scripts("run_image_classification").main, translution.TranslutionForImageClassification, folder)
+    of_text = (scripts("run_clm").main, translution.TranslutionForCausalLM, words)
+    for (main, head, trained), data, unit, figures, asked in (
+        (
+            of_images,
+            pictures,
+            r"30 pictures of 3 classes",
+            "accuracy .*, macro_f1 .*, loss",
+            str(pictures / "cat" / "3.png"),
+        ),
+        (of_text, texts, r"\d+ blocks of 16 tokens", "accuracy .*, perplexity .*, loss", "3 and"),
+    ):
+        fresh = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / f"{trained.name}, fresh")]
+        for options in (["--output_dir", str(trained)], fresh):
+            capsys.readouterr()
+            main([*ALONE, "--validation_dir", str(data), *options])
+            said = capsys.readouterr().out
+            assert re.search(rf"^Evaluating on {unit}\.$", said, re.M)
+            parameters = head.from_pretrained(trained).num_parameters()
+            assert re.search(rf"^{head.__name__}: {parameters:,} parameters\.$", said, re.M)
+            file = Path(options[-1]) / "evaluation_results.json"
+            (last,) = re.findall(rf"^Evaluated: ({figures} .*); more in {re.escape(str(file))}\.$", said, re.M)
+            for figure in last.split(", "):
+                name, value = figure.split()
+                assert value == f"{read(file.parent, file.name)[f'eval_{name}']:.4g}"
+            assert f"The model is in {trained}. To use it:\n" in said
+            # The command that is shown works.
+            command = shlex.split(said.split("To use it:\n")[1].splitlines()[0])
+            assert command[:2] == ["python", "scripts/predict.py"]
+            scripts("predict").main([command[2], asked, "--max_new_tokens", "4"])
+
+
+def test_a_model_on_the_hub_is_said_to_be_there(scripts):
+    said = scripts("training.messages").describe_use("text-generation", "user/name", "v1")
+    where, command = said.splitlines()
+    assert where == "The model is user/name on the Hub. To use it:"
+    words = ["python", "scripts/predict.py", "user/name", "--revision", "v1", "Once upon a time"]
+    assert shlex.split(command) == words
+
+
 def test_held_out_pictures_are_always_the_same(scripts, pictures):
     load = scripts("training.image_data")
     args = load.ImageDataArguments(train_dir=str(pictures), validation_share=0.2)

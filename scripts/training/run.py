@@ -29,7 +29,7 @@ from training.arguments import (
 )
 from training.checkpoints import TRAINER_STATE, newest_checkpoint
 from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
-from training.messages import describe_end, describe_start
+from training.messages import describe_end, describe_evaluation, describe_start
 from training.model_card import LICENSE, ORIGIN, origin_of, write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
 from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
@@ -170,6 +170,10 @@ class Run:
             )
         return found
 
+    def evaluated(self, checkpoint: str | None) -> str:
+        """The model that is evaluated where nothing is trained, a folder or a name on the Hub; `checkpoint` is that of `start`."""
+        return checkpoint or self.model.model_name_or_path
+
     def hyperparameters(self) -> dict[str, Any]:
         return hyperparameters(self.training, self.model, self.data, *self.others)
 
@@ -188,8 +192,11 @@ class Run:
             if checkpoint is not None:
                 load_weights(trainer.model, Path(checkpoint))
             if training.do_eval and trainer.eval_dataset is not None:
-                save(trainer, "evaluation", evaluate(trainer, last_metrics), combined=False)
-                say(trainer, f"evaluated: {self.folder / EVALUATION}")
+                say(trainer, describe_start(trainer, self.task, checkpoint))
+                metrics = evaluate(trainer, last_metrics)
+                save(trainer, "evaluation", metrics, combined=False)
+                model, revision = self.evaluated(checkpoint), self.model.model_revision
+                say(trainer, describe_evaluation(self.task, model, revision, metrics, self.folder / EVALUATION))
             return
         if hasattr(trainer.train_dataset, "set_epoch"):
             trainer.add_callback(EpochCallback(trainer.train_dataset))
