@@ -195,7 +195,7 @@ def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys)
     assert "Resuming" not in said
     state, accuracy = read(folder, "trainer_state.json"), read(folder)["metrics"]["accuracy"]
     assert re.search(
-        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second: accuracy {accuracy:.4g}, macro_f1 .*, loss ",
+        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second without evaluations and saving: accuracy {accuracy:.4g}, macro_f1 .*, loss ",
         said,
         re.M,
     )
@@ -220,8 +220,50 @@ def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys)
     said = capsys.readouterr().out
     assert re.search(r"^Training on \d+ blocks of 16 tokens, evaluating on \d+\.$", said, re.M)
     assert re.search(
-        r"^Trained for 2 steps in 0:00:\d\d, [\d,]+ tokens a second: accuracy .*, perplexity ", said, re.M
+        r"^Trained for 2 steps in 0:00:\d\d, [\d,]+ tokens a second without evaluations and saving: accuracy .*, perplexity ",
+        said,
+        re.M,
     )
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_speed_is_that_of_training_steps(
+    scripts, images, text, pictures, texts, monkeypatch, capsys, kind, accumulated
+):
+    """By a clock that goes 3 seconds in a batch, and long in whatever is no training."""
+    trainer, now, batches = scripts("training.trainer").WholeCheckpointTrainer, [1e6], []
+
+    def takes(seconds, name, record=None):
+        method = getattr(trainer, name)
+
+        def slow(self, *args, **kwargs):
+            now[0] += seconds
+            if record is not None:
+                record.append(len(args[1]["labels"]))
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(trainer, name, slow)
+
+    takes(3, "training_step", batches)
+    takes(1000, "evaluation_loop")
+    takes(5000, "save_model")
+    monkeypatch.setattr("time.time", lambda: now[0])
+    run, data = (images, pictures) if kind == "image" else (text, texts)
+    # Two epochs, whose last batches are not full.
+    options = (
+        "--max_steps -1 --num_train_epochs 2 --per_device_train_batch_size 8 --save_strategy steps --save_steps 2"
+    )
+    options += " --eval_strategy steps --eval_steps 1 --eval_on_start true"
+    run("--train_dir", str(data), *options.split(), "--gradient_accumulation_steps", str(accumulated))
+    said = capsys.readouterr().out
+    assert len(batches) > 4
+    samples = int(re.search(r"Training on (\d+) ", said)[1])
+    assert sum(batches) == 2 * samples
+    assert samples % 8
+    speed = sum(batches) * (1 if kind == "image" else 16) / (3 * len(batches))
+    unit = "pictures" if kind == "image" else "tokens"
+    assert f", {speed:,.0f} {unit} a second without evaluations and saving" in said
 
 
 def test_an_evaluation_says_what_it_does(scripts, images, text, pictures, texts, tmp_path, capsys):

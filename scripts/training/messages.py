@@ -17,6 +17,7 @@ from training.checkpoints import TRAINER_STATE
 # What a sample is, and how a model is used, by the task's pipeline.
 SAMPLES = {"image-classification": "pictures", "text-generation": "blocks"}
 INPUTS = {"image-classification": "picture.png", "text-generation": "'Once upon a time'"}
+UNPAUSED = "without evaluations and saving"
 # The figures that are named at the end, where a task has them.
 FIGURES = ("accuracy", "macro_f1", "perplexity", "loss")
 
@@ -55,16 +56,16 @@ def describe_end(
     Args:
         metrics: of the evaluation, with the prefix `eval_`.
         seconds: of the training; None for a resumed run.
-        speed: samples per second; None for a resumed run.
+        speed: samples per second, `UNPAUSED`; None for a resumed run.
     """
     state = trainer.state
     trained = f"Trained for {state.global_step:,} steps"
     if seconds is not None:
         trained += f" in {timedelta(seconds=round(seconds))}"
     if speed is not None and task == "text-generation":
-        trained += f", {speed * trainer.data_collator.length:,.0f} tokens a second"
+        trained += f", {speed * trainer.data_collator.length:,.0f} tokens a second {UNPAUSED}"
     elif speed is not None:
-        trained += f", {speed:,.0f} pictures a second"
+        trained += f", {speed:,.0f} pictures a second {UNPAUSED}"
     figures = list_figures(metrics)
     lines = [f"{trained}{': ' if figures else ''}{figures}."]
     if state.best_metric is not None:

@@ -32,7 +32,7 @@ from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
 from training.messages import describe_end, describe_evaluation, describe_start
 from training.model_card import LICENSE, ORIGIN, origin_of, write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
-from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
+from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments, WholeCheckpointTrainer
 from training.weights import has_weights, load_weights
 
 
@@ -177,7 +177,7 @@ class Run:
     def hyperparameters(self) -> dict[str, Any]:
         return hyperparameters(self.training, self.model, self.data, *self.others)
 
-    def finish(self, trainer: Trainer, checkpoint: str | None, last_metrics: Metrics | None = None):
+    def finish(self, trainer: WholeCheckpointTrainer, checkpoint: str | None, last_metrics: Metrics | None = None):
         """Trains, evaluates, and saves the model, metrics, `run.json` and the card; pushes them if asked to.
 
         Without training only metrics are saved, in a file of their own.
@@ -215,7 +215,8 @@ class Run:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             if checkpoint is None:
                 # Unknown for a resumed run.
-                seconds, speed = time.perf_counter() - start, metrics.get("train_samples_per_second")
+                seconds = time.perf_counter() - start
+                speed = trainer.samples_per_second(metrics["train_runtime"])
             save(trainer, "train", metrics)
         trainer.save_state()
         metrics = {}
