@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import pandas as pd  # noqa: E402
+from common.intervals import interval_words  # noqa: E402
 from common.tables import markdown  # noqa: E402
 from common.training_memory import (  # noqa: E402
     bytes_alone,
@@ -181,13 +182,19 @@ def budgets_table() -> str:
                 for name, steps in zip(names, chosen, strict=True)
             ]
             results = [pd.Series({row["seed"]: float(row[column]) for row in group}) for group in groups]
-            gain, low, high = paired_gain(*results, task == "images")
+            gain, interval = paired_gain(*results, task == "images")
             cells = [
                 f"{steps} steps, {trained(group)} s: {spread(group, column)}"
                 for steps, group in zip(chosen, groups, strict=True)
             ]
             lines.append(
-                [f"{task} {length}".strip(), words, *cells, f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"]
+                [
+                    f"{task} {length}".strip(),
+                    words,
+                    *cells,
+                    f"{gain:+.1f}{unit}",
+                    interval_words(interval, "+.1f", unit),
+                ]
             )
     return markdown(["task", "budget", "local", "rotary attention", "gain", "95 % interval"], lines, texts=2)
 
@@ -207,14 +214,14 @@ def from_attention_table() -> str:
         unit = "" if TASKS[task].higher_is_better else " %"
         ours = groups[TRANSLUTION]
         for budget, rival in {"equal steps": groups[ATTENTION], "equal seconds": groups[LONGER]}.items():
-            gain, low, high = paired_gain(ours["result"], rival["result"], TASKS[task].higher_is_better)
+            gain, interval = paired_gain(ours["result"], rival["result"], TASKS[task].higher_is_better)
             cells = [
                 f"{group['steps'].iloc[0]} steps, {group['cpu_seconds'].median():.0f} s: "
                 f"{group['result'].mean():.1f} ± {group['result'].std():.1f}"
                 for group in (ours, rival)
             ]
             source = f"{ours['source_result'].mean():.1f}"
-            lines.append([task, budget, source, *cells, f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"])
+            lines.append([task, budget, source, *cells, f"{gain:+.1f}{unit}", interval_words(interval, "+.1f", unit)])
     columns = ["task", "budget", "before", "as Translution", "as attention", "gain", "95 % interval"]
     return markdown(columns, lines, texts=2)
 
