@@ -789,13 +789,40 @@ def test_a_folder_of_something_else_is_refused(images, pictures, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="no checkpoint: give another folder, or `--overwrite_output_dir`"):
         images("--train_dir", str(pictures))
+    images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
     for name in ("old/events.out.tfevents.1.host", "other/events.out.tfevents.2.host", "other/notes.txt"):
         (tmp_path / "run" / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "runs" / name).touch()
+    # The demo's models are runs, too.
+    (tmp_path / "run" / "arguments.json").unlink()
     images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
     # Curves of an earlier run would be drawn into those of this one.
     assert [path.name for path in (tmp_path / "run" / "runs").rglob("*")] == ["other", "notes.txt"]
+
+
+OTHERS = (
+    "predictions.csv",
+    "README.md",
+    "model.safetensors",
+    "tokenizer/words.txt",
+    "runs/mine/events.out.tfevents.1",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_no_run_left_are_not_overwritten(images, pictures, tmp_path, name):
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = contents(tmp_path / "run")
+    lost = name.split("/")[0] if name.startswith("tokenizer") else name
+    with pytest.raises(
+        FileExistsError, match=rf"`overwrite_output_dir` .*`output_dir` .*run, of which {lost} would be lost"
+    ):
+        images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
+    assert contents(tmp_path / "run") == before
 
 
 def test_what_a_run_reads_is_not_overwritten(images, text, pictures, texts, tmp_path, monkeypatch):
