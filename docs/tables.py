@@ -26,6 +26,8 @@ from common.training_memory import (  # noqa: E402
     bytes_alone,
     bytes_fully_sharded,
     bytes_tensor_parallel,
+    bytes_zero2,
+    bytes_zero3,
     unallocated,
 )
 from studies.from_attention import ATTENTION, LONGER, TASKS, TRANSLUTION, frame_of  # noqa: E402
@@ -373,6 +375,8 @@ def local_table() -> str:
 # Training
 
 
+# How processes divide a model.
+WAYS = ("FSDP2", "heads shared", "ZeRO-2", "ZeRO-3")
 # What tests ran with two processes on a CPU, as small models: mixers of the table, by how processes divide them.
 RUN_BY_TWO = {"FSDP2": ("full, kv",), "heads shared": ("local", "LoR 8, kv", "full, kv")}
 
@@ -398,13 +402,14 @@ def memory_table() -> str:
                 sizes = {"FSDP2": bytes_fully_sharded(model, gpus)}
                 if config.num_attention_heads % gpus == 0:
                     sizes["heads shared"] = bytes_tensor_parallel(config, gpus)
-                for way, mixers_run in RUN_BY_TWO.items():
-                    double = " ‡" if gpus == 2 and way in sizes and mixer in mixers_run else ""
+                sizes |= {"ZeRO-2": bytes_zero2(model, gpus), "ZeRO-3": bytes_zero3(model, gpus)}
+                for way in WAYS:
+                    double = " ‡" if gpus == 2 and way in sizes and mixer in RUN_BY_TWO.get(way, ()) else ""
                     cells.append(f"{gigabytes(sizes[way])}{double}" if way in sizes else "–")
             mark = " †" if size == "tiny" and mixer in run else ""
             lines.append([size, f"{mixer}{mark}", *cells])
     columns = ["size", "mixer", "parameters", "1 GPU"]
-    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in RUN_BY_TWO]
+    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in WAYS]
     return markdown(columns, lines, texts=2)
 
 
