@@ -20,11 +20,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import pandas as pd  # noqa: E402
+from common.intervals import interval_words  # noqa: E402
 from common.tables import markdown  # noqa: E402
 from common.training_memory import (  # noqa: E402
     bytes_alone,
     bytes_fully_sharded,
     bytes_tensor_parallel,
+    bytes_zero2,
+    bytes_zero3,
     unallocated,
 )
 from studies.from_attention import ATTENTION, LONGER, TASKS, TRANSLUTION, frame_of  # noqa: E402
@@ -180,13 +183,19 @@ def budgets_table() -> str:
                 for name, steps in zip(names, chosen, strict=True)
             ]
             results = [pd.Series({row["seed"]: float(row[column]) for row in group}) for group in groups]
-            gain, low, high = paired_gain(*results, task == "images")
+            gain, interval = paired_gain(*results, task == "images")
             cells = [
                 f"{steps} steps, {trained(group)} s: {spread(group, column)}"
                 for steps, group in zip(chosen, groups, strict=True)
             ]
             lines.append(
-                [f"{task} {length}".strip(), words, *cells, f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"]
+                [
+                    f"{task} {length}".strip(),
+                    words,
+                    *cells,
+                    f"{gain:+.1f}{unit}",
+                    interval_words(interval, "+.1f", unit),
+                ]
             )
     return markdown(["task", "budget", "local", "rotary attention", "gain", "95 % interval"], lines, texts=2)
 
@@ -206,14 +215,14 @@ def from_attention_table() -> str:
         unit = "" if TASKS[task].higher_is_better else " %"
         ours = groups[TRANSLUTION]
         for budget, rival in {"equal steps": groups[ATTENTION], "equal seconds": groups[LONGER]}.items():
-            gain, low, high = paired_gain(ours["result"], rival["result"], TASKS[task].higher_is_better)
+            gain, interval = paired_gain(ours["result"], rival["result"], TASKS[task].higher_is_better)
             cells = [
                 f"{group['steps'].iloc[0]} steps, {group['cpu_seconds'].median():.0f} s: "
                 f"{group['result'].mean():.1f} ± {group['result'].std():.1f}"
                 for group in (ours, rival)
             ]
             source = f"{ours['source_result'].mean():.1f}"
-            lines.append([task, budget, source, *cells, f"{gain:+.1f}{unit}", f"{low:+.1f} … {high:+.1f}{unit}"])
+            lines.append([task, budget, source, *cells, f"{gain:+.1f}{unit}", interval_words(interval, "+.1f", unit)])
     columns = ["task", "budget", "before", "as Translution", "as attention", "gain", "95 % interval"]
     return markdown(columns, lines, texts=2)
 
@@ -365,6 +374,8 @@ def local_table() -> str:
 # Training
 
 
+# How processes divide a model.
+WAYS = ("FSDP2", "heads shared", "ZeRO-2", "ZeRO-3")
 # What tests ran with two processes on a CPU, as small models: mixers of the table, by how processes divide them.
 RUN_BY_TWO = {"FSDP2": ("full, kv",), "heads shared": ("local", "LoR 8, kv", "full, kv")}
 
@@ -390,13 +401,14 @@ def memory_table() -> str:
                 sizes = {"FSDP2": bytes_fully_sharded(model, gpus)}
                 if config.num_attention_heads % gpus == 0:
                     sizes["heads shared"] = bytes_tensor_parallel(config, gpus)
-                for way, mixers_run in RUN_BY_TWO.items():
-                    double = " ‡" if gpus == 2 and way in sizes and mixer in mixers_run else ""
+                sizes |= {"ZeRO-2": bytes_zero2(model, gpus), "ZeRO-3": bytes_zero3(model, gpus)}
+                for way in WAYS:
+                    double = " ‡" if gpus == 2 and way in sizes and mixer in RUN_BY_TWO.get(way, ()) else ""
                     cells.append(f"{gigabytes(sizes[way])}{double}" if way in sizes else "–")
             mark = " †" if size == "tiny" and mixer in run else ""
             lines.append([size, f"{mixer}{mark}", *cells])
     columns = ["size", "mixer", "parameters", "1 GPU"]
-    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in RUN_BY_TWO]
+    columns += [f"{gpus} GPUs, {way}" for gpus in (2, 8) for way in WAYS]
     return markdown(columns, lines, texts=2)
 
 

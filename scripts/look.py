@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]):
         parser.error(f"`token` needs a picture or a text, got {options.token} without")
     require_least(options, near=0)
     require(options, "output", lambda path: Path(path).suffix in FIGURES, f"a file named …{', …'.join(FIGURES)}")
-    check_outputs(options, ("output", "json"))
+    check_outputs(options, [] if options.input is None else [options.input], ("output", "json"))
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load_model(options.model, options.revision, attn_implementation="eager").eval()

@@ -155,15 +155,16 @@ def go_on(generator: Pipeline, prompts: Sequence[str], options: argparse.Namespa
         yield {"prompt": text, "continuation": result["generated_text"]}
 
 
-def check_outputs(options: argparse.Namespace, names: tuple[str, str] = ("json", "csv")):
+def check_outputs(options: argparse.Namespace, inputs: Sequence[str], names: tuple[str, str] = ("json", "csv")):
     """Refuses what cannot be written, before the work is done.
 
     Args:
         options: have the outputs, or None for what is not asked for.
-        names: of both.
+        inputs: files, folders of pictures, and texts.
+        names: of both outputs.
 
     Raises:
-        ValueError: if an output is no file, its folder is missing, or it is that of the other.
+        ValueError: if an output is no file, its folder is missing, or it is that of the other or an input.
     """
     first, second = (getattr(options, name) for name in names)
     for name, target in zip(names, (first, second), strict=True):
@@ -173,8 +174,21 @@ def check_outputs(options: argparse.Namespace, names: tuple[str, str] = ("json",
                 raise ValueError(f"`{name}` must be a file, or - for standard output, got {target}")
             if not path.parent.is_dir():
                 raise ValueError(f"`{name}` must be in a folder that is there, got {target}")
+            if path.exists() and any(map(path.samefile, files_of(inputs))):
+                raise ValueError(
+                    f"`{name}` must be another file than the inputs, which it would replace, got {target}"
+                )
     if first is not None and first == second:
         raise ValueError(f"`{names[0]}` and `{names[1]}` must be two outputs, got {first} for both")
+
+
+def files_of(inputs: Sequence[str]) -> Iterator[Path]:
+    """The files among inputs, and the pictures in folders among them."""
+    for one in inputs:
+        if os.path.isdir(one):
+            yield from pictures_below(Path(one))
+        elif os.path.isfile(one):
+            yield Path(one)
 
 
 def write(options: argparse.Namespace, fields: Sequence[str], rows: list[dict[str, Any]]):
@@ -205,7 +219,7 @@ def main(arguments: Sequence[str]):
             parser.error(f"`{name}` must be at least {least}, got {getattr(options, name)}")
     if not 0 < options.top_p <= 1:
         parser.error(f"`top_p` must be greater than 0 and at most 1, got {options.top_p}")
-    check_outputs(options)
+    check_outputs(options, options.inputs)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = load(options.model, options.revision)

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.canvas import PLACEMENTS, Canvas
 from common.command import run_command
-from common.saved_files import CONFUSION, PREDICTIONS, write_whole
+from common.saved_files import CONFUSION, EVALUATION_CONFUSION, PREDICTIONS, write_whole
 from common.saved_models import require_preprocessor
 from common.tables import as_csv
 from datasets import IterableDataset
@@ -25,7 +25,7 @@ from training.augmentation import AugmentationArguments, ImageBatch, ImageSample
 from training.data_arguments import ImageDataArguments
 from training.image_data import load_images, with_classes
 from training.loading import AnyDataset, require_folder
-from training.metrics import evaluation_metrics, image_metrics, likeliest_classes
+from training.metrics import image_metrics, likeliest_classes, metrics_with_picture
 from training.run import Run
 from training.trainer import ImageTrainer
 from training.weights import load_checkpoint
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str]):
         evaluation = with_classes(evaluation, names, "model")
     canvas = Canvas.of(processor)
     transform = ImageTransform(processor, augmentation, canvas)
-    metrics = image_metrics(len(names)) if training.do_train else evaluation_metrics(names, run.folder / CONFUSION)
+    picture = run.folder / (CONFUSION if training.do_train else EVALUATION_CONFUSION)
     trainer = ImageTrainer(
         model,
         training,
@@ -200,13 +200,13 @@ def main(arguments: Sequence[str]):
         train_dataset=samples(train, transform, training.seed),
         eval_dataset=samples(evaluation, transform, None),
         processing_class=processor,
-        compute_metrics=metrics,
+        compute_metrics=image_metrics(len(names)),
         preprocess_logits_for_metrics=likeliest_classes,
     )
-    run.finish(trainer, checkpoint)
+    run.finish(trainer, checkpoint, metrics_with_picture(names, picture))
     if pictures and trainer.is_world_process_zero():
-        saved = run.folder if training.do_train else checkpoint or run.model.model_name_or_path
-        write_predictions(run, str(saved), pictures, canvas)
+        saved = str(run.folder) if training.do_train else run.evaluated(checkpoint)
+        write_predictions(run, saved, pictures, canvas)
 
 
 if __name__ == "__main__":

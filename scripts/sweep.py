@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from common.command import ArgumentParser, run_command
+from common.intervals import interval_words, student_interval
 from common.saved_files import RUN, read_json, write_json
 from common.tables import markdown, write_csv
 from common.training_hours import PEAK, SHARE, TRANSLUTION_SHARE
 from common.training_memory import unallocated
 from studies.sweep_file import Row, Sweep, require_names
+from training.model_card import OVER_SEEDS, write_model_card
 from transformers import AutoConfig
 
 import translution  # noqa: F401 (registers the Auto classes)
@@ -30,7 +32,7 @@ import translution  # noqa: F401 (registers the Auto classes)
 
 TABLE, OPTIONS = "table.csv", "options.json"
 FIRST, LAST = ("name", "parameters", "seeds"), ("seconds", "commit")
-SPREAD = "_std"
+SPREAD, INTERVAL = "_std", "_interval"
 
 
 def run_row(sweep: Sweep, row: Row, output: Path) -> None:
@@ -59,8 +61,30 @@ def run_row(sweep: Sweep, row: Row, output: Path) -> None:
             gc.collect()
 
 
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and 95 % interval of a figure; one seed has only a mean."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std, "interval": student_interval(values)}
+
+
+def tell_cards(row: Row, output: Path) -> None:
+    """Writes the figures over all seeds of a finished row to `run.json` and the card of each of its models."""
+    if len(row.trained_seeds) < 2:
+        return
+    folders = [row.trained(output, seed) for seed in row.seeds]
+    runs = [read_json(folder / RUN) for folder in folders]
+    figures = {name: over_seeds([run["metrics"][name] for run in runs]) for name in runs[0]["metrics"]}
+    # As they are read back.
+    told = json.loads(json.dumps({"seeds": row.seeds, "metrics": figures}))
+    for folder, run in zip(folders, runs, strict=True):
+        # A card that says so stays as it is.
+        if run.get(OVER_SEEDS) != told:
+            write_json(folder / RUN, {**run, OVER_SEEDS: told})
+            write_model_card(folder)
+
+
 def collect(row: Row, output: Path) -> dict[str, Any] | None:
-    """The figures of a row's finished runs: means, and sample standard deviations; None if there are no runs."""
+    """The figures of a row's finished runs: means, sample standard deviations and 95 % intervals; None if there are no runs."""
     seeds = [seed for seed in row.seeds if row.result(output, seed).is_file()]
     if not seeds:
         return None
@@ -80,9 +104,8 @@ def collect(row: Row, output: Path) -> dict[str, Any] | None:
         "commit": " ".join(sorted({str(run["commit"]) for run in runs})),
     }
     for name in metrics[0]:
-        values = [one[name] for one in metrics]
-        figures[name] = statistics.fmean(values)
-        figures[name + SPREAD] = statistics.stdev(values) if len(values) > 1 else None
+        found = over_seeds([one[name] for one in metrics])
+        figures |= {name: found["mean"], name + SPREAD: found["std"], name + INTERVAL: found["interval"]}
     return figures
 
 
@@ -90,14 +113,21 @@ def write_table(rows: Sequence[Row], output: Path) -> str:
     """Writes the figures of finished runs as CSV, and returns them as Markdown."""
     found = [figures for row in rows if (figures := collect(row, output)) is not None]
     columns = [name for name in dict.fromkeys(name for one in found for name in one) if name not in FIRST + LAST]
-    write_csv(output / TABLE, [*FIRST, *columns, *LAST], found)
+    # With the shortest decimals that name the floats.
+    written = [
+        {name: interval_words(value, "") if name.endswith(INTERVAL) else value for name, value in one.items()}
+        for one in found
+    ]
+    write_csv(output / TABLE, [*FIRST, *columns, *LAST], written)
     shown = [*FIRST, *(name for name in columns if not name.endswith(SPREAD)), *LAST]
     return markdown(shown, ([cell(one, name) for name in shown] for one in found))
 
 
 def cell(figures: dict[str, Any], name: str) -> str:
-    """A figure of the Markdown table, with its standard deviation if there is one."""
+    """A figure of the Markdown table, with its standard deviation if there is one; or a figure's interval."""
     value, std = figures.get(name), figures.get(name + SPREAD)
+    if name.endswith(INTERVAL) and name in figures:
+        return interval_words(value, ".4g")
     if value is None:
         return ""
     text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
@@ -133,6 +163,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     for row in rows:
         run_row(sweep, row, args.output_dir)
+        tell_cards(row, args.output_dir)
         table = write_table(sweep.rows, args.output_dir)
     print(f"\n{table}")
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path[:0] = [str(ROOT / "scripts"), str(DOCS)]
 import tables  # noqa: E402
+from common import training_memory  # noqa: E402
 
 
 PAGES = {str(page.relative_to(ROOT)): page for page in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
@@ -256,6 +257,42 @@ def test_the_memory_table_marks_what_tests_run(tmp_path):
         for column, value in zip(header[2:], values, strict=True):
             expected = mixer.removesuffix(" †") in run.get(column, ()) and value != "–"
             assert value.endswith("‡") == expected, (mixer, column)
+
+
+def test_memory_of_deepspeed_counted_by_hand():
+    """A layer of 15 + 5 parameters, one of 6 + 3, and a head of 7: 36 in all."""
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList([torch.nn.Linear(3, 5), torch.nn.Linear(2, 3)])
+    model.head = torch.nn.Parameter(torch.empty(7))
+    assert training_memory.bytes_alone(model) == 18 * 36
+    # All in bfloat16, 2 bytes, and a half or an eighth of weights, gradients and two moments in float32.
+    assert training_memory.bytes_zero2(model, 1) == 18 * 36
+    assert training_memory.bytes_zero2(model, 2) == 2 * 36 + 16 * 18
+    assert training_memory.bytes_zero2(model, 8) == 2 * 36 + 16 * 5
+    # Of every parameter a half or an eighth, rounded up; the first layer whole, weights and gradients in bfloat16.
+    assert training_memory.bytes_zero3(model, 2) == 18 * (8 + 3 + 3 + 2 + 4) + 4 * 20
+    assert training_memory.bytes_zero3(model, 8) == 18 * (2 + 1 + 1 + 1 + 1) + 4 * 20
+
+
+def test_the_memory_table_has_deepspeed():
+    """Of ZeRO-2 by the parameters beside it; of ZeRO-3 the layer that is whole comes on top of a share of all."""
+    text = read(DOCS / "training.md").split("<!-- table: memory -->")[1].split("<!-- end of table -->")[0]
+    header, _, *rows = cells(text)
+    for row in rows:
+        found = dict(zip(header, row, strict=True))
+        millions = float(found["parameters"].removesuffix(" M").replace(",", ""))
+        for gpus in (2, 8):
+            written = [found[f"{gpus} GPUs, ZeRO-{stage}"] for stage in (2, 3)]
+            # Rounded as written, and so are the parameters.
+            zero2, zero3 = map(float, written)
+            half = [10.0 ** -len(value.partition(".")[2]) / 2 for value in written]
+            per_parameter = 2 + 16 / gpus
+            assert abs(zero2 - millions * per_parameter / 1e3) <= half[0] + 0.05 * per_parameter / 1e3 + 1e-9
+            share = millions * 18 / gpus / 1e3
+            assert share - half[1] <= zero3 + 0.05 * 18 / 1e3
+            # More than one layer is never whole.
+            assert zero3 <= share + 4 * millions / 1e3 + half[1]
 
 
 def test_a_changed_figure_is_found():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import look
 import numpy as np
@@ -281,7 +282,7 @@ def fails(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_errors_say_what_is_wrong(saved, tmp_path, capsys):
+def test_errors_say_what_is_wrong(saved, tmp_path, capsys, monkeypatch):
     images, text = saved("image", "full-kv"), saved("text", "full-kv")
     output = ["--output", str(tmp_path / "figure.png")]
     picture = str(tmp_path / "picture.png")
@@ -296,6 +297,15 @@ def test_errors_say_what_is_wrong(saved, tmp_path, capsys):
     assert "`output` must be a file named ….png, ….pdf, ….svg, got x.jpg" in fails(capsys, images, "--output", "x.jpg")
     assert "`output` must be in a folder that is there" in fails(capsys, images, "--output", "no/where.png")
     assert "`output` and `json` must be two outputs" in fails(capsys, images, *output, "--json", output[1])
+    # By whatever name, and where it is the name by default.
+    before = (tmp_path / "picture.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{Path(images).name}-look.png").symlink_to("picture.png")
+    for options in (["--output", picture], ["--output", "./picture.png"], ["--json", picture], []):
+        name = options[0].strip("-") if options else "output"
+        told = f"`{name}` must be another file than the inputs, which it would replace, got "
+        assert told in fails(capsys, images, picture, *options)
+        assert (tmp_path / "picture.png").read_bytes() == before
     convolution = make_model("image", "convolution", attn_implementation="eager")
     with pytest.raises(ValueError, match=r"needs a layer with attention, got `mixer_types` \['convolution'"):
         look.attention_of_token(convolution, make_inputs(convolution.config, 1), 0)

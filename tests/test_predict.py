@@ -257,10 +257,18 @@ def test_a_failed_run_leaves_the_rows_of_the_last_one(classifier, folder_of_pict
 
 def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict, "load", lambda *_: pytest.fail("a model was loaded"))
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"mine")
+    (tmp_path / "link.png").symlink_to(picture)
     for options, words in (
         (["--json", str(tmp_path)], f"`json` must be a file, or - for standard output, got {tmp_path}"),
         (["--csv", str(tmp_path / "no" / "x.csv")], f"`csv` must be in a folder that is there, got {tmp_path}"),
         (["--json", "-", "--csv", "-"], "`json` and `csv` must be two outputs, got - for both"),
+        (
+            [str(picture), "--csv", str(picture)],
+            "`csv` must be another file than the inputs, which it would replace, got ",
+        ),
+        ([str(tmp_path), "--json", str(tmp_path / "link.png")], "`json` must be another file than the inputs, "),
     ):
         assert words in fails(capsys, "model", "x", *options)
 

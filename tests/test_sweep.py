@@ -2,13 +2,16 @@
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from common.intervals import interval_words, student_interval
 from common.training_hours import PEAK, SHARE, estimate_hours, operations_per_sample
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 
@@ -108,8 +111,13 @@ def test_a_killed_sweep_resumes(write, tmp_path, monkeypatch, capsys):
         values = [run["metrics"][name] for run in runs]
         assert float(rotary[name]) == pytest.approx(sum(values) / 2, rel=1e-12)
         assert float(rotary[f"{name}_std"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=1e-12, abs=1e-15)
-        assert (float(full[name]), full[f"{name}_std"]) == (one["metrics"][name], "")
-        assert (float(again[name]), again[f"{name}_std"]) == (evaluated[f"eval_{name}"], "")
+        # Student's distribution of one degree of freedom is Cauchy's, whose quantiles are those of a tangent.
+        reach = math.tan(math.pi * 0.475) * abs(values[0] - values[1]) / 2
+        ends = [float(end) for end in rotary[f"{name}_interval"].split(" … ")]
+        assert ends == pytest.approx([sum(values) / 2 - reach, sum(values) / 2 + reach], rel=1e-9, abs=1e-12)
+        assert (float(full[name]), full[f"{name}_std"], full[f"{name}_interval"]) == (one["metrics"][name], "", "–")
+        figures = (float(again[name]), again[f"{name}_std"], again[f"{name}_interval"])
+        assert figures == (evaluated[f"eval_{name}"], "", "–")
     # It evaluated that seed's weights: on the same pictures, in float32, a mean of about a hundred losses.
     assert float(again["loss"]) == pytest.approx(runs[1]["metrics"]["loss"], rel=128 * torch.finfo(torch.float32).eps)
     assert runs[0]["metrics"]["loss"] != pytest.approx(runs[1]["metrics"]["loss"], rel=1e-3)
@@ -118,15 +126,49 @@ def test_a_killed_sweep_resumes(write, tmp_path, monkeypatch, capsys):
     assert full["seconds"] == again["seconds"] == ""
     assert rotary["commit"] == str(runs[0]["commit"])
     assert f"| rotary | {int(rotary['parameters']):,} | 2 |" in printed
-    assert f" ± {float(rotary['loss_std']):.2g} |" in printed
+    low, high = rotary["loss_interval"].split(" … ")
+    assert f" ± {float(rotary['loss_std']):.2g} | {float(low):.4g} … {float(high):.4g} |" in printed
+    assert re.search(rf"^\| full \|.* \| {float(full['loss']):.4g} \| – \|", printed, re.MULTILINE)
+
+    # The cards of both seeds tell the figures of both, and each its own; one seed alone has no interval.
+    for seed, run in enumerate(runs):
+        assert run["over_seeds"]["seeds"] == [0, 1]
+        card = ModelCard.load(output / "rotary" / f"seed-{seed}" / "README.md")
+        assert {found.metric_name: found.metric_value for found in card.data.eval_results} == run["metrics"]
+        (line,) = (line for line in card.text.splitlines() if line.startswith("| loss |"))
+        own, mean, std, ends = line.strip("| ").split(" | ")[1:]
+        assert own == f"{run['metrics']['loss']:.4g}"
+        assert (mean, std) == (f"{float(rotary['loss']):.4g}", f"{float(rotary['loss_std']):.2g}")
+        assert ends == f"{float(low):.4g} … {float(high):.4g}"
+        assert "2 trainings\nwith the same options and the seeds 0, 1." in card.text
+    assert "interval" not in (output / "full" / "seed-0" / "README.md").read_text(encoding="utf-8")
+    card = output / "rotary" / "seed-0" / "README.md"
+    card.write_text("mine")
 
     # What is finished is not trained again, and not taken for a run with other options.
     started.clear()
-    sweep.main([*command, "--only", "full"])
+    sweep.main([*command, "--only", "full", "rotary"])
     assert started == []
+    assert card.read_text() == "mine"
     write({**FILE, "rows": {"full": {"learning_rate": 0.02}}})
     with pytest.raises(ValueError, match=r"The row 'full': `learning_rate` must be 0.01 as before, got 0.02"):
         sweep.main(command)
+
+
+@pytest.mark.parametrize("values", [[3.0, 5.0], [0.25, 0.5, 1.25], [7.0, 7.0, 7.0]])
+def test_intervals_are_students(values):
+    """Of one and two degrees of freedom, whose quantiles have closed forms."""
+    mean, share = sum(values) / len(values), 0.975
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    quantile = {
+        2: math.tan(math.pi * (share - 0.5)),
+        3: (2 * share - 1) * math.sqrt(2 / (4 * share * (1 - share))),
+    }[len(values)]
+    # Quantiles of SciPy are found by iteration.
+    assert student_interval(values) == pytest.approx((mean - quantile * spread, mean + quantile * spread), rel=1e-9)
+    assert student_interval(values[:1]) is None
+    assert interval_words(None, ".1f") == "–"
+    assert interval_words((-1.25, 2.5), "+.1f", " %") == "-1.2 … +2.5 %"
 
 
 def changed(**keys):

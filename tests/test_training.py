@@ -155,11 +155,33 @@ def test_a_folder_of_pictures_becomes_a_classifier(images, pictures):
     assert {item["label"] for item in found} == {"cat", "train", "zebra [x]"}
     run = read(folder)
     assert run["task"] == "image-classification"
-    assert set(run["metrics"]) == {"loss", "accuracy"}
+    assert set(run["metrics"]) == {"loss", "accuracy", "macro_f1"}
+    kinds = {
+        result.metric_name: result.metric_type for result in ModelCard.load(folder / "README.md").data.eval_results
+    }
+    assert kinds == {"loss": "loss", "accuracy": "accuracy", "macro_f1": "f1"}
     assert run["hyperparameters"]["max_steps"] == 2
     assert run["seconds"] > 0
     assert_card(folder, run)
     assert not list(folder.rglob("*.bin"))
+
+
+def test_the_last_evaluation_draws(scripts, images, pictures, monkeypatch):
+    """And no other: the matrix is of the model that is saved, and its figures are those of `run.json`."""
+    metrics, drawn = scripts("training.metrics"), []
+    draw = metrics.confusion_matrix
+    monkeypatch.setattr(metrics, "confusion_matrix", lambda *args: drawn.append(args) or draw(*args))
+    folder = images("--train_dir", str(pictures), "--eval_strategy", "steps", "--eval_steps", "1")
+    evaluations = [one for one in read(folder, "trainer_state.json")["log_history"] if "eval_loss" in one]
+    assert [one["step"] for one in evaluations] == [1, 2]
+    assert all({"eval_accuracy", "eval_macro_f1"} <= one.keys() for one in evaluations)
+    ((labels, guesses, names),) = drawn
+    assert names == ["cat", "train", "zebra [x]"]
+    found = read(folder)["metrics"]
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, guesses), abs=1e-12)
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, guesses, average="macro"), abs=1e-12)
+    with Image.open(folder / "confusion.png") as picture:
+        assert picture.format == "PNG"
 
 
 def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys):
@@ -173,7 +195,9 @@ def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys)
     assert "Resuming" not in said
     state, accuracy = read(folder, "trainer_state.json"), read(folder)["metrics"]["accuracy"]
     assert re.search(
-        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second: accuracy {accuracy:.4g}, loss ", said, re.M
+        rf"^Trained for 2 steps in 0:00:\d\d, [\d,]+ pictures a second without evaluations and saving: accuracy {accuracy:.4g}, macro_f1 .*, loss ",
+        said,
+        re.M,
     )
     assert f"Best accuracy: {state['best_metric']:.4g} at step {state['best_global_step']}." in said
     # A run of two steps has a curve, too.
@@ -196,8 +220,92 @@ def test_a_run_says_what_it_does(scripts, images, text, pictures, texts, capsys)
     said = capsys.readouterr().out
     assert re.search(r"^Training on \d+ blocks of 16 tokens, evaluating on \d+\.$", said, re.M)
     assert re.search(
-        r"^Trained for 2 steps in 0:00:\d\d, [\d,]+ tokens a second: accuracy .*, perplexity ", said, re.M
+        r"^Trained for 2 steps in 0:00:\d\d, [\d,]+ tokens a second without evaluations and saving: accuracy .*, perplexity ",
+        said,
+        re.M,
     )
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_speed_is_that_of_training_steps(
+    scripts, images, text, pictures, texts, monkeypatch, capsys, kind, accumulated
+):
+    """By a clock that goes 3 seconds in a batch, and long in whatever is no training."""
+    trainer, now, batches = scripts("training.trainer").WholeCheckpointTrainer, [1e6], []
+
+    def takes(seconds, name, record=None):
+        method = getattr(trainer, name)
+
+        def slow(self, *args, **kwargs):
+            now[0] += seconds
+            if record is not None:
+                record.append(len(args[1]["labels"]))
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(trainer, name, slow)
+
+    takes(3, "training_step", batches)
+    takes(1000, "evaluation_loop")
+    takes(5000, "save_model")
+    monkeypatch.setattr("time.time", lambda: now[0])
+    run, data = (images, pictures) if kind == "image" else (text, texts)
+    # Two epochs, whose last batches are not full.
+    options = (
+        "--max_steps -1 --num_train_epochs 2 --per_device_train_batch_size 8 --save_strategy steps --save_steps 2"
+    )
+    options += " --eval_strategy steps --eval_steps 1 --eval_on_start true"
+    run("--train_dir", str(data), *options.split(), "--gradient_accumulation_steps", str(accumulated))
+    said = capsys.readouterr().out
+    assert len(batches) > 4
+    samples = int(re.search(r"Training on (\d+) ", said)[1])
+    assert sum(batches) == 2 * samples
+    assert samples % 8
+    speed = sum(batches) * (1 if kind == "image" else 16) / (3 * len(batches))
+    unit = "pictures" if kind == "image" else "tokens"
+    assert f", {speed:,.0f} {unit} a second without evaluations and saving" in said
+
+
+def test_an_evaluation_says_what_it_does(scripts, images, text, pictures, texts, tmp_path, capsys):
+    folder, words = images("--train_dir", str(pictures)), text("--train_dir", str(texts), name="words")
+    of_images = (scripts("run_image_classification").main, translution.TranslutionForImageClassification, folder)
+    of_text = (scripts("run_clm").main, translution.TranslutionForCausalLM, words)
+    for (main, head, trained), data, unit, figures, asked in (
+        (
+            of_images,
+            pictures,
+            r"30 pictures of 3 classes",
+            "accuracy .*, macro_f1 .*, loss",
+            str(pictures / "cat" / "3.png"),
+        ),
+        (of_text, texts, r"\d+ blocks of 16 tokens", "accuracy .*, perplexity .*, loss", "3 and"),
+    ):
+        fresh = ["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / f"{trained.name}, fresh")]
+        for options in (["--output_dir", str(trained)], fresh):
+            capsys.readouterr()
+            main([*ALONE, "--validation_dir", str(data), *options])
+            said = capsys.readouterr().out
+            assert re.search(rf"^Evaluating on {unit}\.$", said, re.M)
+            parameters = head.from_pretrained(trained).num_parameters()
+            assert re.search(rf"^{head.__name__}: {parameters:,} parameters\.$", said, re.M)
+            file = Path(options[-1]) / "evaluation_results.json"
+            (last,) = re.findall(rf"^Evaluated: ({figures} .*); more in {re.escape(str(file))}\.$", said, re.M)
+            for figure in last.split(", "):
+                name, value = figure.split()
+                assert value == f"{read(file.parent, file.name)[f'eval_{name}']:.4g}"
+            assert f"The model is in {trained}. To use it:\n" in said
+            # The command that is shown works.
+            command = shlex.split(said.split("To use it:\n")[1].splitlines()[0])
+            assert command[:2] == ["python", "scripts/predict.py"]
+            scripts("predict").main([command[2], asked, "--max_new_tokens", "4"])
+
+
+def test_a_model_on_the_hub_is_said_to_be_there(scripts):
+    said = scripts("training.messages").describe_use("text-generation", "user/name", "v1")
+    where, command = said.splitlines()
+    assert where == "The model is user/name on the Hub. To use it:"
+    words = ["python", "scripts/predict.py", "user/name", "--revision", "v1", "Once upon a time"]
+    assert shlex.split(command) == words
 
 
 def test_held_out_pictures_are_always_the_same(scripts, pictures):
@@ -476,7 +584,7 @@ def test_evaluation_alone_changes_nothing(images, pictures, monkeypatch):
     loss = pytest.approx(read(folder)["metrics"]["loss"], rel=ROUNDING)
     assert read(folder, found.name)["eval_loss"] == loss
     found.unlink()
-    (folder / "confusion.png").unlink()
+    (folder / "evaluation_confusion.png").unlink()
     assert contents(folder) == before
     # Without a model it is the newest checkpoint.
     (folder / "model.safetensors").unlink()
@@ -567,9 +675,9 @@ def test_pictures_to_evaluate_alone(scripts, images, pictures, tmp_path):
         assert figures["eval_loss"] == pytest.approx(loss, rel=ROUNDING)
         assert figures["eval_accuracy"] == pytest.approx(accuracy_score(names, guesses), abs=1e-12)
         assert figures["eval_macro_f1"] == pytest.approx(f1_score(names, guesses, average="macro"), abs=1e-12)
-        with Image.open(target / "confusion.png") as picture:
+        with Image.open(target / "evaluation_confusion.png") as picture:
             assert picture.format == "PNG"
-        for name in ("evaluation_results.json", "confusion.png"):
+        for name in ("evaluation_results.json", "evaluation_confusion.png"):
             (target / name).unlink()
     assert contents(folder) == before
     # What is given must still be the model's.
@@ -681,13 +789,40 @@ def test_a_folder_of_something_else_is_refused(images, pictures, tmp_path):
     (tmp_path / "run" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="no checkpoint: give another folder, or `--overwrite_output_dir`"):
         images("--train_dir", str(pictures))
+    images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
     for name in ("old/events.out.tfevents.1.host", "other/events.out.tfevents.2.host", "other/notes.txt"):
         (tmp_path / "run" / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "runs" / name).touch()
+    # The demo's models are runs, too.
+    (tmp_path / "run" / "arguments.json").unlink()
     images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
     # Curves of an earlier run would be drawn into those of this one.
     assert [path.name for path in (tmp_path / "run" / "runs").rglob("*")] == ["other", "notes.txt"]
+
+
+OTHERS = (
+    "predictions.csv",
+    "README.md",
+    "model.safetensors",
+    "tokenizer/words.txt",
+    "runs/mine/events.out.tfevents.1",
+)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_that_no_run_left_are_not_overwritten(images, pictures, tmp_path, name):
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = contents(tmp_path / "run")
+    lost = name.split("/")[0] if name.startswith("tokenizer") else name
+    with pytest.raises(
+        FileExistsError, match=rf"`overwrite_output_dir` .*`output_dir` .*run, of which {lost} would be lost"
+    ):
+        images("--train_dir", str(pictures), "--overwrite_output_dir", "true")
+    assert contents(tmp_path / "run") == before
 
 
 def test_what_a_run_reads_is_not_overwritten(images, text, pictures, texts, tmp_path, monkeypatch):
@@ -728,7 +863,8 @@ def test_figures_go_with_the_model(images, pictures):
     arguments = ["--train_dir", str(pictures)]
     folder = images(*arguments)
     images(*arguments, "--do_train", "false", "--test_dir", str(pictures))
-    figures = {"confusion.png", "predictions.csv", "evaluation_results.json", "eval_results.json"}
+    figures = {"predictions.csv", "evaluation_results.json", "evaluation_confusion.png"}
+    figures |= {"eval_results.json", "confusion.png"}
     assert figures <= {path.name for path in folder.iterdir()}
     (folder / "notes.json").touch()
     images(*arguments, "--do_eval", "false", "--overwrite_output_dir", "true")

@@ -34,6 +34,8 @@ def assert_only_a_model(files):
     assert set(files) >= MODEL
     private = {"training_args.bin", "training_args.json", "arguments.json", "trainer_state.json"}
     assert not set(files) & private
+    # The only picture is that of the last evaluation.
+    files = set(files) - {"confusion.png"}
     assert {Path(name).suffix for name in files} <= {".json", ".safetensors", ".py", ".md"}
     assert not [name for name in files if "/" in name]
 
@@ -46,6 +48,7 @@ def test_a_model_is_pushed_and_nothing_else(hub, run, strategy):
     for files in commits:
         assert_only_a_model(files)
     last = hub.repositories[NAME].files()
+    assert last["confusion.png"] == (folder / "confusion.png").read_bytes()
     assert last["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert json.loads(last["run.json"])["metrics"] == json.loads((folder / "run.json").read_text())["metrics"]
     assert NAME in last["README.md"].decode()

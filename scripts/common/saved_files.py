@@ -16,9 +16,10 @@ from translution.modeling.models.weight_files import read_index
 
 
 RUN, CARD = "run.json", "README.md"
-# Of an evaluation without training: the figures, as the Trainer calls them, the picture of the confusion matrix, and the classes
-# of `test_dir`.
-EVALUATION, CONFUSION, PREDICTIONS = "evaluation_results.json", "confusion.png", "predictions.csv"
+# The confusion matrix of the last evaluation of a training, and the classes of `test_dir`.
+CONFUSION, PREDICTIONS = "confusion.png", "predictions.csv"
+# Of an evaluation without training, beside what the training left: the figures, as the Trainer calls them, and its own matrix.
+EVALUATION, EVALUATION_CONFUSION = "evaluation_results.json", "evaluation_confusion.png"
 # Texts of licences, to which the card may link.
 LICENSES = "LICENSE*"
 WEIGHTS, WEIGHTS_INDEX = ("model.safetensors", "adapter_model.safetensors"), "model.safetensors.index.json"

@@ -54,10 +54,30 @@ def bytes_tensor_parallel(config: TranslutionConfig, gpus: int) -> int:
 
 def bytes_fully_sharded(model: PreTrainedModel, gpus: int) -> int:
     """On each GPU with FSDP2: a share of every parameter, and one layer whole, its weights and gradients in bfloat16."""
-    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
     # Parameters are divided along their first axis.
     own = sum(-(-len(parameter) // gpus) * parameter[0].numel() for parameter in model.parameters())
-    return KEPT * own + 2 * COPY * max(layers)
+    return KEPT * own + _bytes_of_whole_layer(model)
+
+
+def bytes_zero2(model: PreTrainedModel, gpus: int) -> int:
+    """On each GPU with DeepSpeed's ZeRO-2: all weights in bfloat16 to compute with, and a share of all that is in float32."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    # As one long vector.
+    return COPY * count + KEPT * -(-count // gpus)
+
+
+def bytes_zero3(model: PreTrainedModel, gpus: int) -> int:
+    """On each GPU with DeepSpeed's ZeRO-3: a share of every parameter, its copy in bfloat16 included, and one layer whole, its
+    weights and gradients in bfloat16.
+    """
+    # Of each parameter as a vector.
+    own = sum(-(-parameter.numel() // gpus) for parameter in model.parameters())
+    return (KEPT + COPY) * own + _bytes_of_whole_layer(model)
+
+
+def _bytes_of_whole_layer(model: PreTrainedModel) -> int:
+    """The weights and gradients in bfloat16 of the largest layer."""
+    return 2 * COPY * max(sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers)
 
 
 @contextmanager

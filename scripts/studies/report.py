@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from common.intervals import interval_words, student_interval
 from common.tables import markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from scipy import stats
 
 from studies.runs import Run, key_of
 from studies.settings import COMPARISONS, DYNAMIC
@@ -130,29 +130,24 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
             one, other = models.loc[name], models.loc[rival]
             by_seed = comparison.rows.set_index("seed").groupby("variant")[comparison.column]
             results = (by_seed.get_group(model) for model in (name, rival))
-            gain, low, high = paired_gain(*results, comparison.higher_is_better)
+            gain, interval = paired_gain(*results, comparison.higher_is_better)
             unit = "" if comparison.higher_is_better else " %"
             sizes = [f"{model['parameters']:,}" for model in (one, other)]
-            interval = "–" if low is None else f"{low:+.1f} … {high:+.1f}{unit}"
-            lines.append(
-                [name, sizes[0], spreads[name], kind, sizes[1], spreads[rival], f"{gain:+.1f}{unit}", interval]
-            )
+            gains = [f"{gain:+.1f}{unit}", interval_words(interval, "+.1f", unit)]
+            lines.append([name, sizes[0], spreads[name], kind, sizes[1], spreads[rival], *gains])
     columns = ["model", "parameters", column, "attention", "parameters", column, "gain", "95 % interval"]
     return pd.DataFrame(lines, columns=columns)
 
 
-def paired_gain(one: pd.Series, other: pd.Series, higher_is_better: bool) -> tuple[float, float | None, float | None]:
+def paired_gain(one: pd.Series, other: pd.Series, higher_is_better: bool) -> tuple[float, tuple[float, float] | None]:
     """By how much a model is better than another, with the same examples in the same order: mean and 95 % interval over seeds.
 
     Args:
         one, other: results by seed.
-        higher_is_better: then in points, otherwise in per cent of the other's. The interval is Student's; one seed has none.
+        higher_is_better: then in points, otherwise in per cent of the other's. The interval is that of `student_interval`.
     """
     gains = (one - other if higher_is_better else 100 * (1 - one / other)).dropna()
-    if len(gains) < 2:
-        return gains.mean(), None, None
-    reach = stats.t.ppf(0.975, len(gains) - 1) * gains.sem()
-    return gains.mean(), gains.mean() - reach, gains.mean() + reach
+    return gains.mean(), student_interval(gains.tolist())
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -32,11 +32,17 @@ def likeliest_classes(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Te
 
 
 def image_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Accuracy, and top-5 accuracy where there are more than 5 classes, of `likeliest_classes`."""
+    """Accuracy, macro F1, which is the mean F1 of all classes that occur, and top-5 accuracy where there are more than 5
+    classes, of `likeliest_classes`.
+    """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        found = np.asarray(prediction.predictions) == np.asarray(prediction.label_ids)[:, None]
-        metrics = {"accuracy": float(found[:, 0].mean())}
+        likeliest, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        found = likeliest == labels[:, None]
+        metrics = {
+            "accuracy": float(found[:, 0].mean()),
+            "macro_f1": float(f1_score(labels, likeliest[:, 0], average="macro")),
+        }
         if num_labels > TOP_K:
             metrics[f"top_{TOP_K}_accuracy"] = float(found.any(axis=1).mean())
         return metrics
@@ -44,27 +50,27 @@ def image_metrics(num_labels: int) -> Callable[[EvalPrediction], dict[str, float
     return compute
 
 
-def evaluation_metrics(names: Sequence[str], picture: Path) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`image_metrics` and the macro F1, the mean F1 of all classes that occur; draws the confusion matrix.
+def metrics_with_picture(names: Sequence[str], picture: Path) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`image_metrics`, which also draws the confusion matrix.
 
     Args:
         names: of the classes.
         picture: PNG file to write the confusion matrix to, by one process.
     """
-    common = image_metrics(len(names))
+    metrics = image_metrics(len(names))
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        labels, likeliest = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)[:, 0]
         if PartialState().is_main_process:
+            labels, likeliest = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)[:, 0]
             write_whole(picture, confusion_matrix(labels, likeliest, names))
-        return {**common(prediction), "macro_f1": float(f1_score(labels, likeliest, average="macro"))}
+        return metrics(prediction)
 
     return compute
 
 
 def confusion_matrix(labels: np.ndarray, likeliest: np.ndarray, names: Sequence[str]) -> bytes:
     """A PNG of the confusion matrix of all classes that occur, from true and predicted class indices `[N]`."""
-    # Imported here: only an evaluation draws.
+    # Imported here: only the last evaluation draws.
     from matplotlib.figure import Figure
 
     classes = np.union1d(labels, likeliest)

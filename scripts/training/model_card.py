@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE, CITATION = ROOT / "model_cards" / "template.md", ROOT / "CITATION.cff"
 TASKS = {"image-classification": "AutoModelForImageClassification", "text-generation": "AutoModelForCausalLM"}
 # Types of metrics on the Hub; those of other metrics are their names.
-METRIC_TYPES = {"top_5_accuracy": "accuracy"}
+METRIC_TYPES = {"top_5_accuracy": "accuracy", "macro_f1": "f1"}
+# What `run.json` says of trainings with the same options and other seeds: those `seeds`, and of each of the `metrics` the mean,
+# standard deviation and interval.
+OVER_SEEDS = "over_seeds"
 # Fields of a card's metadata, the same in `run.json`: the Hub wants the last two beside the licence `other`.
 LICENSE = ("license", "license_name", "license_link")
 ORIGIN = ("base_model", *LICENSE)

@@ -10,7 +10,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.saved_files import CARD, CONFUSION, EVALUATION, PREDICTIONS, RUN, read_json, write_json
+from common.saved_files import (
+    CARD,
+    CONFUSION,
+    EVALUATION,
+    EVALUATION_CONFUSION,
+    PREDICTIONS,
+    RUN,
+    read_json,
+    write_json,
+)
 
 from training.checkpoints import CHECKPOINT, TRAINER_STATE, newest_checkpoint, why_incomplete
 from training.weights import has_weights
@@ -26,10 +35,13 @@ LEFT_BEHIND = "tokenizer"
 RESULTS = (
     *(f"{split}_results.json" for split in ("train", "eval", "all")),
     TRAINER_STATE,
-    EVALUATION,
     CONFUSION,
+    EVALUATION,
+    EVALUATION_CONFUSION,
     PREDICTIONS,
 )
+# How many files an error names.
+TOLD = 5
 # Where the Trainer writes events for TensorBoard, in a folder for each call.
 EVENTS = "runs"
 # Where the model is saved before its files are moved.
@@ -57,7 +69,8 @@ def claim_output_dir(
         sources: options that may name a file or folder that the run reads, and their values.
 
     Raises:
-        FileExistsError: if `folder` is no folder, or has files and none of them is a run's.
+        FileExistsError: if `folder` is no folder, has files and none of them is a run's, or has files that `overwrite` would
+            delete and that no run left.
         FileNotFoundError: if `resume` is no folder.
         ValueError: if `resume` is no whole checkpoint, or contradicts `overwrite`; for another value in `lasting`; or if one of
             `sources` lies in a folder whose earlier run is deleted.
@@ -79,7 +92,9 @@ def claim_output_dir(
         raise FileExistsError(
             f"`output_dir` {folder} has files and no checkpoint: give another folder, or `--overwrite_output_dir`."
         )
-    if not overwrite:
+    if overwrite:
+        refuse_others_files(folder)
+    else:
         refuse_changes(folder, lasting)
     if overwrite or changes(folder, lasting):
         refuse_sources(folder, sources)
@@ -93,6 +108,25 @@ def claim_output_dir(
             shutil.rmtree(folder / LEFT_BEHIND, ignore_errors=True)
         write_json(folder / RUN_ARGUMENTS, {**arguments, LASTING: lasting})
     return checkpoint
+
+
+def refuse_others_files(folder: Path):
+    """Refuses to delete or replace, for their names, files that are no run's.
+
+    Raises:
+        FileExistsError: if there are any in a folder that no run wrote to.
+    """
+    # Left by every training; the Trainer's own scripts leave checkpoints alone.
+    is_run = (folder / RUN_ARGUMENTS).is_file() or (folder / RUN).is_file() or newest_checkpoint(folder) is not None
+    if is_run or not folder.is_dir():
+        return
+    card = folder / CARD
+    found = sorted(str(path.relative_to(folder)) for path in [*files_of_run(folder), *[card] * card.exists()])
+    if found:
+        raise FileExistsError(
+            f"`overwrite_output_dir` replaces an earlier training, and none left the files of `output_dir` {folder}, of which "
+            f"{', '.join(found[:TOLD])}{' and others' if len(found) > TOLD else ''} would be lost: give another folder, or move them."
+        )
 
 
 def refuse_sources(folder: Path, sources: Iterable[tuple[str, str]]):
@@ -110,18 +144,30 @@ def refuse_sources(folder: Path, sources: Iterable[tuple[str, str]]):
             )
 
 
-def delete_run(folder: Path):
+def files_of_run(folder: Path) -> list[Path]:
+    """What `delete_run` deletes, by the names that a run gives: files, and folders with all that is in them."""
     # What the run reported to TensorBoard would be drawn into the curves of the new one.
-    for path in list((folder / EVENTS).glob("*/events.out.tfevents.*")):
-        path.unlink()
-        with contextlib.suppress(OSError):
-            # A folder with other files stays.
-            path.parent.rmdir()
+    found = list((folder / EVENTS).glob("*/events.out.tfevents.*"))
     for path in folder.iterdir():
-        if path.is_dir() and (CHECKPOINT.fullmatch(path.name) or path.name in (LEFT_BEHIND, FINAL_MODEL)):
+        if path.is_dir():
+            is_of_run = CHECKPOINT.fullmatch(path.name) or path.name in (LEFT_BEHIND, FINAL_MODEL)
+        else:
+            is_of_run = WEIGHTS_FILE.fullmatch(path.name) or path.name in RESULTS
+        if is_of_run:
+            found.append(path)
+    return found
+
+
+def delete_run(folder: Path):
+    for path in files_of_run(folder):
+        if path.is_dir():
             shutil.rmtree(path)
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
+            continue
+        path.unlink()
+        if path.parent != folder:
+            with contextlib.suppress(OSError):
+                # A folder with other files stays.
+                path.parent.rmdir()
     delete_model(folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from common.hardware import hardware
 from common.saved_files import CARD, EVALUATION, RUN, copy_licenses, read_json, write_json
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerState, set_seed
 
 import translution
 from training.arguments import (
@@ -29,15 +29,17 @@ from training.arguments import (
 )
 from training.checkpoints import TRAINER_STATE, newest_checkpoint
 from training.data_arguments import DIGITS, STANDARD_LIBRARY, DataArguments
-from training.messages import describe_end, describe_start
+from training.messages import describe_end, describe_evaluation, describe_start
 from training.model_card import LICENSE, ORIGIN, origin_of, write_model_card
 from training.output_folder import claim_output_dir, finish_saving, refuse_changes
-from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments
+from training.trainer import EpochCallback, PatienceCallback, ScriptTrainingArguments, WholeCheckpointTrainer
 from training.weights import has_weights, load_weights
 
 
 # What `run.json` says of a training, and does not change when nothing is left to train.
 OF_TRAINING = ("hardware", "num_processes", "versions", "commit", "seconds", "date")
+
+Metrics = Callable[[EvalPrediction], dict[str, float]]
 
 
 @dataclass
@@ -168,21 +170,33 @@ class Run:
             )
         return found
 
+    def evaluated(self, checkpoint: str | None) -> str:
+        """The model that is evaluated where nothing is trained, a folder or a name on the Hub; `checkpoint` is that of `start`."""
+        return checkpoint or self.model.model_name_or_path
+
     def hyperparameters(self) -> dict[str, Any]:
         return hyperparameters(self.training, self.model, self.data, *self.others)
 
-    def finish(self, trainer: Trainer, checkpoint: str | None):
+    def finish(self, trainer: WholeCheckpointTrainer, checkpoint: str | None, last_metrics: Metrics | None = None):
         """Trains, evaluates, and saves the model, metrics, `run.json` and the card; pushes them if asked to.
 
         Without training only metrics are saved, in a file of their own.
+
+        Args:
+            trainer: of the model and the data.
+            checkpoint: folder of the weights to resume from or to evaluate.
+            last_metrics: those of the evaluation of the model that is saved, or evaluated alone; None for the trainer's own.
         """
         training = self.training
         if not training.do_train:
             if checkpoint is not None:
                 load_weights(trainer.model, Path(checkpoint))
             if training.do_eval and trainer.eval_dataset is not None:
-                save(trainer, "evaluation", trainer.evaluate(), combined=False)
-                say(trainer, f"evaluated: {self.folder / EVALUATION}")
+                say(trainer, describe_start(trainer, self.task, checkpoint))
+                metrics = evaluate(trainer, last_metrics)
+                save(trainer, "evaluation", metrics, combined=False)
+                model, revision = self.evaluated(checkpoint), self.model.model_revision
+                say(trainer, describe_evaluation(self.task, model, revision, metrics, self.folder / EVALUATION))
             return
         if hasattr(trainer.train_dataset, "set_epoch"):
             trainer.add_callback(EpochCallback(trainer.train_dataset))
@@ -201,12 +215,13 @@ class Run:
             metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
             if checkpoint is None:
                 # Unknown for a resumed run.
-                seconds, speed = time.perf_counter() - start, metrics.get("train_samples_per_second")
+                seconds = time.perf_counter() - start
+                speed = trainer.samples_per_second(metrics["train_runtime"])
             save(trainer, "train", metrics)
         trainer.save_state()
         metrics = {}
         if training.do_eval and trainer.eval_dataset is not None:
-            metrics = trainer.evaluate()
+            metrics = evaluate(trainer, last_metrics)
             save(trainer, "eval", metrics)
         trainer.save_model()
         if trainer.is_world_process_zero():
@@ -285,6 +300,13 @@ class Run:
         write_model_card(self.folder)
         if self.model.model_name_or_path is not None and self.run.license is None:
             copy_licenses(Path(self.model.model_name_or_path), self.folder)
+
+
+def evaluate(trainer: Trainer, metrics: Metrics | None) -> dict[str, float]:
+    """`Trainer.evaluate` with other metrics than those of evaluations in between, if there are any."""
+    if metrics is not None:
+        trainer.compute_metrics = metrics
+    return trainer.evaluate()
 
 
 def say(trainer: Trainer, text: str) -> None:

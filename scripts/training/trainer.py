@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, find_batch_size
 from common.atomic_folder import written_whole
 from common.command import require
 from huggingface_hub import HfApi
@@ -32,6 +33,29 @@ logger = logging.getLogger(__name__)
 TRAINER_ARGUMENTS, PICKLED_ARGUMENTS = "training_args.json", "training_args.bin"
 
 
+class SpeedCallback(TrainerCallback):
+    """Counts the samples of training steps, and the seconds of evaluations and checkpoints between them, in this process.
+
+    Both start anew where a training does, as after a batch that did not fit into memory.
+    """
+
+    def __init__(self):
+        self.samples, self.paused = 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.samples, self.paused = 0, 0.0
+
+    @contextlib.contextmanager
+    def pause(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cpu":
+            # Steps that are still to be computed there are no part of the pause.
+            torch.accelerator.synchronize(device)
+        # The clock that the Trainer measures the whole training by.
+        start = time.time()
+        yield
+        self.paused += time.time() - start
+
+
 class WholeCheckpointTrainer(Trainer):
     """Writes checkpoints beside their place and renames them once they are complete and on the disk.
 
@@ -50,6 +74,8 @@ class WholeCheckpointTrainer(Trainer):
         except RuntimeError as error:
             # `report_to` names a package that is not installed.
             raise ValueError(str(error)) from error
+        self.speed = SpeedCallback()
+        self.add_callback(self.speed)
         # Plain `TrainingArguments` have none.
         self.ema_decay = getattr(self.args, "ema_decay", None)
         self.average: WeightAverage | None = None
@@ -98,11 +124,36 @@ class WholeCheckpointTrainer(Trainer):
         # The weights of a checkpoint are its average.
         self.average = None
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        self.speed.samples += find_batch_size(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def samples_per_second(self, runtime: float) -> float | None:
+        """Samples of all processes in a second of the last training, without the time of its evaluations and checkpoints.
+
+        Args:
+            runtime: the `train_runtime` of its metrics, which has that time.
+        """
+        seconds = runtime - self.speed.paused
+        # A share of the processes where several have the same samples.
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps
+        replicas = self.get_total_train_batch_size(self.args) // batch
+        return self.speed.samples * replicas / seconds if seconds > 0 else None
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # In a training alone.
+        with self.speed.pause(self.args.device):
+            return super()._evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         with self._averaged():
             return super().evaluation_loop(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any):
+        with self.speed.pause(self.args.device):
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model: nn.Module, trial: Any):
         folder, pushes = Path(self.args.output_dir), self.args.push_to_hub
         name = f"checkpoint-{self.state.global_step}"
         best = folder / f"checkpoint-{self.state.best_global_step}"
