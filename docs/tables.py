@@ -157,53 +157,65 @@ def results_table() -> str:
     return markdown(columns, lines)
 
 
+# Local models that are compared at several numbers of steps, with the words for them.
+BUDGET_MODELS = {
+    "images": {
+        "every layer": "local kv, D 1, shared",
+        "first layer": "local kv, D 1, shared, first layer",
+        "every layer, wide": "local kv, D 1, shared, wide",
+        "first layer, wide": "local kv, D 1, shared, first layer, wide",
+    },
+    "text": {
+        "every layer": "local kv, D 3, rotary",
+        "first layer": "local kv, D 3, rotary, first layer",
+        "every layer, wide": "local kv, D 3, rotary, wide",
+        "first layer, wide": "local kv, D 3, rotary, first layer, wide",
+    },
+}
+
+
 def budgets_table() -> str:
     """Local Translution against rotary attention of equal parameters: for as many steps, as many processor seconds, and more steps."""
     lines = []
-    for task, length, local in (
-        ("images", "", "local kv, D 1, shared"),
-        ("text", "64", "local kv, D 3, rotary"),
-        ("text", "128", "local kv, D 3, rotary"),
-    ):
+    for task, length in (("images", ""), ("text", "64"), ("text", "128")):
         column, unit = ("dynamic → dynamic", "") if task == "images" else ("perplexity", " %")
-        names = (local, f"attention, rotary, as {local}")
-        known = [
-            {row["steps"] for row in read_rows("local_study", stage="test", task=task, variant=name)} for name in names
-        ]
-        budgets = sorted(known[1], key=int)
-        for words, chosen in {
-            "equal steps": (budgets[0], budgets[0]),
-            "equal seconds": (budgets[0], budgets[-1]),
-            "equal steps, more": (budgets[-1], budgets[-1]),
-        }.items():
-            if chosen[0] not in known[0]:
+        for words, local in BUDGET_MODELS[task].items():
+            ours, theirs = (by_steps(task, length, name) for name in (local, f"attention, rotary, as {local}"))
+            if not ours or not theirs:
                 continue
-            groups = [
-                tuned_rows(task, length, "local_study", variant=name, steps=steps)[name]
-                for name, steps in zip(names, chosen, strict=True)
-            ]
-            results = [pd.Series({row["seed"]: float(row[column]) for row in group}) for group in groups]
-            gain, interval = paired_gain(*results, task == "images")
-            cells = [
-                f"{steps} steps, {trained(group)} s: {spread(group, column)}"
-                for steps, group in zip(chosen, groups, strict=True)
-            ]
-            lines.append(
-                [
-                    f"{task} {length}".strip(),
-                    words,
-                    *cells,
-                    f"{gain:+.1f}{unit}",
-                    interval_words(interval, "+.1f", unit),
+            first, more = min(ours), [steps for steps in theirs if steps > min(ours)]
+            budgets = [("equal steps", first, first)]
+            if more:
+                closest = min(more, key=lambda steps: abs(trained(theirs[steps]) - trained(ours[first])))
+                budgets.append(("equal seconds", first, closest))
+            budgets += [("equal steps, more", steps, steps) for steps in more if steps in ours]
+            for budget, *steps in budgets:
+                groups = [found[count] for found, count in zip((ours, theirs), steps, strict=True)]
+                results = [pd.Series({row["seed"]: float(row[column]) for row in group}) for group in groups]
+                gain, interval = paired_gain(*results, task == "images")
+                cells = [
+                    f"{count} steps, {trained(group):.0f} s: {spread(group, column)}"
+                    for count, group in zip(steps, groups, strict=True)
                 ]
-            )
-    return markdown(["task", "budget", "local", "rotary attention", "gain", "95 % interval"], lines, texts=2)
+                gains = [f"{gain:+.1f}{unit}", interval_words(interval, "+.1f", unit)]
+                lines.append([f"{task} {length}".strip(), words, budget, *cells, *gains])
+    columns = ["task", "local in", "budget", "local", "rotary attention", "gain", "95 % interval"]
+    return markdown(columns, lines, texts=3)
 
 
-def trained(rows: list[Row]) -> str:
+def by_steps(task: str, length: str, variant: str) -> dict[int, list[Row]]:
+    """The tests of a variant of the study of local Translution, by the number of steps."""
+    rows = read_rows("local_study", stage="test", task=task, length=length, variant=variant)
+    counts = sorted({int(row["steps"]) for row in rows})
+    return {
+        steps: tuned_rows(task, length, "local_study", variant=variant, steps=str(steps))[variant] for steps in counts
+    }
+
+
+def trained(rows: list[Row]) -> float:
     """Processor seconds of one training; a row of images has two."""
     seconds = statistics.median(float(row["cpu_seconds"]) for row in rows)
-    return number(str(seconds / (2 if rows[0]["task"] == "images" else 1)))
+    return seconds / (2 if rows[0]["task"] == "images" else 1)
 
 
 def from_attention_table() -> str:
