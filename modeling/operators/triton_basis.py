@@ -402,7 +402,9 @@ def _coefficient_gradients(
         rows = rows.flatten(1)
         if classes is not None:
             three = classes[name]
-            rows = torch.cat((rows, three[:, [0, 2, 1]] if name == "query_coefficients" else three), 1)
+            if name == "query_coefficients":
+                three = torch.cat((three[:, :1], three[:, 1:].flip(1)), 1)
+            rows = torch.cat((rows, three), 1)
         gradients[name] = rows.t().contiguous()
     return gradients
 
