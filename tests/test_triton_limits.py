@@ -272,6 +272,18 @@ def test_products_of_each_kernel(factors, checked_integers, monkeypatch):
     assert products["key_value_gradient_kernel"] == unit * 2 * (of_scores + of_values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("dense", "query_basis", "most"), [(True, True, 4), (False, True, 8), (True, False, 8)])
+def test_a_dense_part_beside_all_coefficients_leaves_room_for_few_factors(dense, query_basis, most, dtype):
+    arguments = {"query": torch.empty(0, dtype=dtype), "NQ": 8, "NK": 8, "NV": 8}
+    arguments |= {"DENSE_SCORES": dense, "Q_BASIS": query_basis, "K_BASIS": True}
+    for kernel in (basis_kernels.coefficient_gradient_kernel, basis_kernels.key_value_gradient_kernel):
+        options = triton_basis._tiles(kernel, arguments)
+        held = max(option[f"{name}_FACTORS"] for option in options for name in ("QUERY", "KEY", "VALUE"))
+        wanted = most if kernel is basis_kernels.coefficient_gradient_kernel else 8
+        assert held == min(wanted, {2: 8, 4: 4, 8: 2}[dtype.itemsize])
+
+
 def test_heads_that_do_not_match_are_an_error():
     layout = PairLayout.for_text(2, 2)
     heads = {count: tensor(1, count, 1, 2, 4) for count in (2, 3, 4)}
