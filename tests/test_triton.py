@@ -281,7 +281,8 @@ def test_programs_that_share_the_offsets_of_their_tokens(layout, parts, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("programs", "offsets", "parts"), [(264, 10**6, 1), (96, 4096, 3), (1, 4096, 8), (96, 40, 2), (1, 3, 1), (0, 0, 1)]
+    ("programs", "offsets", "parts"),
+    [(264, 10**6, 1), (263, 4096, 5), (192, 4096, 6), (96, 4096, 8), (96, 40, 2), (1, 3, 1), (0, 0, 1)],
 )
 def test_offsets_are_shared_where_programs_are_few(programs, offsets, parts):
     assert triton_pairs._num_parts(programs, offsets) == parts
