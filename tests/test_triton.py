@@ -261,7 +261,7 @@ def test_chunks_have_every_offset_once(layout):
 @pytest.mark.usefixtures("small_tiles", "poisoned_memory")
 def test_programs_that_share_the_offsets_of_their_tokens(layout, parts, monkeypatch):
     """Sums in several parts, some of which have no offset of some tokens."""
-    monkeypatch.setattr(triton_pairs, "_num_parts", lambda programs, offsets: parts)
+    monkeypatch.setattr(triton_pairs, "_num_parts", lambda *given: parts)
     batch, heads, size, features = 2, 2, 3, 4
     pairs_of_offset = layout.num_queries * batch * heads * size * EXACT.itemsize
     monkeypatch.setattr(triton_pairs, "SCRATCH_BYTES", 3 * pairs_of_offset)
@@ -286,6 +286,8 @@ def test_programs_that_share_the_offsets_of_their_tokens(layout, parts, monkeypa
 )
 def test_offsets_are_shared_where_programs_are_few(programs, offsets, parts):
     assert triton_pairs._num_parts(programs, offsets) == parts
+    assert triton_pairs._num_parts(programs, offsets, 3) == min(parts, 3)
+    assert triton_pairs._num_parts(programs, offsets, 0) == 1
 
 
 class Operations(TorchDispatchMode):

@@ -376,7 +376,7 @@ def launch_with_tensors_far_apart(kernel, grid, options, derived, **arguments):
 )
 def test_pairs_with_more_than_2_to_31_elements(layout, groups, checked_integers, monkeypatch):
     monkeypatch.setattr(triton_pairs, "launch", launch_with_tensors_far_apart)
-    monkeypatch.setattr(triton_pairs, "_num_parts", lambda programs, offsets: 3)
+    monkeypatch.setattr(triton_pairs, "_num_parts", lambda *given: 3)
     heads, tokens = 3 * groups, layout.num_tokens
     query, key = (tensor(3, tokens, 4).requires_grad_() for _ in range(2))
     banks = [tensor(layout.num_offsets, 4, width * 2).requires_grad_() for width in (heads, 3)]

@@ -347,11 +347,11 @@ def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> i
     return tiles * -(-batch // entries)
 
 
-def _num_parts(programs: int, offsets: int) -> int:
-    """Programs that share the offsets of some own tokens, where so few own them that a GPU would be idle."""
+def _num_parts(programs: int, offsets: int, most: int = MAX_PARTS) -> int:
+    """Programs that share the offsets of some own tokens, where so few own them that a GPU would be idle; `most` at most."""
     if programs >= PROGRAMS:
         return 1
-    return max(min(-(-WAVES * PROGRAMS // max(programs, 1)), offsets // PART_OFFSETS, MAX_PARTS), 1)
+    return max(min(-(-WAVES * PROGRAMS // max(programs, 1)), offsets // PART_OFFSETS, MAX_PARTS, most), 1)
 
 
 def _added_up(sums: Tensor) -> Tensor:
@@ -409,8 +409,11 @@ def _gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -
     batch, out_size = len(weights), own.bank.shape[-1]
     chunks = _chunks(geometry, SCRATCH_BYTES // (max(batch * out_size, 1) * own.tokens.element_size()))
     programs = prod(_token_gradient_programs(own, geometry, _token_gradient_tiles(own)[0]))
-    parts = _num_parts(programs, max(chunk.num_grid_offsets for chunk in chunks))
-    token_gradient = own.tokens.new_zeros(parts, *own.tokens.shape, dtype=accumulation_dtype(own.tokens.dtype))
+    wide = accumulation_dtype(own.tokens.dtype)
+    # Every chunk reads and writes the sums of all parts: a quarter of what it reads of projections at most.
+    most = SCRATCH_BYTES // 4 // max(2 * own.tokens.numel() * wide.itemsize, 1)
+    parts = _num_parts(programs, max(chunk.num_grid_offsets for chunk in chunks), most)
+    token_gradient = own.tokens.new_zeros(parts, *own.tokens.shape, dtype=wide)
     # Sums over several chunks are kept in the wide type.
     shared = geometry.most_row > geometry.max_row_distance or geometry.most > geometry.max_column_distance
     bank_gradient = torch.zeros_like(own.bank, dtype=accumulation_dtype(own.bank.dtype) if shared else None)
