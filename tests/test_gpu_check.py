@@ -234,8 +234,12 @@ BASIS = ["forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel",
 @without_gpu
 @pytest.mark.parametrize(
     ("layout", "groups"),
-    [(PairLayout.for_image(2, 1, 2, 1, 0, class_token=False), 2), (PairLayout.for_text(3, 3, past=1), 1)],
-    ids=["image", "text"],
+    [
+        (PairLayout.for_image(2, 1, 2, 1, 0, class_token=False), 2),
+        (PairLayout.for_image(1, 2, 1, 2), 1),
+        (PairLayout.for_text(3, 3, past=1), 1),
+    ],
+    ids=["image", "class", "text"],
 )
 def test_operations_over_pairs_are_those_that_are_counted(gpu_check, layout, groups, monkeypatch):
     """Of tiles that inner sizes, heads, batches and offsets fill in part; with one bank and with two, in several chunks."""

@@ -120,6 +120,39 @@ def test_layers_equal_the_reference(layout, subset, rank, masked, on_this_device
     assert_same(actual, run(mixer, "eager", *inputs), 1e-10)
 
 
+# Sides and lengths that divide by nothing.
+ODD = [
+    PairLayout.for_image(5, 7, 5, 7),
+    PairLayout.for_image(7, 5, 9, 11, 2),
+    PairLayout.for_image(7, 5, 7, 5, 1, share_far=True),
+    PairLayout.for_image(3, 5, 3, 5, class_token=False),
+    PairLayout.for_text(31, 37),
+    PairLayout.for_text(29, 29, 5),
+]
+
+
+@pytest.mark.parametrize("layout", ODD, ids=case_id)
+def test_layers_at_any_memory_of_a_chunk(layout, on_this_device, monkeypatch):
+    """From a shift at a time to all of a column's at once, with tokens that are hidden; outputs and every gradient."""
+    mixer, mask = make_mixer(layout, "qkv"), make_mask(layout, True)
+    hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN, dtype=torch.float64)
+    inputs = (hidden_states, layout, mask, weight)
+    expected, split, counts = run(mixer, "eager", *inputs), grouped_gemm.chunks, []
+
+    def counted(*given):
+        made = split(*given)
+        counts[-1] = max(counts[-1], sum(len(parts) for _, parts in made))
+        return made
+
+    monkeypatch.setattr(grouped_gemm, "chunks", counted)
+    for chunk_bytes in (1, 4_000, 11_000, 1 << 25):
+        counts.append(0)
+        monkeypatch.setattr(grouped_gemm, "CHUNK_BYTES", chunk_bytes)
+        assert_same(run(mixer, "auto", *inputs), expected, 1e-10)
+    assert counts == sorted(counts, reverse=True)
+    assert len(set(counts)) > 2
+
+
 @pytest.mark.parametrize("layout", [LAYOUTS[6], PairLayout.for_text(6, 6, 0)], ids=case_id)
 def test_a_distance_of_0(layout, on_this_device):
     mixer, mask = make_mixer(layout, "qkv"), make_mask(layout, False)

@@ -54,3 +54,13 @@ def test_tables_made_in_inference_mode_serve_training():
     for index in (*layout.offsets(), *layout.pair_order()):
         assert not index.is_inference()
         assert index.device.type == "cpu"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 2), (6, 7)], ids=str)
+@pytest.mark.parametrize("distance", [0, 1, 3])
+def test_steps_of_near_offsets_are_theirs(size, distance):
+    layout = PairLayout.for_image(*size, *size, distance, share_far=True)
+    rows, columns = layout.near_steps()
+    steps = [(offset.row_offset, offset.column_offset) for offset in layout.near_offsets()]
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == steps
+    assert all(len(part) == 0 for part in PairLayout.for_image(*size, *size, distance).near_steps())

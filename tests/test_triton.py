@@ -22,6 +22,7 @@ from small_layers import (
     relative_error,
     run,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from translution import TranslutionConfig, TranslutionForCausalLM, TranslutionForImageClassification
 from translution.modeling.operators import dispatch, registration
@@ -196,6 +197,7 @@ def test_heads_of_queries_share_one_of_keys(layout, key_heads, groups, size, fea
 # Layouts, and the offsets of all queries that fit in a chunk's memory: with none, each chunk has one offset.
 CHUNKED = [
     (PairLayout.for_image(2, 2, 3, 2), 1),  # a bank with rows that no offset uses
+    (PairLayout.for_image(1, 2, 1, 2), 0),  # a chunk of a class token's pairs alone
     (PairLayout.for_image(2, 3, 2, 3, class_token=False), 0),
     (PairLayout.for_image(3, 2, 3, 2, max_relative_distance=0, class_token=False), 2),  # offsets that share rows
     (PairLayout.for_text(5, 5, past=2), 2),
@@ -241,13 +243,93 @@ def test_chunks_have_every_offset_once(layout):
         return [(row, column) for row in rows for column in columns]
 
     every = offsets(geometry)
-    first = int(layout.class_token)
-    assert triton_pairs._pairs_of(geometry) == (layout.offsets()[0][first:, first:] >= 0).sum()
+    assert triton_pairs._pairs_of(geometry) == (layout.offsets()[0] >= 0).sum()
     for most in (0, 3, 10, 10**6):
         chunks = triton_pairs._chunks(geometry, most)
         assert [offset for chunk in chunks for offset in offsets(chunk)] == every
-        assert all(triton_pairs._pairs_of(chunk) <= most or chunk.num_offsets == 1 for chunk in chunks)
+        assert all(triton_pairs._pairs_of(chunk) <= most or len(offsets(chunk)) <= 1 for chunk in chunks)
+        assert [chunk.class_row for chunk in chunks if chunk.class_row >= 0] == [
+            geometry.class_row
+        ] * layout.class_token
     assert len(chunks) == 1
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize(
+    "layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(5, 5, past=1)], ids=layout_id
+)
+@pytest.mark.usefixtures("small_tiles", "poisoned_memory")
+def test_programs_that_share_the_offsets_of_their_tokens(layout, parts, monkeypatch):
+    """Sums in several parts, some of which have no offset of some tokens."""
+    monkeypatch.setattr(triton_pairs, "_num_parts", lambda *given: parts)
+    batch, heads, size, features = 2, 2, 3, 4
+    pairs_of_offset = layout.num_queries * batch * heads * size * EXACT.itemsize
+    monkeypatch.setattr(triton_pairs, "SCRATCH_BYTES", 3 * pairs_of_offset)
+
+    def tensor(*shape):
+        return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
+
+    query, key = tensor(batch, layout.num_queries, heads * size), tensor(batch, layout.num_tokens, features)
+    bank, pairs = tensor(layout.num_offsets, features, heads * size), tensor(batch, heads, layout.num_queries, layout.num_tokens)  # fmt: skip
+    results = []
+    for module in (triton_pairs, reference):
+        scores = module.pair_scores(query, key, None, bank, heads, layout)
+        gradients = torch.autograd.grad((scores * pairs.detach()).sum(), (query, key, bank))
+        results.append((scores, *gradients, module.pair_values(pairs, key, bank, layout)))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("programs", "offsets", "parts"),
+    [(264, 10**6, 1), (263, 4096, 5), (192, 4096, 6), (96, 4096, 8), (96, 40, 2), (1, 3, 1), (0, 0, 1)],
+)
+def test_offsets_are_shared_where_programs_are_few(programs, offsets, parts):
+    assert triton_pairs._num_parts(programs, offsets) == parts
+    assert triton_pairs._num_parts(programs, offsets, 3) == min(parts, 3)
+    assert triton_pairs._num_parts(programs, offsets, 0) == 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is done besides launches: operations that are no view of what they are given, and not only memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_view = any(
+            returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns
+        )
+        self.count += not is_view and "empty" not in function.name()
+        return result
+
+
+@pytest.mark.parametrize("subset", ["kv", "qkv"])
+def test_a_class_token_takes_hardly_an_operation_of_its_own(subset, monkeypatch):
+    """One for each bank of a backward pass, beside kernels that others have as well."""
+    launched = []
+    monkeypatch.setattr(triton_pairs, "launch", lambda kernel, *args, **arguments: launched.append(kernel))
+    found = {}
+    for class_token in (False, True):
+        layout = PairLayout.for_image(5, 4, 5, 4, class_token=class_token)
+        tokens, bank, pairs = (
+            torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+            for shape in ((2, layout.num_tokens, 8), (layout.num_offsets, 8, 8), (2, 2, *[layout.num_tokens] * 2))
+        )
+        query_bank = bank if subset == "qkv" else None
+        launched.clear()
+        with Operations() as forward:
+            triton_pairs._scores(tokens, tokens, query_bank, bank, 2, layout)
+            triton_pairs._values(pairs, tokens, bank, layout)
+        with Operations() as backward:
+            triton_pairs._scores_backward(pairs, tokens, tokens, query_bank, bank, layout, True, True)
+        found[class_token] = forward.count, backward.count, len(launched)
+    banks = 2 if subset == "qkv" else 1
+    (forward, backward, launches), with_class = found[False], found[True]
+    assert with_class == (forward, backward + banks, launches)
+    assert launches == 2 + (6 if subset == "qkv" else 4)
 
 
 def test_heads_that_do_not_divide_are_an_error():

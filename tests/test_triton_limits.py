@@ -10,7 +10,6 @@ import pytest
 import torch
 from layouts import layout_id
 from small_layers import HIDDEN, assert_same, make_mixer, run
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils.import_utils import enable_tf32
 
 from translution.modeling.kernels import basis_kernels, local_kernels, pair_kernels
@@ -30,7 +29,7 @@ from triton.runtime.errors import OutOfResources
 from triton_devices import DEVICE, EXACT, TOLERANCE, TightDevice
 
 from translution.modeling.kernels import launch
-from translution.modeling.kernels.pair_kernels import _offset_of_tile
+from translution.modeling.kernels.pair_kernels import _place_of_tile
 from translution.modeling.operators import triton_basis, triton_local, triton_pairs
 
 
@@ -273,6 +272,18 @@ def test_products_of_each_kernel(factors, checked_integers, monkeypatch):
     assert products["key_value_gradient_kernel"] == unit * 2 * (of_scores + of_values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("dense", "query_basis", "most"), [(True, True, 4), (False, True, 8), (True, False, 8)])
+def test_a_dense_part_beside_all_coefficients_leaves_room_for_few_factors(dense, query_basis, most, dtype):
+    arguments = {"query": torch.empty(0, dtype=dtype), "NQ": 8, "NK": 8, "NV": 8}
+    arguments |= {"DENSE_SCORES": dense, "Q_BASIS": query_basis, "K_BASIS": True}
+    for kernel in (basis_kernels.coefficient_gradient_kernel, basis_kernels.key_value_gradient_kernel):
+        options = triton_basis._tiles(kernel, arguments)
+        held = max(option[f"{name}_FACTORS"] for option in options for name in ("QUERY", "KEY", "VALUE"))
+        wanted = most if kernel is basis_kernels.coefficient_gradient_kernel else 8
+        assert held == min(wanted, {2: 8, 4: 4, 8: 2}[dtype.itemsize])
+
+
 def test_heads_that_do_not_match_are_an_error():
     layout = PairLayout.for_text(2, 2)
     heads = {count: tensor(1, count, 1, 2, 4) for count in (2, 3, 4)}
@@ -341,10 +352,13 @@ def launch_with_tensors_far_apart(kernel, grid, options, derived, **arguments):
     results = {}
     for name, dense in list(arguments.items()):
         prefix = {"scores": "score", "weights": "weight", "tokens": "token", "others": "other"}.get(name, name)
-        axes = sum(f"{prefix}_strides_{axis}" in arguments for axis in "baijl")
+        axes = sum(f"{prefix}_strides_{axis}" in arguments for axis in "pbaijl")
         if axes and isinstance(dense, torch.Tensor):
             arguments[name] = results[name] = spread(dense, axes)
-            for axis, stride in zip("bl" if f"{prefix}_strides_l" in arguments else "baij", results[name].stride(), strict=False):  # fmt: skip
+            order = "baij"
+            if f"{prefix}_strides_l" in arguments:
+                order = "pbl" if f"{prefix}_strides_p" in arguments else "bl"
+            for axis, stride in zip(order, results[name].stride(), strict=False):
                 if f"{prefix}_strides_{axis}" in arguments:
                     arguments[f"{prefix}_strides_{axis}"] = stride
             results[name] = (dense, results[name])
@@ -362,6 +376,7 @@ def launch_with_tensors_far_apart(kernel, grid, options, derived, **arguments):
 )
 def test_pairs_with_more_than_2_to_31_elements(layout, groups, checked_integers, monkeypatch):
     monkeypatch.setattr(triton_pairs, "launch", launch_with_tensors_far_apart)
+    monkeypatch.setattr(triton_pairs, "_num_parts", lambda *given: 3)
     heads, tokens = 3 * groups, layout.num_tokens
     query, key = (tensor(3, tokens, 4).requires_grad_() for _ in range(2))
     banks = [tensor(layout.num_offsets, 4, width * 2).requires_grad_() for width in (heads, 3)]
@@ -391,14 +406,16 @@ def test_a_mask_with_more_than_2_to_31_elements(layout, checked_integers):
 
 
 @triton.jit
-def locate(output, tile, batch, height, width, past, least_row, most_row, least, most, ROWS: tl.constexpr):  # noqa: N803
-    row_offset, column_offset, start, before = _offset_of_tile(
-        tile, batch, height, width, past, least_row, most_row, least, most, ROWS
+def locate(output, tile, batch, height, width, past, least_row, most_row, least, most, class_row, CLASS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip # noqa: N803
+    row_offset, column_offset, start, count, before, kind = _place_of_tile(
+        tile, batch, height, width, past, least_row, most_row, least, most, class_row, CLASS, ROWS
     )
     tl.store(output, row_offset)
     tl.store(output + 1, column_offset)
     tl.store(output + 2, start)
-    tl.store(output + 3, before)
+    tl.store(output + 3, count)
+    tl.store(output + 4, before)
+    tl.store(output + 5, kind)
 
 
 @pytest.mark.parametrize(
@@ -407,56 +424,47 @@ def locate(output, tile, batch, height, width, past, least_row, most_row, least,
         (PairLayout.for_image(2, 3, 2, 3), 5, None),
         (PairLayout.for_text(5, 5, past=2), 9, None),
         (PairLayout.for_text(90_000, 90_000, past=10_000), 3, (0, 1, 600_000_000, -1)),
+        (PairLayout.for_image(250, 250, 250, 250), 3, (0, 300_000_000, -30_000, -20_000, -1)),
     ],
     ids=lambda value: layout_id(value) if isinstance(value, PairLayout) else str(value),
 )
 @pytest.mark.usefixtures("checked_integers")
 def test_tiles_of_pairs_are_where_counting_puts_them(layout, batch, tiles):
-    """Every pair in one tile, in the order of the offsets; of more than 2³¹ pairs too."""
+    """Every pair in one tile, in the order of the offsets, then of a class token's kinds; of more than 2³¹ pairs too."""
     rows, geometry = 16, triton_pairs._geometry(layout, batch)
     offsets = [
-        (x, y)
+        (x, y, -1)
         for x in range(geometry.least_row, geometry.most_row + 1)
         for y in range(geometry.least, geometry.most + 1)
     ]
     counts = [
-        batch * (geometry.height - abs(x)) * (geometry.width + min(y, 0) - max(y, geometry.past)) for x, y in offsets
+        batch * (geometry.height - abs(x)) * (geometry.width + min(y, 0) - max(y, geometry.past))
+        for x, y, _ in offsets
     ]
+    if layout.class_token:
+        offsets += [(0, 0, kind) for kind in range(3)]
+        counts += [batch, batch * (layout.num_tokens - 1), batch * (layout.num_tokens - 1)]
     before = dict(zip(offsets, itertools.accumulate(counts, initial=0), strict=False))
     count = dict(zip(offsets, counts, strict=True))
     number = triton_pairs._num_pair_tiles(geometry, batch, {"ROWS": rows})
-    found = []
+    found, kinds = [], set()
     for tile in range(number) if tiles is None else tiles:
-        output = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        output = torch.zeros(6, dtype=torch.int64, device=DEVICE)
         numbers = (batch, geometry.height, geometry.width, geometry.past, geometry.least_row, geometry.most_row)
-        locate[(1,)](output, tile % number, *numbers, geometry.least, geometry.most, rows)
-        x, y, start, pairs = output.tolist()
-        assert pairs == before[x, y]
-        assert 0 <= start < count[x, y] + rows
-        found += [(x, y, pair) for pair in range(start, min(start + rows, count[x, y]))]
+        locate[(1,)](output, tile % number, *numbers, geometry.least, geometry.most, geometry.class_row, layout.class_token, rows)  # fmt: skip
+        x, y, start, length, pairs, kind = output.tolist()
+        offset = (x, y, kind) if kind < 0 else (0, 0, kind)
+        assert pairs == before[offset]
+        assert length == count[offset]
+        assert 0 <= start < count[offset] + rows
+        found += [(pairs + pair) for pair in range(start, min(start + rows, length))]
+        kinds.add(kind)
     if tiles is None:
-        assert found == [(*offset, pair) for offset in offsets for pair in range(count[offset])]
+        assert found == list(range(sum(counts)))
     assert found == sorted(set(found))
-
-
-def test_nothing_is_made_on_the_host(monkeypatch):
-    """What a CUDA graph reads is there when it replays: no tensor of another device than the inputs', copied and later freed."""
-
-    def prepare(kernel, grid, options, derived, **arguments):
-        for option in options:
-            grid(option)
-            derived(option)
-
-    monkeypatch.setattr(triton_pairs, "launch", prepare)
-
-    class OnTheDevice(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            assert getattr(result, "device", torch.device("meta")).type == "meta", function
-            return result
-
-    with OnTheDevice():
-        launch_pairs(2, PairLayout.for_image(2, 2, 2, 2))
+    assert kinds == (
+        {-1, 0, 1, 2} if layout.class_token and tiles is None else {-1, 1, 2} if layout.class_token else {-1}
+    )
 
 
 def test_more_tokens_than_kernels_can_number():

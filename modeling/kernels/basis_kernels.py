@@ -665,50 +665,53 @@ def key_value_gradient_kernel(
     begin = 0
     if CAUSAL:
         begin = tl.maximum(block * KEYS - past, 0)
-    for member in range(GROUPS):
-        head = key_head * GROUPS + member
-        for start in range(begin, queries, QUERIES):
-            i = start + tl.arange(0, QUERIES)
-            i_exists = i < queries
-            rows = _bank_rows(
-                i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
-                False,
-            )  # fmt: skip
-            reverse = _bank_rows(
-                i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
-                True,
-            )  # fmt: skip
-            probabilities, gradient = _weights(
-                query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
-                dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
-                dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists,
-                rows, reverse, queries, tokens, past, num_offsets, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS,
-                DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
-                QUERY_FACTORS, KEY_FACTORS, VALUE_FACTORS,
-            )  # fmt: skip
-            key_weights = _key_weights(key_coefficients, rows, key_factor, num_offsets, NK, KEY_FACTORS, K_BASIS, WIDE)
-            for m in range(0, NQ, QUERY_FACTORS):
-                other = _load(query, head, m, i, i_exists, queries, NQ, QUERY_FACTORS, E, E_WIDTH)
-                query_weights = _query_weights(
-                    query_coefficients, reverse, m, num_offsets, NQ, QUERY_FACTORS, Q_BASIS, WIDE
-                )
-                weighted = _weighted(gradient, query_weights, key_weights).to(other.dtype)
-                keys = tl.dot(tl.trans(weighted), other, keys, input_precision=PRECISION, out_dtype=WIDE)
-            other = _load(output_gradient, head, 0, i, i_exists, queries, 1, 1, V, V_WIDTH)
-            value_weights = _key_weights(
-                value_coefficients, rows, value_factor, num_offsets, NV, VALUE_FACTORS, V_BASIS, WIDE
+    # One loop over the heads that share these keys and their queries, so that the next loads overlap with these products.
+    blocks = tl.cdiv(tl.maximum(queries - begin, 0), QUERIES)
+    for step in range(GROUPS * blocks):
+        head, start = key_head, begin + step * QUERIES
+        if GROUPS > 1:
+            head, start = key_head * GROUPS + step // blocks, begin + step % blocks * QUERIES
+        i = start + tl.arange(0, QUERIES)
+        i_exists = i < queries
+        rows = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            False,
+        )  # fmt: skip
+        reverse = _bank_rows(
+            i, j, width, past, max_row_distance, max_column_distance, stride_x, base_y, class_row, first, CAUSAL,
+            True,
+        )  # fmt: skip
+        probabilities, gradient = _weights(
+            query, key, value, query_coefficients, key_coefficients, value_coefficients, dense_query, dense_key,
+            dense_value, mask, mask_stride_b, mask_stride_a, mask_stride_i, mask_stride_j, output_gradient,
+            dense_output_gradient, logsumexp, delta, scale, head, key_head, num_heads, i, i_exists, j, j_exists,
+            rows, reverse, queries, tokens, past, num_offsets, NQ, NK, NV, Q_BASIS, K_BASIS, V_BASIS,
+            DENSE_SCORES, DENSE_VALUES, MASKED, CAUSAL, E, E_WIDTH, V, V_WIDTH, D, D_WIDTH, WIDE, PRECISION,
+            QUERY_FACTORS, KEY_FACTORS, VALUE_FACTORS,
+        )  # fmt: skip
+        key_weights = _key_weights(key_coefficients, rows, key_factor, num_offsets, NK, KEY_FACTORS, K_BASIS, WIDE)
+        for m in range(0, NQ, QUERY_FACTORS):
+            other = _load(query, head, m, i, i_exists, queries, NQ, QUERY_FACTORS, E, E_WIDTH)
+            query_weights = _query_weights(
+                query_coefficients, reverse, m, num_offsets, NQ, QUERY_FACTORS, Q_BASIS, WIDE
             )
-            weighted = tl.reshape(probabilities[:, None, :] * value_weights, [QUERIES, VALUE_FACTORS * KEYS])
-            weighted = tl.trans(weighted.to(other.dtype))
-            values = tl.dot(weighted, other, values, input_precision=PRECISION, out_dtype=WIDE)
-            if DENSE_SCORES:
-                other = _load(dense_query, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
-                weighted = tl.trans(gradient.to(other.dtype))
-                dense_keys = tl.dot(weighted, other, dense_keys, input_precision=PRECISION, out_dtype=WIDE)
-            if DENSE_VALUES:
-                other = _load(dense_output_gradient, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
-                weighted = tl.trans(probabilities.to(other.dtype))
-                dense_values = tl.dot(weighted, other, dense_values, input_precision=PRECISION, out_dtype=WIDE)
+            weighted = _weighted(gradient, query_weights, key_weights).to(other.dtype)
+            keys = tl.dot(tl.trans(weighted), other, keys, input_precision=PRECISION, out_dtype=WIDE)
+        other = _load(output_gradient, head, 0, i, i_exists, queries, 1, 1, V, V_WIDTH)
+        value_weights = _key_weights(
+            value_coefficients, rows, value_factor, num_offsets, NV, VALUE_FACTORS, V_BASIS, WIDE
+        )
+        weighted = tl.reshape(probabilities[:, None, :] * value_weights, [QUERIES, VALUE_FACTORS * KEYS])
+        weighted = tl.trans(weighted.to(other.dtype))
+        values = tl.dot(weighted, other, values, input_precision=PRECISION, out_dtype=WIDE)
+        if DENSE_SCORES:
+            other = _load(dense_query, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
+            weighted = tl.trans(gradient.to(other.dtype))
+            dense_keys = tl.dot(weighted, other, dense_keys, input_precision=PRECISION, out_dtype=WIDE)
+        if DENSE_VALUES:
+            other = _load(dense_output_gradient, head, 0, i, i_exists, queries, 1, 1, D, D_WIDTH)
+            weighted = tl.trans(probabilities.to(other.dtype))
+            dense_values = tl.dot(weighted, other, dense_values, input_precision=PRECISION, out_dtype=WIDE)
     _store(key_gradient, key_head, key_factor, j, j_exists, tokens, keys, NK, KEY_FACTORS, E, E_WIDTH)
     _store(value_gradient, key_head, value_factor, j, j_exists, tokens, values, NV, VALUE_FACTORS, V, V_WIDTH)
     if part == 0:

@@ -7,6 +7,10 @@ The pairs of a geometry are numbered by row offset, column offset, the query's g
 row per pair are in this order. All that is known of it is computed from the geometry's numbers: there are no tables of it, which
 would have to outlive a CUDA graph that reads them.
 
+The pairs of a class token follow, where a geometry has them, as those of three more offsets, of the bank rows from `class_row` on: its
+own, those of its query with each patch's key, and those of each patch's query with its key. On either side it is projected by the first
+matrix to meet itself and by the third to meet a patch, and a patch by the second to meet it.
+
 `GROUPS` heads of queries share one of keys, one after the other: head `h` of queries reads head `h // GROUPS` of keys.
 Programs own heads of one side: each meets `MEMBERS` heads of the other, one after the other, and `SHARED` of them the same.
 """
@@ -22,7 +26,7 @@ except ImportError as error:
 
 
 # Lengths must not be compiled in: each new one would compile again.
-_LENGTHS = ["batch", "height", "width", "first", "past", "least_row", "most_row", "least", "most", "max_row_distance", "max_column_distance", "stride_x", "base_y", "query_sign"]  # fmt: skip
+_LENGTHS = ["batch", "height", "width", "first", "past", "least_row", "most_row", "least", "most", "max_row_distance", "max_column_distance", "stride_x", "base_y", "class_row", "query_sign", "parts"]  # fmt: skip
 _jit = triton.jit(do_not_specialize=_LENGTHS)
 
 
@@ -77,6 +81,50 @@ def _offset_of_tile(tile, batch, height, width, past, least_row, most_row, least
 
 
 @triton.jit
+def _class_pairs_before(kind, batch, height, width, past, least_row, most_row, least, most):
+    """Pairs before those of one of a class token's three kinds, and before the end of all as the kind 3; in 64 bits."""
+    grid = _pairs_before(most_row + 1, least, batch, height, width, past, least_row, least, most)
+    patches = (height * width).to(tl.int64) * batch
+    return grid + tl.where(kind > 0, batch, 0) + tl.maximum(kind - 1, 0) * patches
+
+
+@triton.jit
+def _place_of_tile(
+    tile,
+    batch,
+    height,
+    width,
+    past,
+    least_row,
+    most_row,
+    least,
+    most,
+    class_row,
+    CLASS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """As `_offset_of_tile`; how many pairs the offset has, and the kind of a class token's pairs, −1 of others."""
+    row_offset, column_offset, start, before = _offset_of_tile(
+        tile, batch, height, width, past, least_row, most_row, least, most, ROWS
+    )
+    count = _num_pairs(row_offset, column_offset, batch, height, width, past)
+    kind = tile * 0 - 1
+    if CLASS:
+        offsets = (most_row - least_row + 1) * (most - least + 1)
+        for number in tl.static_range(3):
+            first = _class_pairs_before(
+                tile * 0 + number, batch, height, width, past, least_row, most_row, least, most
+            )
+            first_tile = first // ROWS + offsets + number
+            reached = (class_row >= 0) & (tile >= first_tile)
+            kind = tl.where(reached, number, kind)
+            before = tl.where(reached, first, before)
+            start = tl.where(reached, ((tile - first_tile) * ROWS).to(tl.int32), start)
+            count = tl.where(reached, batch if number == 0 else height * width * batch, count)
+    return row_offset, column_offset, start, count, before, kind
+
+
+@triton.jit
 def _num_columns(column_offset, width, past):
     """Columns of the queries that have a key at an offset, and the first of them."""
     first_y = tl.maximum(column_offset, past)
@@ -103,6 +151,39 @@ def _pairs_of_offset(rows, row_offset, column_offset, batch, height, width, firs
     query_token = first + x * width + y - past
     key_token = first + (x - row_offset) * width + y - column_offset
     return entry.to(tl.int64), query_token.to(tl.int64), key_token.to(tl.int64)
+
+
+@triton.jit
+def _pairs_of_place(rows, row_offset, column_offset, kind, batch, height, width, first, past, CLASS: tl.constexpr):
+    """The same of an offset, or of a class token's pairs of one kind."""
+    entry, query_token, key_token = _pairs_of_offset(
+        rows, row_offset, column_offset, batch, height, width, first, past
+    )
+    if CLASS:
+        patch = (first + rows // batch).to(tl.int64)
+        query_token = tl.where(kind < 0, query_token, tl.where(kind == 2, patch, 0))
+        key_token = tl.where(kind < 0, key_token, tl.where(kind == 1, patch, 0))
+    return entry, query_token, key_token
+
+
+@triton.jit
+def _row_of_place(
+    row_offset,
+    column_offset,
+    kind,
+    sign,
+    max_row_distance,
+    max_column_distance,
+    stride_x,
+    base_y,
+    class_row,
+    CLASS: tl.constexpr,
+):
+    """Bank row of an offset, or of a class token's pairs of one kind; of the reverse where `sign` is −1."""
+    row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
+    if CLASS:
+        row = tl.where(kind < 0, row, (class_row + tl.where(sign < 0, (3 - kind) % 3, kind)).to(tl.int64))
+    return row
 
 
 @triton.jit
@@ -215,6 +296,7 @@ def scores_kernel(
     max_column_distance,
     stride_x,
     base_y,
+    class_row,
     query_sign,
     QUERY_C: tl.constexpr,
     KEY_C: tl.constexpr,
@@ -223,6 +305,7 @@ def scores_kernel(
     GROUPS: tl.constexpr,
     QUERY_BANK: tl.constexpr,
     KEY_BANK: tl.constexpr,
+    CLASS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -230,22 +313,23 @@ def scores_kernel(
     BLOCK_C: tl.constexpr,
 ):
     block = tl.program_id(1)
-    row_offset, column_offset, start, _ = _offset_of_tile(
-        tl.program_id(0), batch, height, width, past, least_row, most_row, least, most, ROWS
+    row_offset, column_offset, start, count, _, kind = _place_of_tile(
+        tl.program_id(0), batch, height, width, past, least_row, most_row, least, most, class_row, CLASS, ROWS
     )
-    count = _num_pairs(row_offset, column_offset, batch, height, width, past)
     if start >= count:
         return
     rows = start + tl.arange(0, ROWS)
     exists = rows < count
-    entry, query_token, key_token = _pairs_of_offset(
-        rows, row_offset, column_offset, batch, height, width, first, past
+    entry, query_token, key_token = _pairs_of_place(
+        rows, row_offset, column_offset, kind, batch, height, width, first, past, CLASS
     )
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
     key_columns = _other_columns(block, 0, E, WIDTH, HEADS, 1, GROUPS)
     out_size, key_out_size = num_heads * E, num_heads // GROUPS * E
 
-    row = _bank_row(row_offset, column_offset, 1, max_row_distance, max_column_distance, stride_x, base_y)
+    row = _row_of_place(
+        row_offset, column_offset, kind, 1, max_row_distance, max_column_distance, stride_x, base_y, class_row, CLASS
+    )
     product = _side_tile(
         key + entry * key_strides_b + key_token * key_strides_l,
         exists,
@@ -259,7 +343,18 @@ def scores_kernel(
         BLOCK_C,
         PRECISION,
     )
-    row = _bank_row(row_offset, column_offset, query_sign, max_row_distance, max_column_distance, stride_x, base_y)
+    row = _row_of_place(
+        row_offset,
+        column_offset,
+        kind,
+        query_sign,
+        max_row_distance,
+        max_column_distance,
+        stride_x,
+        base_y,
+        class_row,
+        CLASS,
+    )
     product *= _side_tile(
         query + entry * query_strides_b + query_token * query_strides_l,
         exists,
@@ -284,8 +379,21 @@ def scores_kernel(
 
 
 @triton.jit
-def _own_tokens(tile, batch, width, IS_QUERY: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr):
-    """Grid row, first column, columns and batch entries of a program that owns tokens: `BATCH` entries of a few columns.
+def _own_tokens(
+    tile,
+    batch,
+    width,
+    first,
+    past,
+    class_row,
+    CLASS: tl.constexpr,
+    IS_QUERY: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Grid row, first column, columns, batch entries and positions of a program that owns tokens: `BATCH` entries of a few columns.
+
+    And which of them exist, and whether it owns class tokens: the first programs do.
 
     Of a text the last queries and the first keys have the most pairs. Those programs start first, so that none of them is the last
     to end.
@@ -295,9 +403,21 @@ def _own_tokens(tile, batch, width, IS_QUERY: tl.constexpr, BATCH: tl.constexpr,
     place = tl.arange(0, ROWS)
     entry = tile % batches * BATCH + place % BATCH
     tile = tile // batches
+    is_class = tile < 0
+    if CLASS:
+        is_class = (class_row >= 0) & (tile == 0)
+        tile = tl.where((class_row >= 0) & (tile > 0), tile - 1, tile)
     column = blocks - 1 - tile % blocks if IS_QUERY else tile % blocks
-    first_y = column * COLUMNS
-    return tile // blocks, first_y, first_y + place // BATCH, entry
+    x, first_y = tile // blocks, column * COLUMNS
+    y = first_y + place // BATCH
+    exists = (entry < batch) & (y < width)
+    own = (first + x * width + y).to(tl.int64)
+    if IS_QUERY:
+        exists, own = exists & (y >= past), own - past
+    if CLASS:
+        exists = tl.where(is_class, (entry < batch) & (place < BATCH), exists)
+        own = tl.where(is_class, 0, own)
+    return x, first_y, y, entry.to(tl.int64), own, exists, is_class
 
 
 @triton.jit
@@ -353,6 +473,58 @@ def _others(x, y, own_exists, row_offset, column_offset, width, first, past, IS_
     return query_token.to(tl.int64), key_token.to(tl.int64), other.to(tl.int64), exists
 
 
+@triton.jit
+def _begin(part, count, parts):
+    """The first of `count` steps that one of `parts` takes; that of the next is where it ends."""
+    return (part.to(tl.int64) * count // parts).to(tl.int32)
+
+
+@triton.jit
+def _add_weighted(
+    total,
+    product,
+    step,
+    tokens,
+    exists,
+    matrix,
+    column_exists,
+    out_size,
+    weights,
+    weight_place,
+    weight_stride,
+    num_heads,
+    block,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SHARED: tl.constexpr,
+    SLICES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds one slice of C to the product of tokens and a matrix, and after the last the weighted product to the sum."""
+    member, part = step // SLICES, step % SLICES
+    inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
+    columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, SHARED)
+    w = tl.load(
+        matrix + inner[:, None] * out_size + columns[None, :],
+        mask=(inner < C)[:, None] & column_exists[None, :],
+        other=0.0,
+    )
+    product = tl.dot(x, w, product, input_precision=PRECISION, out_dtype=WIDE)
+    if part == SLICES - 1:
+        weight = _load_heads(
+            weights, weight_place, exists, block, member, num_heads, weight_stride, HEADS, MEMBERS
+        ).to(WIDE)
+        total += _times_heads(product, weight, HEADS, WIDTH)
+        product = tl.zeros(product.shape, WIDE)
+    return total, product
+
+
 @_jit
 def sum_kernel(
     output,
@@ -365,10 +537,12 @@ def sum_kernel(
     weight_strides_j,
     token_strides_b,
     token_strides_l,
+    output_strides_p,
     output_strides_b,
     output_strides_l,
     num_heads,
     sign,
+    parts,
     batch,
     height,
     width,
@@ -382,11 +556,13 @@ def sum_kernel(
     max_column_distance,
     stride_x,
     base_y,
+    class_row,
     C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     IS_QUERY: tl.constexpr,
+    CLASS: tl.constexpr,
     ROTATE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -395,17 +571,15 @@ def sum_kernel(
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`Σ w_ij · projection of the other token`, for own tokens that have no bank themselves.
+    """`Σ w_ij · projection of the other token`, for own tokens that have no bank themselves; one of `parts` sums of some offsets each.
 
     Programs that run at the same time read the same tokens, each with the matrix of its own offset; with `ROTATE` the same few
     matrices, each with tokens of its own.
     """
-    block = tl.program_id(1)
-    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, IS_QUERY, BATCH, ROWS)
-    own_exists = (entry < batch) & (y < width)
-    if IS_QUERY:
-        own_exists = own_exists & (y >= past)
-    entry = entry.to(tl.int64)
+    block, part = tl.program_id(1), tl.program_id(0) % parts
+    x, first_y, y, entry, own, own_exists, is_class = _own_tokens(
+        tl.program_id(0) // parts, batch, width, first, past, class_row, CLASS, IS_QUERY, BATCH, ROWS
+    )
     MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
     SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
@@ -413,13 +587,17 @@ def sum_kernel(
     low_x, count_x, low_y, count_y = _own_offsets(
         x, first_y, height, width, past, least_row, most_row, least, most, IS_QUERY, BATCH, ROWS
     )
+    count = count_x * count_y
+    if CLASS:
+        count = tl.where(is_class, 0, count)
 
     # One loop over offsets, heads that own ones meet and slices of C, so that the next loads overlap with these products.
     SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    STEPS: tl.constexpr = MEMBERS * SLICES
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
-    for step in range(count_x * count_y * (MEMBERS * SLICES)):
-        offset, member, part = step // (MEMBERS * SLICES), step // SLICES % MEMBERS, step % SLICES
+    for step in range(_begin(part, count, parts) * STEPS, _begin(part + 1, count, parts) * STEPS):
+        offset = step // STEPS
         if ROTATE:
             row_offset = _rotated(offset // count_y, low_x, count_x)
             column_offset = _rotated(offset % count_y, low_y, count_y)
@@ -429,34 +607,27 @@ def sum_kernel(
             x, y, own_exists, row_offset, column_offset, width, first, past, IS_QUERY
         )
         row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
-        inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
-        other_tokens = tl.load(
-            tokens + (entry * token_strides_b + other * token_strides_l)[:, None] + inner[None, :],
-            mask=exists[:, None] & (inner < C)[None, :],
-            other=0.0,
-        )
-        other_columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, SHARED)
-        matrix = tl.load(
-            bank + row * C * out_size + inner[:, None] * out_size + other_columns[None, :],
-            mask=(inner < C)[:, None] & column_exists[None, :],
-            other=0.0,
-        )
-        product = tl.dot(other_tokens, matrix, product, input_precision=PRECISION, out_dtype=WIDE)
-        if part == SLICES - 1:
-            place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
-            weight = _load_heads(
-                weights, place, exists, block, member, num_heads, weight_strides_a, HEADS, MEMBERS
-            ).to(WIDE)
-            total += _times_heads(product, weight, HEADS, WIDTH)
-            product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
-    own = (first + x * width + y).to(tl.int64)
-    if IS_QUERY:
-        own = own - past
-    tl.store(
-        output + (entry * output_strides_b + own * output_strides_l)[:, None] + columns[None, :],
-        total,
-        mask=own_exists[:, None] & column_exists[None, :],
-    )
+        total, product = _add_weighted(
+            total, product, step % STEPS, tokens + entry * token_strides_b + other * token_strides_l, exists,
+            bank + row * C * out_size, column_exists, out_size, weights,
+            entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j, weight_strides_a,
+            num_heads, block, C, E, WIDTH, HEADS, MEMBERS, SHARED, SLICES, BLOCK_C, WIDE, PRECISION,
+        )  # fmt: skip
+    if CLASS:
+        # A patch has one pair with the class token, which has one with each token.
+        count = tl.where(class_row < 0, 0, tl.where(is_class, 1 + height * width, 1))
+        for step in range(_begin(part, count, parts) * STEPS, _begin(part + 1, count, parts) * STEPS):
+            other = own * 0 + step // STEPS
+            query_token, key_token = (own, other) if IS_QUERY else (other, own)
+            row = (class_row + tl.where(is_class, tl.where(step < STEPS, 0, 1), 2)).to(tl.int64)
+            total, product = _add_weighted(
+                total, product, step % STEPS, tokens + entry * token_strides_b + other * token_strides_l, own_exists,
+                bank + row * C * out_size, column_exists, out_size, weights,
+                entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j, weight_strides_a,
+                num_heads, block, C, E, WIDTH, HEADS, MEMBERS, SHARED, SLICES, BLOCK_C, WIDE, PRECISION,
+            )  # fmt: skip
+    place = part.to(tl.int64) * output_strides_p + entry * output_strides_b + own * output_strides_l
+    tl.store(output + place[:, None] + columns[None, :], total, mask=own_exists[:, None] & column_exists[None, :])
 
 
 @_jit
@@ -486,12 +657,14 @@ def projection_kernel(
     max_column_distance,
     stride_x,
     base_y,
+    class_row,
     C: tl.constexpr,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     BANK: tl.constexpr,
     IS_QUERY: tl.constexpr,
+    CLASS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -500,23 +673,33 @@ def projection_kernel(
 ):
     """`w_ij · projection of the other token` of each pair of a geometry, summed over the heads that an own one meets."""
     block = tl.program_id(1)
-    row_offset, column_offset, start, before = _offset_of_tile(
-        tl.program_id(0), batch, height, width, past, least_row, most_row, least, most, ROWS
+    row_offset, column_offset, start, count, before, kind = _place_of_tile(
+        tl.program_id(0), batch, height, width, past, least_row, most_row, least, most, class_row, CLASS, ROWS
     )
-    count = _num_pairs(row_offset, column_offset, batch, height, width, past)
     if start >= count:
         return
     rows = start + tl.arange(0, ROWS)
     exists = rows < count
-    entry, query_token, key_token = _pairs_of_offset(
-        rows, row_offset, column_offset, batch, height, width, first, past
+    entry, query_token, key_token = _pairs_of_place(
+        rows, row_offset, column_offset, kind, batch, height, width, first, past, CLASS
     )
     MEMBERS: tl.constexpr = 1 if IS_QUERY else GROUPS
     SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
     own_size, out_size = num_heads * E, num_heads * MEMBERS // SHARED * E
     other = key_token if IS_QUERY else query_token
-    row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
+    row = _row_of_place(
+        row_offset,
+        column_offset,
+        kind,
+        sign,
+        max_row_distance,
+        max_column_distance,
+        stride_x,
+        base_y,
+        class_row,
+        CLASS,
+    )
     place = entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j
 
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
@@ -543,14 +726,43 @@ def projection_kernel(
     )
 
 
+@triton.jit
+def _add_transposed(
+    total,
+    part,
+    projections,
+    exists,
+    matrix,
+    inner,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds one slice of OUT of the product of projections and a transposed matrix."""
+    features = part * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    projection = tl.load(
+        projections[:, None] + features[None, :], mask=exists[:, None] & (features < OUT)[None, :], other=0.0
+    )
+    w = tl.load(
+        matrix + inner[None, :] * OUT + features[:, None],
+        mask=(inner < C)[None, :] & (features < OUT)[:, None],
+        other=0.0,
+    )
+    return tl.dot(projection, w, total, input_precision=PRECISION, out_dtype=WIDE)
+
+
 @_jit
 def token_gradient_kernel(
     output,
     projections,
     bank,
+    output_strides_p,
     output_strides_b,
     output_strides_l,
     sign,
+    parts,
     batch,
     height,
     width,
@@ -564,9 +776,11 @@ def token_gradient_kernel(
     max_column_distance,
     stride_x,
     base_y,
+    class_row,
     C: tl.constexpr,
     OUT: tl.constexpr,
     IS_QUERY: tl.constexpr,
+    CLASS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BATCH: tl.constexpr,
@@ -574,29 +788,34 @@ def token_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """Adds `Σ projection W[o]ᵀ` over the pairs of a geometry to what own tokens have already."""
-    x, first_y, y, entry = _own_tokens(tl.program_id(0), batch, width, IS_QUERY, BATCH, ROWS)
-    own_exists = (entry < batch) & (y < width)
-    if IS_QUERY:
-        own_exists = own_exists & (y >= past)
+    """Adds `Σ projection W[o]ᵀ` over the pairs of a geometry to what own tokens have already; to one of `parts` sums, some offsets each.
+
+    The projections of a class token with all patches have been summed, after those of all pairs: it is projected by one matrix for them.
+    """
+    part = tl.program_id(0) % parts
+    x, first_y, y, entry, own, own_exists, is_class = _own_tokens(
+        tl.program_id(0) // parts, batch, width, first, past, class_row, CLASS, IS_QUERY, BATCH, ROWS
+    )
     inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     low_x, count_x, low_y, count_y = _own_offsets(
         x, first_y, height, width, past, least_row, most_row, least, most, IS_QUERY, BATCH, ROWS
     )
-
-    if count_x * count_y == 0:
+    count, class_count = count_x * count_y, 0
+    if CLASS:
+        count = tl.where(is_class, 0, count)
+        class_count = tl.where((class_row < 0) | (part < parts - 1), 0, tl.where(is_class, 2, 1))
+    begin, end = _begin(part, count, parts), _begin(part + 1, count, parts)
+    if end - begin + class_count == 0:
         return
-    own = (first + x * width + y).to(tl.int64)
-    if IS_QUERY:
-        own = own - past
-    place = output + (entry.to(tl.int64) * output_strides_b + own * output_strides_l)[:, None] + inner[None, :]
+    place = part.to(tl.int64) * output_strides_p + entry * output_strides_b + own * output_strides_l
+    place = output + place[:, None] + inner[None, :]
     mask = own_exists[:, None] & (inner < C)[None, :]
 
     # Own tokens' pairs of an offset are numbered in the order of the tokens.
     number = (y * batch + entry).to(tl.int64) * OUT
     SLICES: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
     total = tl.load(place, mask=mask, other=0.0)
-    for step in range(count_x * count_y * SLICES):
+    for step in range(begin * SLICES, end * SLICES):
         offset = step // SLICES
         row_offset, column_offset = low_x + offset // count_y, low_y + offset % count_y
         # Place of the first column's query among the offset's, and how far an own token's query is from it.
@@ -607,19 +826,23 @@ def token_gradient_kernel(
         exists = own_exists & (y >= query_y) & (y < query_y + columns)
         before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
         before += (query_x * columns - query_y) * batch
-        features = step % SLICES * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        projection = tl.load(
-            projections + before * OUT + number[:, None] + features[None, :],
-            mask=exists[:, None] & (features < OUT)[None, :],
-            other=0.0,
-        )
         row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
-        matrix = tl.load(
-            bank + row * C * OUT + inner[None, :] * OUT + features[:, None],
-            mask=(inner < C)[None, :] & (features < OUT)[:, None],
-            other=0.0,
-        )
-        total = tl.dot(projection, matrix, total, input_precision=PRECISION, out_dtype=WIDE)
+        total = _add_transposed(
+            total, step % SLICES, projections + before * OUT + number, exists, bank + row * C * OUT, inner, C, OUT,
+            BLOCK_OUT, WIDE, PRECISION,
+        )  # fmt: skip
+    if CLASS:
+        for step in range(0, class_count * SLICES):
+            # A class token meets itself, then all patches; a patch meets the class token.
+            last = step // SLICES
+            kind = tl.where(is_class, last * 3, 2 if IS_QUERY else 1)
+            before = _class_pairs_before(kind, batch, height, width, past, least_row, most_row, least, most)
+            number = tl.where(is_class, entry, (x * width + y) * batch + entry) * OUT
+            row = (class_row + tl.where(is_class, last * 2, 1)).to(tl.int64)
+            total = _add_transposed(
+                total, step % SLICES, projections + before * OUT + number, own_exists, bank + row * C * OUT, inner, C,
+                OUT, BLOCK_OUT, WIDE, PRECISION,
+            )  # fmt: skip
     tl.store(place, total, mask=mask)
 
 
@@ -630,6 +853,55 @@ def _shared(offset, least, most, max_distance):
     low = tl.where(clamped == -max_distance, least, clamped)
     high = tl.where(clamped == max_distance, most, clamped)
     return tl.maximum(low, least), tl.minimum(high, most)
+
+
+@triton.jit
+def _add_pairs(
+    total,
+    tokens,
+    own,
+    projections,
+    before,
+    count,
+    columns,
+    width,
+    batch,
+    token_strides_b,
+    token_strides_l,
+    inner,
+    features,
+    C: tl.constexpr,
+    OUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds `Σ xᵀ projection` over `count` pairs, whose own tokens are rows of `columns` tokens of the grid, from `own` on."""
+    rows = tl.arange(0, ROWS)
+    step_entry, step_pair = ROWS % batch, ROWS // batch
+    # Divided once; from one tile of pairs to the next is a step along each axis, and at most one more.
+    entry, pair = rows % batch, rows // batch
+    x, y = pair // columns, pair % columns
+    for start in range(0, count, ROWS):
+        exists = start + rows < count
+        token = (own + x * width + y).to(tl.int64)
+        x_tile = tl.load(
+            tokens + (entry.to(tl.int64) * token_strides_b + token * token_strides_l)[None, :] + inner[:, None],
+            mask=exists[None, :] & (inner < C)[:, None],
+            other=0.0,
+        )
+        projection = tl.load(
+            projections + ((before + start + rows) * OUT)[:, None] + features[None, :],
+            mask=exists[:, None] & (features < OUT)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(x_tile, projection, total, input_precision=PRECISION, out_dtype=WIDE)
+        entry += step_entry
+        y += step_pair % columns + (entry >= batch).to(tl.int32)
+        x += step_pair // columns + (y >= columns).to(tl.int32)
+        entry = tl.where(entry >= batch, entry - batch, entry)
+        y = tl.where(y >= columns, y - columns, y)
+    return total
 
 
 @_jit
@@ -653,9 +925,11 @@ def bank_gradient_kernel(
     max_column_distance,
     stride_x,
     base_y,
+    class_row,
     C: tl.constexpr,
     OUT: tl.constexpr,
     IS_QUERY: tl.constexpr,
+    CLASS: tl.constexpr,
     ADD: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -665,7 +939,8 @@ def bank_gradient_kernel(
 ):
     """`Σ xᵀ projection` over the pairs of a geometry that share an offset's bank row, added to what is there with `ADD`.
 
-    Of the offsets that share a row, the first one's program goes through all of them.
+    Of the offsets that share a row, the first one's program goes through all of them. What follows the projections of all pairs: see
+    `token_gradient_kernel`.
     """
     inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     features = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -675,7 +950,12 @@ def bank_gradient_kernel(
     row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
     low_x, high_x = _shared(row_offset, least_row, most_row, max_row_distance)
     low_y, high_y = _shared(column_offset, least, most, max_column_distance)
-    if (row_offset != low_x) | (column_offset != low_y):
+    class_kind = tl.program_id(0) * 0 - 1
+    if CLASS:
+        # The rows of a class token are the last programs'; no offsets share them.
+        class_kind = tl.program_id(0) - (most_row - least_row + 1) * columns_of_row
+        row = tl.where(class_kind >= 0, (class_row + class_kind).to(tl.int64), row)
+    if ((row_offset != low_x) | (column_offset != low_y)) & (class_kind < 0):
         return
     output += row * C * OUT
     mask = (inner < C)[:, None] & (features < OUT)[None, :]
@@ -684,44 +964,33 @@ def bank_gradient_kernel(
     else:
         total = tl.zeros((BLOCK_C, BLOCK_OUT), WIDE)
 
-    rows = tl.arange(0, ROWS)
-    step_entry, step_pair = ROWS % batch, ROWS // batch
+    if CLASS:  # noqa: SIM102 (known when compiled)
+        if class_kind >= 0:
+            # The class token with itself, each patch with it, and it with all patches, which have been summed.
+            patches = class_kind == 1
+            kind = tl.where(patches, 2 if IS_QUERY else 1, tl.where(class_kind == 0, 0, 3))
+            before = _class_pairs_before(kind, batch, height, width, past, least_row, most_row, least, most)
+            count = tl.where(patches, height * width * batch, batch)
+            total = _add_pairs(
+                total, tokens, tl.where(patches, first, 0), projections, before, count, height * width, width, batch,
+                token_strides_b, token_strides_l, inner, features, C, OUT, ROWS, WIDE, PRECISION,
+            )  # fmt: skip
+            high_x = low_x - 1
     for step_x in range(0, high_x - low_x + 1):
         for step_y in range(0, high_y - low_y + 1):
             row_offset, column_offset = low_x + step_x, low_y + step_y
             count = _num_pairs(row_offset, column_offset, batch, height, width, past)
             columns, y = _num_columns(column_offset, width, past)
-            columns = tl.maximum(columns, 1)
             before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
             # Own token of the offset's first pair.
             x = tl.maximum(row_offset, 0)
             own = first + x * width + y - past
             if not IS_QUERY:
                 own = first + (x - row_offset) * width + y - column_offset
-            # Divided once; from one tile of pairs to the next is a step along each axis, and at most one more.
-            entry, pair = rows % batch, rows // batch
-            x, y = pair // columns, pair % columns
-            for start in range(0, count, ROWS):
-                exists = start + rows < count
-                token = (own + x * width + y).to(tl.int64)
-                x_tile = tl.load(
-                    tokens
-                    + (entry.to(tl.int64) * token_strides_b + token * token_strides_l)[None, :]
-                    + inner[:, None],
-                    mask=exists[None, :] & (inner < C)[:, None],
-                    other=0.0,
-                )
-                projection = tl.load(
-                    projections + ((before + start + rows) * OUT)[:, None] + features[None, :],
-                    mask=exists[:, None] & (features < OUT)[None, :],
-                    other=0.0,
-                )
-                total = tl.dot(x_tile, projection, total, input_precision=PRECISION, out_dtype=WIDE)
-                entry += step_entry
-                y += step_pair % columns + (entry >= batch).to(tl.int32)
-                x += step_pair // columns + (y >= columns).to(tl.int32)
-                entry = tl.where(entry >= batch, entry - batch, entry)
-                y = tl.where(y >= columns, y - columns, y)
+            total = _add_pairs(
+                total, tokens, own, projections, before, count, tl.maximum(columns, 1), width, batch, token_strides_b,
+                token_strides_l, inner, features, C, OUT, ROWS, WIDE, PRECISION,
+            )  # fmt: skip
     tl.store(output + inner[:, None] * OUT + features[None, :], total, mask=mask)
 
 

@@ -117,7 +117,7 @@ def attend_step(
     states, _, turns = remember_recent(cache, layer_idx, [tokens, None, turns], distance - 1)
     # By distance, and once more itself, for all that are further away.
     order = layout.once(
-        "near_order", lambda: torch.tensor([*reversed(range(distance)), distance - 1], device=tokens.device)
+        "near_order", lambda: (distance - 1 - torch.arange(distance + 1, device=tokens.device)) % distance
     )
     states = states.transpose(0, 1).index_select(0, order)
     keys, values = (_by_distance(states, side).unflatten(-1, (heads, -1)) for side in sides[-2:])
@@ -315,14 +315,13 @@ class _Image:
         turned = "k" if self.matrices["k"] is not None else "q"
         if self.rotation is None or name != turned:
             return [self.matrices[name][row] for row in rows]
-        steps = [(offset.row_offset, offset.column_offset) for offset in offsets]
-        steps = torch.tensor(steps, device=side.bank.device)
         # Keys are rotated back by their offset from the query.
-        steps = (-steps if name == "k" else steps).unbind(1)
+        steps = (-part if name == "k" else part for part in self.grid.near_steps(side.bank.device))
         cos, sin = patch_rotation(
             *steps, side.bank.shape[-1] // self.num_heads, self.rope_theta, self.rotation[0].dtype
         )
-        return list(rotate_bank(side.bank[rows], (cos, sin), self.num_heads).unbind(0))
+        near = torch.stack([self.matrices[name][row] for row in rows])
+        return list(rotate_bank(near, (cos, sin), self.num_heads).unbind(0))
 
 
 def _of_class_token(
@@ -408,8 +407,8 @@ def _key_columns(layout: PairLayout, device: torch.device) -> Tensor:
     """The token that each patch sees at each near offset, and a class token, `[N, T]`; any where there is none."""
     first, last = int(layout.class_token), layout.num_tokens - 1
     patch = torch.arange(first, layout.num_tokens, device=device)[:, None]
-    steps = [offset.row_offset * layout.width + offset.column_offset for offset in layout.near_offsets()]
-    columns = patch - torch.tensor(steps, dtype=torch.long, device=device)
+    rows, columns = layout.near_steps(device)
+    columns = patch - (rows * layout.width + columns)
     return pad(columns.clamp(0, last), (0, first))
 
 

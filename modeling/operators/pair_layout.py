@@ -247,6 +247,17 @@ class PairLayout(_MaxDistances):
         """
         return _near_offsets(self) if self.causal or self.share_far else ()
 
+    def near_steps(self, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column offset of each of an image's `near_offsets`, `[T]` each.
+
+        Made on the device: of a list, a copy would be sent to it, which a CUDA graph cannot capture.
+        """
+        if not self.share_far:
+            return torch.arange(0, device=device), torch.arange(0, device=device)
+        row, column = min(self.max_row_distance, self.height - 1), min(self.max_column_distance, self.width - 1)
+        rows, columns = (torch.arange(-reach, reach + 1, device=device) for reach in (row, column))
+        return rows.repeat(2 * column + 1), columns.repeat_interleave(2 * row + 1)
+
     def pair_order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the grouped order keeps each pair of the grid: by column shift, offset, query row, query column.
 

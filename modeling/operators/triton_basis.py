@@ -30,7 +30,7 @@ and the grid has not, which are most where a row is short. The three passes of t
 without atomics or memory per pair: each sums over other pairs.
 
 The kernels are in `basis_kernels.py`. Compiled by Triton 3.6.0 for sm_90, without a GPU, from float16 or bfloat16, for
-12 heads of 64, 8 factors and the first tiles: registers a thread, and bytes of its stack, which spilled registers
+12 heads of 64, 8 factors and the first tiles, with as many heads of keys: registers a thread, and bytes of its stack, which spilled registers
 take, of an image's 197 tokens and of a text's 4,096. Each takes a few seconds to compile. Triton 3.9.0 takes up to 424
 bytes (kv, image, forward).
 
@@ -38,7 +38,7 @@ bytes (kv, image, forward).
 |---|---|---|---|---|---|---|
 | forward | 230, 0 | 215, 0 | 158, 0 | 156, 0 | 170, 0 | 138, 0 |
 | gradients of queries | 255, 0 | 255, 0 | 228, 0 | 226, 0 | 236, 0 | 169, 0 |
-| gradients of keys and values | 255, 216 | 255, 64 | 255, 104 | 255, 0 | 255, 272 | 236, 0 |
+| gradients of keys and values | 255, 240 | 255, 144 | 255, 80 | 255, 72 | 255, 264 | 254, 0 |
 | gradients of coefficients | 232, 0 | 234, 0 | 255, 80 | 255, 80 | 97, 0 | 95, 0 |
 | the same of class tokens | 250, 0 | | 255, 256 | | 177, 0 | |
 
@@ -87,8 +87,22 @@ _TILES = {
     },
     "query_gradient_kernel": _GRADIENT_TILES,
     "key_value_gradient_kernel": _GRADIENT_TILES,
-    "coefficient_gradient_kernel": _GRADIENT_TILES | {4: ((16, 64, 4, 8, 1), (16, 16, 1, 4, 1))},
+    "coefficient_gradient_kernel": {
+        2: (
+            (64, 64, 8, 8, 2),
+            (64, 64, 8, 8, 1),
+            (64, 64, 4, 4, 2),
+            (64, 64, 4, 4, 1),
+            (32, 32, 2, 4, 1),
+            (16, 16, 1, 4, 1),
+        ),
+        4: ((16, 64, 4, 8, 1), (16, 16, 1, 4, 1)),
+        8: ((32, 32, 2, 4, 1), (16, 16, 1, 4, 1)),
+    },
 }
+# Factors of a tile at most where queries, keys and a dense part all take registers of `coefficient_gradient_kernel`: with 8 a thread spills
+# 544 to 968 bytes, with 4 none.
+MAX_FACTORS_WITH_DENSE = 4
 
 _NAMES = ("query", "key", "value", "query_coefficients", "key_coefficients", "value_coefficients", "dense_query", "dense_key", "dense_value")  # fmt: skip
 
@@ -208,7 +222,11 @@ def _arguments(tensors: dict[str, Tensor | None], mask: Tensor | None, scale: fl
 def _tiles(kernel: Any, arguments: dict[str, Any]) -> list[dict[str, int]]:
     """Tiles of a kernel, largest first: queries, keys, factors of each, and how many programs share all factors."""
     options = []
+    crowded = kernel is coefficient_gradient_kernel and arguments["DENSE_SCORES"]
+    crowded = crowded and arguments["Q_BASIS"] and arguments["K_BASIS"]
     for rows, columns, most, warps, stages in _TILES[kernel.__name__][arguments["query"].element_size()]:
+        if crowded and most > MAX_FACTORS_WITH_DENSE:
+            continue
         numbers = [arguments[name] for name in ("NQ", "NK", "NV")]
         factors = [min(next_power_of_2(number), most) for number in numbers]
         option = dict(zip(("QUERY_FACTORS", "KEY_FACTORS", "VALUE_FACTORS"), factors, strict=True))
@@ -402,7 +420,9 @@ def _coefficient_gradients(
         rows = rows.flatten(1)
         if classes is not None:
             three = classes[name]
-            rows = torch.cat((rows, three[:, [0, 2, 1]] if name == "query_coefficients" else three), 1)
+            if name == "query_coefficients":
+                three = torch.cat((three[:, :1], three[:, 1:].flip(1)), 1)
+            rows = torch.cat((rows, three), 1)
         gradients[name] = rows.t().contiguous()
     return gradients
 

@@ -4,17 +4,17 @@ The signatures are those of `reference.py`; the derivatives are those of `pair_a
 variant. Each program writes what no other writes, so there are no atomics, and results do not change between runs:
 
 - `scores_kernel` owns some pairs of one offset: one or two matrix products, multiplied and summed by head;
-- `sum_kernel` owns some tokens: the weighted sum over all their pairs of the other token's projection;
+- `sum_kernel` owns some tokens: the weighted sum over all their pairs, or some, of the other token's projection;
 - `projection_kernel` owns some pairs of one offset: the weighted projection of the other token, for the next two;
 - `token_gradient_kernel` owns some tokens: what comes back through their own bank;
 - `bank_gradient_kernel` owns a tile of one offset's matrix: the sum over that offset's pairs.
 
 The first two keep projections in registers. Gradients through a bank use each projection in as many products as it has features,
 for tokens and for matrices, so it is computed once and stored: of a chunk of offsets at a time, in the inputs' type, in memory that
-the next chunk uses again. In units of one matrix product per pair, a backward pass with two banks takes six: for each side a
+the next chunk uses again. Where few programs own tokens, each goes through a part of their offsets, and the sums are added up after. In units of one matrix product per pair, a backward pass with two banks takes six: for each side a
 projection, the tokens' gradients and the matrices'. With one bank it takes three: nothing but weights is multiplied for the
 projections, and plain tokens receive a sum. No tensor holds an element per pair and feature of all pairs, and there is no matrix per
-pair. A class token has `2L - 1` of the `L²` pairs, in three matrices: those are ordinary products (`class_token.py`).
+pair. A class token has `2L - 1` of the `L²` pairs, in three matrices: to the kernels, those are three more offsets.
 
 Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of
 keys goes through the queries' heads of each, and its sums need no second pass.
@@ -42,10 +42,9 @@ from ..kernels.pair_kernels import (
     sum_kernel,
     token_gradient_kernel,
 )
-from .class_token import add_class_gradients, add_class_values, write_class_scores
 from .heads import groups_of, projected_size
 from .pair_autograd import accumulation_dtype, register_pair_operators
-from .pair_layout import PairLayout
+from .pair_layout import NUM_CLASS_ROWS, PairLayout
 
 
 try:
@@ -69,10 +68,20 @@ class _Geometry(NamedTuple):
     max_column_distance: int
     stride_x: int  # bank rows from one row offset to the next
     base_y: int  # bank row of the column offset 0
+    class_row: int  # first bank row of a class token; −1 where it has none of the pairs
+
+    @property
+    def num_grid_offsets(self) -> int:
+        return (self.most_row - self.least_row + 1) * (self.most - self.least + 1)
 
     @property
     def num_offsets(self) -> int:
-        return (self.most_row - self.least_row + 1) * (self.most - self.least + 1)
+        """Those of the grid, and the kinds of a class token's pairs."""
+        return self.num_grid_offsets + (NUM_CLASS_ROWS if self.class_row >= 0 else 0)
+
+    @property
+    def num_patches(self) -> int:
+        return self.height * self.width
 
     def num_columns(self, column_offset: int) -> int:
         """Columns of the queries that have a key at an offset."""
@@ -90,7 +99,7 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         )
     if layout.causal:
         last = layout.num_distances - 1
-        return _Geometry(1, layout.height, 0, layout.past, 0, 0, 0, last, 0, layout.max_row_distance, 0, 0)
+        return _Geometry(1, layout.height, 0, layout.past, 0, 0, 0, last, 0, layout.max_row_distance, 0, 0, -1)
     max_row_distance, max_column_distance = layout.max_row_distance, layout.max_column_distance
     first, edge = int(layout.class_token), layout.width - 1
     return _Geometry(
@@ -106,6 +115,7 @@ def _geometry(layout: PairLayout, batch: int) -> _Geometry:
         max_column_distance,
         2 * max_column_distance + 1,
         max_column_distance,
+        layout.num_grid_offsets if layout.class_token else -1,
     )
 
 
@@ -193,6 +203,10 @@ _TILES = {kernel: {**_SMALLER_TILES, 2: (largest, *_SMALLER_TILES[2])} for kerne
 # Weighted projections of a chunk of offsets, in bytes; those of one offset may be more. Each is written once and read once by either
 # gradient, two products a feature each, so it need not stay in the L2 cache; with chunks that do, launches would be as long as kernels.
 SCRATCH_BYTES = 128 << 20
+# Programs that fill a data centre's GPU, two on each of 132 multiprocessors. Of fewer, each leaves some offsets to others, which have sums
+# of their own: at most so many, of at least so many offsets. They are to fill it several times, as they end at different times: those of
+# 96 programs over a text keep 18% of it busy, 288 keep 56%, and 768 keep 75%.
+PROGRAMS, WAVES, MAX_PARTS, PART_OFFSETS = 264, 4, 8, 16
 # Tokens, in bytes, that stay in the L2 cache beside the matrices of several offsets.
 CACHED_BYTES = 24 << 20
 
@@ -234,7 +248,8 @@ def _head_tiles(kernel: str, tokens: Tensor, in_size: int, num_heads: int, width
 def _pairs_of(geometry: _Geometry) -> int:
     """Pairs of one batch entry."""
     rows = sum(geometry.height - abs(offset) for offset in range(geometry.least_row, geometry.most_row + 1))
-    return rows * sum(map(geometry.num_columns, range(geometry.least, geometry.most + 1)))
+    pairs = rows * sum(map(geometry.num_columns, range(geometry.least, geometry.most + 1)))
+    return pairs + (1 + 2 * geometry.num_patches if geometry.class_row >= 0 else 0)
 
 
 def _num_pair_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> int:
@@ -246,8 +261,9 @@ def _num_pair_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> 
 def _chunks(geometry: _Geometry, most_pairs: int) -> tuple[_Geometry, ...]:
     """All offsets, split by what has at most so many pairs of a batch entry, or a single offset.
 
-    A chunk has all column offsets of some row offsets, or some of one.
+    A chunk has all column offsets of some row offsets, or some of one. A class token's pairs are in the last one, or one of their own.
     """
+    class_row, geometry = geometry.class_row, geometry._replace(class_row=-1)
     line = sum(map(geometry.num_columns, range(geometry.least, geometry.most + 1)))
     chunks, pairs = [], most_pairs + 1
     for row_offset in range(geometry.least_row, geometry.most_row + 1):
@@ -269,6 +285,12 @@ def _chunks(geometry: _Geometry, most_pairs: int) -> tuple[_Geometry, ...]:
             pairs = 0
         pairs += rows * line
         chunks[-1] = chunks[-1]._replace(most_row=row_offset)
+    if class_row >= 0:
+        last = chunks[-1]._replace(class_row=class_row)
+        if _pairs_of(last) <= most_pairs:
+            chunks[-1] = last
+        else:
+            chunks.append(last._replace(least_row=1, most_row=0))
     return tuple(chunks)
 
 
@@ -279,7 +301,7 @@ def _scores(
     geometry = _geometry(layout, batch)
     groups = groups_of(query, key, query_bank, key_bank)
     query_side, key_side = _sides(query, key, query_bank, key_bank, num_heads, groups, layout)
-    # A causal layout lacks pairs, and their scores are 0. All others are written.
+    # A causal layout lacks pairs, and their scores are 0. All others are written, as are all tokens of a sum.
     allocate = query.new_zeros if layout.causal else query.new_empty
     scores = allocate(batch, num_heads, layout.num_queries, layout.num_tokens, dtype=accumulation_dtype(query.dtype))
     heads = _shape_of_heads(key_side.head_size, query_side, key_side)
@@ -307,11 +329,10 @@ def _scores(
             KEY_C=key_side.in_size,
             QUERY_BANK=query_side.bank is not None,
             KEY_BANK=key_side.bank is not None,
+            CLASS=geometry.first > 0,
             **heads,
             **_types(query),
         )
-    if layout.class_token:
-        write_class_scores(scores, query, key, query_bank, key_bank, layout)
     return scores
 
 
@@ -322,17 +343,39 @@ def _own_tiles(batch: int, option: dict[str, int]) -> dict[str, int]:
 
 def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> int:
     entries = _own_tiles(batch, option)["BATCH"]
-    return geometry.height * -(-geometry.width * entries // option["ROWS"]) * -(-batch // entries)
+    tiles = geometry.height * -(-geometry.width * entries // option["ROWS"]) + (geometry.class_row >= 0)
+    return tiles * -(-batch // entries)
 
 
-def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Writes `Σ w_ij · projection of the other token` of the grid's own tokens and heads to `output`."""
+def _num_parts(programs: int, offsets: int, most: int = MAX_PARTS) -> int:
+    """Programs that share the offsets of some own tokens, where so few own them that a GPU would be idle; `most` at most."""
+    if programs >= PROGRAMS:
+        return 1
+    return max(min(-(-WAVES * PROGRAMS // max(programs, 1)), offsets // PART_OFFSETS, MAX_PARTS, most), 1)
+
+
+def _added_up(sums: Tensor) -> Tensor:
+    """`[parts, …]` to `[…]`."""
+    return sums[0] if len(sums) == 1 else sums.sum(0)
+
+
+def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tokens: int) -> Tensor:
+    """`Σ w_ij · projection of the other token` of all own tokens, `[B, tokens, features]`, in the wide type."""
     batch, num_heads = len(weights), own.num_heads
     heads = _shape_of_heads(other.head_size, own, other)
+    options = _head_tiles("sum", other.tokens, other.in_size, num_heads, heads["WIDTH"])
+
+    def programs(option: dict[str, int]) -> tuple[int, int]:
+        return _num_own_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])
+
+    parts = _num_parts(prod(programs(options[0])), geometry.num_grid_offsets)
+    output = other.tokens.new_empty(
+        parts, batch, num_tokens, num_heads * other.head_size, dtype=accumulation_dtype(other.tokens.dtype)
+    )
     launch(
         sum_kernel,
-        lambda option: (_num_own_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])),
-        _head_tiles("sum", other.tokens, other.in_size, num_heads, heads["WIDTH"]),
+        lambda option: (parts * programs(option)[0], programs(option)[1]),
+        options,
         lambda option: _own_tiles(batch, option),
         output=output,
         weights=weights,
@@ -340,39 +383,51 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, output:
         bank=other.bank,
         **_strides("weight", weights, "baij"),
         **_strides("token", other.tokens, "bl"),
-        **_strides("output", output, "bl"),
+        **_strides("output", output, "pbl"),
         num_heads=num_heads,
         sign=other.sign,
+        parts=parts,
         batch=batch,
         **geometry._asdict(),
         C=other.in_size,
         IS_QUERY=own.is_query,
+        CLASS=geometry.first > 0,
         ROTATE=other.tokens.numel() * other.tokens.element_size() <= CACHED_BYTES,
         **heads,
         **_types(other.tokens),
     )
+    return _added_up(output)
 
 
-def _add_gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, token_gradient: Tensor) -> Tensor:
-    """Adds `Σ (w_ij · projection of the other token) W[o]ᵀ` of the grid's own tokens to `token_gradient`, `[B, tokens, C]`.
+def _gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -> tuple[Tensor, Tensor]:
+    """Gradients of the own tokens and of their bank.
 
     Returns:
-        `Σ xᵀ (w_ij · projection of the other token)` for every bank row of the grid, in the bank's shape, and in its type unless offsets
-        share rows; class rows are not written.
+        `Σ (w_ij · projection of the other token) W[o]ᵀ` of the own tokens, `[B, tokens, C]`, in the wide type, and
+        `Σ xᵀ (w_ij · projection of the other token)` for every bank row, in the bank's shape, and in its type unless offsets share rows.
     """
     batch, out_size = len(weights), own.bank.shape[-1]
+    chunks = _chunks(geometry, SCRATCH_BYTES // (max(batch * out_size, 1) * own.tokens.element_size()))
+    programs = prod(_token_gradient_programs(own, geometry, _token_gradient_tiles(own)[0]))
+    wide = accumulation_dtype(own.tokens.dtype)
+    # Every chunk reads and writes the sums of all parts: a quarter of what it reads of projections at most.
+    most = SCRATCH_BYTES // 4 // max(2 * own.tokens.numel() * wide.itemsize, 1)
+    parts = _num_parts(programs, max(chunk.num_grid_offsets for chunk in chunks), most)
+    token_gradient = own.tokens.new_zeros(parts, *own.tokens.shape, dtype=wide)
     # Sums over several chunks are kept in the wide type.
     shared = geometry.most_row > geometry.max_row_distance or geometry.most > geometry.max_column_distance
     bank_gradient = torch.zeros_like(own.bank, dtype=accumulation_dtype(own.bank.dtype) if shared else None)
     if not weights.numel():
-        return bank_gradient
-    chunks = _chunks(geometry, SCRATCH_BYTES // (batch * out_size * own.tokens.element_size()))
-    projections = own.tokens.new_empty(max(map(_pairs_of, chunks)) * batch, out_size)
+        return token_gradient[0], bank_gradient
+    # Behind them, those of class tokens with all patches together.
+    projections = own.tokens.new_empty((max(map(_pairs_of, chunks)) + 1) * batch, out_size)
     for chunk in chunks:
         _project(projections, weights, own, other, chunk)
+        if chunk.class_row >= 0:
+            _sum_over_patches(projections, own, chunk, batch)
         _add_token_gradient(projections, own, chunk, token_gradient)
         _add_bank_gradient(projections, own, chunk, bank_gradient, shared)
-    return bank_gradient
+    return _added_up(token_gradient), bank_gradient
 
 
 def _project(projections: Tensor, weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -> None:
@@ -397,34 +452,62 @@ def _project(projections: Tensor, weights: Tensor, own: _Side, other: _Side, geo
         C=other.in_size,
         BANK=other.bank is not None,
         IS_QUERY=own.is_query,
+        CLASS=geometry.first > 0,
         **heads,
         **_types(own.tokens),
     )
 
 
-def _add_token_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Adds `Σ projection W[o]ᵀ` over the pairs of each own token to `output`, `[B, tokens, C]`."""
-    batch, out_size = len(output), own.bank.shape[-1]
+def _sum_over_patches(projections: Tensor, own: _Side, geometry: _Geometry, batch: int) -> None:
+    """Writes the sums of the own class token's projections with all patches behind those of all pairs."""
+    end, patches = _pairs_of(geometry) * batch, geometry.num_patches * batch
+    first = end - (2 if own.is_query else 1) * patches
+    of_patches = projections[first : first + patches].unflatten(0, (geometry.num_patches, batch))
+    torch.sum(of_patches, 0, out=projections[end : end + batch])
 
+
+def _token_gradient_tiles(own: _Side) -> list[dict[str, int]]:
     def sizes(rows: int, columns: int, depth: int) -> dict[str, int]:
         columns = _block(own.in_size, columns)
-        return {"tile": (rows, columns), "ROWS": rows, "BLOCK_C": columns, "BLOCK_OUT": _block(out_size, depth)}
+        return {
+            "tile": (rows, columns),
+            "ROWS": rows,
+            "BLOCK_C": columns,
+            "BLOCK_OUT": _block(own.bank.shape[-1], depth),
+        }
+
+    return _options("token gradient", own.tokens, sizes)
+
+
+def _token_gradient_programs(own: _Side, geometry: _Geometry, option: dict[str, int]) -> tuple[int, int]:
+    return _num_own_tiles(geometry, len(own.tokens), option), -(-own.in_size // option["BLOCK_C"])
+
+
+def _add_token_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor) -> None:
+    """Adds `Σ projection W[o]ᵀ` over the pairs of each own token to `output`, `[parts, B, tokens, C]`."""
+    parts, batch = output.shape[:2]
+
+    def grid(option: dict[str, int]) -> tuple[int, int]:
+        tiles, columns = _token_gradient_programs(own, geometry, option)
+        return parts * tiles, columns
 
     launch(
         token_gradient_kernel,
-        lambda option: (_num_own_tiles(geometry, batch, option), -(-own.in_size // option["BLOCK_C"])),
-        _options("token gradient", own.tokens, sizes),
+        grid,
+        _token_gradient_tiles(own),
         lambda option: _own_tiles(batch, option),
         output=output,
         projections=projections,
         bank=own.bank,
-        **_strides("output", output, "bl"),
+        **_strides("output", output, "pbl"),
         sign=own.sign,
+        parts=parts,
         batch=batch,
         **geometry._asdict(),
         C=own.in_size,
-        OUT=out_size,
+        OUT=own.bank.shape[-1],
         IS_QUERY=own.is_query,
+        CLASS=geometry.first > 0,
         **_types(own.tokens),
     )
 
@@ -456,6 +539,7 @@ def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, out
         C=own.in_size,
         OUT=out_size,
         IS_QUERY=own.is_query,
+        CLASS=geometry.first > 0,
         ADD=shared,
         **_types(own.tokens),
     )
@@ -480,15 +564,10 @@ def _scores_backward(
             # Outputs of an operator must not share memory: a gradient nobody asked for is an empty tensor of its own.
             gradients += [None, None]
             continue
-        token_gradient = torch.zeros_like(own.tokens, dtype=accumulation_dtype(own.tokens.dtype))
-        bank_gradient = None
         if own.bank is None:
-            _sum(gradient, own, other, geometry, token_gradient)
+            gradients += [_sum(gradient, own, other, geometry, own.tokens.shape[1]), None]
         else:
-            bank_gradient = _add_gradients(gradient, own, other, geometry, token_gradient)
-        gradients += [token_gradient, bank_gradient]
-    if layout.class_token:
-        add_class_gradients(gradients, gradient, query, key, query_bank, key_bank, layout)
+            gradients += _gradients(gradient, own, other, geometry)
     inputs = (query, query_bank, key, key_bank)
     return tuple(
         query.new_empty(0) if value is None else value.to(like.dtype).contiguous()
@@ -500,12 +579,7 @@ def _values(probabilities: Tensor, value: Tensor, value_bank: Tensor, layout: Pa
     geometry, num_heads = _geometry(layout, len(value)), probabilities.shape[1]
     value = _rows(value)
     query_side, key_side = _sides(value, value, None, value_bank, num_heads, groups, layout)
-    shape = (len(value), layout.num_queries, value_bank.shape[-1] * groups)
-    output = value.new_zeros(shape, dtype=accumulation_dtype(value.dtype))
-    _sum(probabilities, query_side, key_side, geometry, output)
-    if layout.class_token:
-        add_class_values(output, probabilities, value, value_bank, layout)
-    return output.to(value.dtype)
+    return _sum(probabilities, query_side, key_side, geometry, layout.num_queries).to(value.dtype)
 
 
 pair_scores, pair_values = register_pair_operators("triton_", _scores, _scores_backward, _values)

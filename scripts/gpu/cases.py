@@ -150,7 +150,10 @@ COMPILED = (
     Case("basis 8, base/16 q", image(14), 64, BASE, {"relative_projections": "q", "offset_basis": 8}),
     Case("basis 8, text 4096 q", text(4096), 4, TINY, {"relative_projections": "q", "offset_basis": 8}),
     replace(Case("basis 8, text 4096 kv, shared heads", text(4096), 4, BASE, KV | {"offset_basis": 8}), groups=4),
+    replace(Case("basis 8, text 1024 qkv, shared heads", text(1024), 8, BASE, QKV | {"offset_basis": 8}), groups=4),
     Case("basis 8, LoR 8, base/16 kv", image(14), 64, BASE, KV | {"relative_rank": 8, "offset_basis": 8}),
+    Case("basis 8, LoR 8, base/16 qkv", image(14), 64, BASE, QKV | {"relative_rank": 8, "offset_basis": 8}),
+    Case("basis 8, LoR 8, text 1024 qkv", text(1024), 8, BASE, QKV | {"relative_rank": 8, "offset_basis": 8}),
 )
 DRY_TIMED = (
     Case("full", image(2), 2, (8, 2, 4), KV),

@@ -40,7 +40,8 @@ def _bank_rows(geometry: triton_pairs._Geometry) -> int:
         return min(max(most, -furthest), furthest) - max(min(least, furthest), -furthest) + 1
 
     rows = different(geometry.least_row, geometry.most_row, geometry.max_row_distance)
-    return rows * different(geometry.least, geometry.most, geometry.max_column_distance)
+    rows *= different(geometry.least, geometry.most, geometry.max_column_distance)
+    return min(rows, geometry.num_grid_offsets) + geometry.num_offsets - geometry.num_grid_offsets
 
 
 def moved_bytes(launch: Launch) -> int:
@@ -80,7 +81,12 @@ def _rows_by_offset(launch: Launch, option: dict[str, int]) -> int:
     geometry, rows = _geometry(launch.arguments), option["ROWS"]
     grid_rows = [geometry.height - abs(offset) for offset in range(geometry.least_row, geometry.most_row + 1)]
     columns = map(geometry.num_columns, range(geometry.least, geometry.most + 1))
-    counts = [of_row * of_column * launch.arguments["batch"] for of_column in columns for of_row in grid_rows]
+    batch = launch.arguments["batch"]
+    counts = [of_row * of_column * batch for of_column in columns for of_row in grid_rows]
+    if geometry.class_row >= 0:
+        patches = geometry.num_patches * batch
+        # The gradient of the matrix by which a class token meets patches takes their sum.
+        counts += [batch, patches, batch if launch.name == "bank_gradient_kernel" else patches]
     return sum(_padded(count, rows) for count in counts)
 
 
@@ -99,7 +105,11 @@ def _rows_by_token(launch: Launch, option: dict[str, int]) -> int:
             (y - geometry.width + 1, last) if arguments["IS_QUERY"] else (geometry.past - last, geometry.width - 1 - y)
         )
         column_offsets += max(min(geometry.most, high) - max(geometry.least, low) + 1, 0)
-    return row_offsets * column_offsets * -(-arguments["batch"] // entries) * option["ROWS"]
+    steps, tiles = row_offsets * column_offsets, geometry.height * -(-geometry.width // wide)
+    if geometry.class_row >= 0:
+        # Each patch meets the class token, and that itself and the patches: one by one, or their sum.
+        steps += tiles + 1 + (1 if launch.name == "token_gradient_kernel" else geometry.num_patches)
+    return steps * -(-arguments["batch"] // entries) * option["ROWS"]
 
 
 def _columns(launch: Launch, option: dict[str, int]) -> int:
