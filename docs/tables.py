@@ -206,10 +206,13 @@ def budgets_table() -> str:
 def by_steps(task: str, length: str, variant: str) -> dict[int, list[Row]]:
     """The tests of a variant of the study of local Translution, by the number of steps."""
     rows = read_rows("local_study", stage="test", task=task, length=length, variant=variant)
-    counts = sorted({int(row["steps"]) for row in rows})
-    return {
-        steps: tuned_rows(task, length, "local_study", variant=variant, steps=str(steps))[variant] for steps in counts
-    }
+    found = {}
+    for steps in sorted({int(row["steps"]) for row in rows}):
+        found |= {
+            steps: group
+            for group in tuned_rows(task, length, "local_study", variant=variant, steps=str(steps)).values()
+        }
+    return found
 
 
 def trained(rows: list[Row]) -> float:

@@ -108,6 +108,9 @@ LOCAL_IMAGE_VARIANTS = [
     local("kv, D 1, shared, every second layer", "kv", 1, **SHARED, mixer_types=["translution", "rope_attention", "translution"]),
     local("kv, D 1, shared, wide", "kv", 1, **SHARED, **WIDE_IMAGE),
     local("kv, D 1, shared, first layer, wide", "kv", 1, **SHARED, **WIDE_IMAGE, mixer_types=["translution"] + ["rope_attention"] * 2),
+    # Without a distance.
+    translution(FULL_KV, "full", "kv"),
+    translution(BASIS_KV, "basis", "kv", offset_basis=8),
     Variant("ACmix", "ACmix", {"mixer_types": "acmix"}),
     Variant("convolution, then rotary", "hybrid", {"mixer_types": ["convolution"] + ["rope_attention"] * 2}),
     *(
@@ -117,6 +120,7 @@ LOCAL_IMAGE_VARIANTS = [
             "kv, D 1, shared, first layer", "kv, D 1, shared, every second layer",
         )
     ),
+    widened("rotary", FULL_KV),
     *(widened("rotary", f"local kv, D 1, shared, {name}", **WIDE_IMAGE) for name in ("wide", "first layer, wide")),
 ]  # fmt: skip
 SHORT = {SHORT_CONVOLUTION: 4}
