@@ -208,10 +208,10 @@ def by_steps(task: str, length: str, variant: str) -> dict[int, list[Row]]:
     rows = read_rows("local_study", stage="test", task=task, length=length, variant=variant)
     found = {}
     for steps in sorted({int(row["steps"]) for row in rows}):
-        found |= {
-            steps: group
-            for group in tuned_rows(task, length, "local_study", variant=variant, steps=str(steps)).values()
-        }
+        groups = tuned_rows(task, length, "local_study", variant=variant, steps=str(steps))
+        # None where tests of the rate that tuning chose are still to come.
+        if variant in groups:
+            found[steps] = groups[variant]
     return found
 
 
