@@ -37,10 +37,17 @@ def image_fields(side: int, far_offsets: str) -> dict[str, Any]:
     return {"modality": "image", "image_size": 4 * side, "patch_size": 4, "num_labels": 10, "far_offsets": far_offsets}
 
 
-def with_rival(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Fields of a local model, and of rotary attention with as many parameters and as many heads."""
+def with_rival(fields: dict[str, Any], first_layer_only: bool = False) -> dict[str, dict[str, Any]]:
+    """Fields of a local model, and of rotary attention with as many parameters and as many heads.
+
+    Args:
+        fields: those of the task.
+        first_layer_only: all other layers are rotary attention.
+    """
     config = TranslutionConfig.from_size(SIZE, "local", **fields)
     local = {name: getattr(config, name) for name in (*fields, *SIZE_FIELDS, *LOCAL_FIELDS)}
+    if first_layer_only:
+        local["mixer_types"] = local["mixer_types"][:1] + ["rope_attention"] * (config.num_hidden_layers - 1)
     plain = {name: value for name, value in local.items() if name not in LOCAL_FIELDS}
     rival = widen({**plain, "mixer_types": "rope_attention", "far_offsets": "clamped"}, count_parameters(local))
     return {"local": local, RIVAL: rival}
@@ -132,6 +139,14 @@ def local_suite(options: argparse.Namespace) -> Iterator[dict]:
         for far_offsets in ("shared", "clamped"):
             case = f"{SIZE} image {side}x{side} {far_offsets}, B {batch}"
             yield from compare(case, with_rival(image_fields(side, far_offsets)), batch, options.repeats)
+    for batch, length in TEXTS[:2]:
+        variants = with_rival(text_fields(length), first_layer_only=True)
+        yield from compare(f"{SIZE} text {length}, first layer, B {batch}", variants, batch, options.repeats)
+    for batch, side in IMAGES:
+        variants = with_rival(image_fields(side, "shared"), first_layer_only=True)
+        yield from compare(
+            f"{SIZE} image {side}x{side} shared, first layer, B {batch}", variants, batch, options.repeats
+        )
     variants = with_rival(text_fields(PROMPT + NEW_TOKENS))
     models = {name: make_model(name, fields)[0].eval() for name, fields in variants.items()}
     made = {name: (model, verify_generation(name, model, VOCABULARY)) for name, model in models.items()}
