@@ -28,6 +28,7 @@ STYLES = {
     "attention, no position": {"fmt": "v", "color": "silver"},
     "attention, absolute": {"fmt": "s:", "color": "silver"},
     "attention, rotary": {"fmt": "s-", "color": "black"},
+    "attention, rotary, narrow MLP": {"fmt": "x", "color": "black"},
     "attention, relative bias": {"fmt": "D--", "color": "gray"},
     "attention, relative vector": {"fmt": "^", "color": "gray"},
 }
@@ -111,11 +112,14 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
     )
 
 
-def equal_size(models: pd.DataFrame, name: str, kind: str) -> str | None:
-    """The widened attention of a kind that is closest in size to a model, if it is close enough."""
+def equal_size(models: pd.DataFrame, name: str, kind: str, higher_is_better: bool) -> str | None:
+    """The best widened attention of a kind among those of about as many parameters as a model."""
     is_kind = models["widened_to"].notna() & models.index.str.startswith(f"attention, {kind},")
     errors = (models["parameters"][is_kind] / models["parameters"][name] - 1).abs()
-    return errors.idxmin() if len(errors) and errors.min() <= EQUAL else None
+    means = models["mean"][errors.index[errors <= EQUAL]]
+    if means.empty:
+        return None
+    return means.idxmax() if higher_is_better else means.idxmin()
 
 
 def equal_size_table(comparison: Comparison) -> pd.DataFrame:
@@ -124,7 +128,7 @@ def equal_size_table(comparison: Comparison) -> pd.DataFrame:
     lines = []
     for name in models.index[models["family"].isin(TRANSLUTION)]:
         for kind in ATTENTION:
-            rival = equal_size(models, name, kind)
+            rival = equal_size(models, name, kind, comparison.higher_is_better)
             if rival is None:
                 continue
             one, other = models.loc[name], models.loc[rival]

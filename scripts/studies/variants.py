@@ -54,6 +54,12 @@ def widened(kind: str, target: str, **fields: Any) -> Variant:
     return Variant(f"attention, {kind}, as {target}", "attention, widened", {**ATTENTION[kind], **fields}, target)
 
 
+def narrow(target: str, shape: dict[str, Any]) -> Variant:
+    """Rotary attention of as many parameters whose MLPs are half as wide, beside the rest of the model."""
+    fields = {**ATTENTION["rotary"], **shape, "intermediate_size": shape["intermediate_size"] // 2}
+    return Variant(f"attention, rotary, narrow MLP, as {target}", "attention, widened", fields, target)
+
+
 IMAGE_VARIANTS = [
     attention("no position", mixer_types="attention"),
     attention("absolute"),
@@ -149,6 +155,9 @@ LOCAL_TEXT_VARIANTS = [
         )
     ),
     *(widened("rotary", f"local kv, D 3, rotary, {name}", **WIDE_TEXT) for name in ("wide", "first layer, wide")),
+    # The width grows in steps, and at these sizes leaves MLPs that are 5.5 times as wide as the rest: here is the next step instead.
+    narrow("local kv, D 3, rotary, first layer", TEXT_FIELDS),
+    narrow("local kv, D 3, rotary, first layer, wide", WIDE_TEXT),
 ]  # fmt: skip
 # Of each study, the variants of each task.
 STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text": LOCAL_TEXT_VARIANTS}}
