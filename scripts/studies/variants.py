@@ -128,6 +128,8 @@ LOCAL_IMAGE_VARIANTS = [
     ),
     widened("rotary", FULL_KV),
     *(widened("rotary", f"local kv, D 1, shared, {name}", **WIDE_IMAGE) for name in ("wide", "first layer, wide")),
+    narrow("local kv, D 1, shared, first layer", IMAGE_FIELDS),
+    narrow("local kv, D 1, shared, first layer, wide", WIDE_IMAGE),
 ]  # fmt: skip
 SHORT = {SHORT_CONVOLUTION: 4}
 LOCAL_TEXT_VARIANTS = [
@@ -155,7 +157,7 @@ LOCAL_TEXT_VARIANTS = [
         )
     ),
     *(widened("rotary", f"local kv, D 3, rotary, {name}", **WIDE_TEXT) for name in ("wide", "first layer, wide")),
-    # The width grows in steps, and at these sizes leaves MLPs that are 5.5 times as wide as the rest: here is the next step instead.
+    # At these sizes the steps in which widths grow leave MLPs that are 5.5 times as wide as the rest.
     narrow("local kv, D 3, rotary, first layer", TEXT_FIELDS),
     narrow("local kv, D 3, rotary, first layer, wide", WIDE_TEXT),
 ]  # fmt: skip
