@@ -128,8 +128,8 @@ LOCAL_IMAGE_VARIANTS = [
     ),
     widened("rotary", FULL_KV),
     *(widened("rotary", f"local kv, D 1, shared, {name}", **WIDE_IMAGE) for name in ("wide", "first layer, wide")),
-    narrow("local kv, D 1, shared, first layer", IMAGE_FIELDS),
-    narrow("local kv, D 1, shared, first layer, wide", WIDE_IMAGE),
+    *(narrow(f"local kv, D 1, shared{name}", IMAGE_FIELDS) for name in ("", ", first layer")),
+    *(narrow(f"local kv, D 1, shared, {name}", WIDE_IMAGE) for name in ("wide", "first layer, wide")),
 ]  # fmt: skip
 SHORT = {SHORT_CONVOLUTION: 4}
 LOCAL_TEXT_VARIANTS = [
