@@ -91,10 +91,10 @@ def on_device(mixer, hidden_states, mask, weight, dtype):
     return mixer.to(DEVICE, dtype), hidden_states.to(DEVICE, dtype), mask, weight.to(DEVICE, dtype)
 
 
-# Two banks for every layout, and two of the other forms in turn: the interpreter takes seconds for each.
+# Two banks for every layout, and one of the other forms in turn: the interpreter takes seconds for each.
 OTHERS = [("kv", None), ("q", None), ("qk", 3), ("v", 3)]
 CASES = [(layout, "qkv", None) for layout in LAYOUTS]
-CASES += [(layout, *OTHERS[(place + more) % 4]) for place, layout in enumerate(LAYOUTS) for more in (0, 2)]
+CASES += [(layout, *OTHERS[place % 4]) for place, layout in enumerate(LAYOUTS)]
 
 
 @pytest.mark.parametrize(("layout", "subset", "rank"), CASES, ids=lambda v: layout_id(v) if isinstance(v, PairLayout) else str(v))  # fmt: skip
@@ -120,7 +120,9 @@ def test_every_edge_of_a_tile(layout, small_tiles):
     plain = tensor(batch, layout.num_tokens, heads * size)
     query_bank, key_bank = (tensor(layout.num_offsets, features, heads * size) for _ in range(2))
     pairs = tensor(batch, heads, layout.num_tokens, layout.num_tokens)
-    cases = [(query, key, query_bank, key_bank), (plain, key, None, key_bank), (query, plain, query_bank, None)]
+    cases = [(query, key, query_bank, key_bank)]
+    if layout.causal:
+        cases += [(plain, key, None, key_bank), (query, plain, query_bank, None)]
     for inputs in cases:
         given = [tensor for tensor in inputs if tensor is not None]
         results = [module.pair_scores(*inputs, heads, layout) for module in operators]
@@ -425,7 +427,8 @@ def test_lower_precision_within_twice_plain_pytorch(subset, rank, basis, dtype):
 
 def test_the_same_twice():
     """From the same tensors: no sum depends on which program came first. On a GPU bit for bit; a CPU's products depend on addresses."""
-    layout = LAYOUTS[1]
+    # The interpreter runs programs one after the other.
+    layout = LAYOUTS[1 if DEVICE == "cuda" else 0]
     mixer = make_mixer(layout, "qkv")
     hidden_states, weight = torch.randn(2, BATCH, layout.num_tokens, HIDDEN)
     mixer, hidden_states, _, weight = on_device(mixer, hidden_states, None, weight, torch.float32)
@@ -453,7 +456,7 @@ def test_opcheck_of_the_basis():
 
 @pytest.mark.parametrize("operator", ["pair_scores", "pair_scores_backward", "pair_values"])
 def test_opcheck(operator):
-    layout = PairLayout.for_image(1, 2, 1, 2)
+    layout = PairLayout.for_text(2, 2)
     tokens, trained = layout.num_tokens, operator != "pair_scores_backward"
 
     def tensor(*shape):
@@ -511,8 +514,8 @@ def test_models_train_and_generate_with_the_kernels(fields):
 
 def test_autocast_and_checkpointing_with_the_kernels():
     gradients = []
-    pixels, labels = torch.randn(2, 1, 8, 8, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
-    model = image_model(num_hidden_layers=1).train()
+    pixels, labels = torch.randn(2, 1, 4, 8, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    model = image_model(num_hidden_layers=1, image_size=[4, 8]).train()
     model.set_attn_implementation(TRITON)
     for checkpointing in (False, True):
         if checkpointing:
