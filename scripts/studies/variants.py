@@ -181,8 +181,8 @@ def model_fields(
 def _widened_fields(task: str, variant: Variant, length: int | None, vocab_size: int) -> dict[str, Any]:
     known = [other for variants in STUDIES.values() for other in variants[task]]
     target = next(other for other in known if other.name == variant.widened_to)
-    narrow = model_fields(task, replace(variant, widened_to=None), length, vocab_size)
-    return widen(narrow, count_parameters(model_fields(task, target, length, vocab_size)))
+    unwidened = model_fields(task, replace(variant, widened_to=None), length, vocab_size)
+    return widen(unwidened, count_parameters(model_fields(task, target, length, vocab_size)))
 
 
 class ShortConvolution(nn.Module):
