@@ -235,7 +235,7 @@ BASIS = ["forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel",
 @pytest.mark.parametrize(
     ("layout", "groups"),
     [
-        (PairLayout.for_image(2, 1, 2, 1, 0, class_token=False), 2),
+        (PairLayout.for_image(3, 2, 3, 2, 1, class_token=False), 2),
         (PairLayout.for_image(1, 2, 1, 2), 1),
         (PairLayout.for_text(3, 3, past=1), 1),
     ],
@@ -270,8 +270,10 @@ def test_operations_over_pairs_are_those_that_are_counted(gpu_check, layout, gro
     assert max(map(len, groups_of_chunks)) > 1
     for chunks in groups_of_chunks:
         first = chunks[0].arguments
-        numbers = int((layout.offsets()[0] >= 0).sum()) * batch * (heads + first["projections"].shape[-1])
-        rows = len(chunks) if layout.clamp else layout.num_offsets
+        # Of the image, patches in the same row: what other pairs weight is summed at once.
+        pairs = layout.height * layout.width**2 if layout.clamp else int((layout.offsets()[0] >= 0).sum())
+        numbers = pairs * batch * (heads + first["projections"].shape[-1])
+        rows = 2 * layout.width - 1 if layout.clamp else layout.num_offsets
         fixed = len(chunks) * first["tokens"].numel() + rows * first["bank"][0].numel()
         assert sum(map(model.moved_bytes, chunks)) == 4 * (numbers + fixed)
 

@@ -201,9 +201,9 @@ CHUNKED = [
     (PairLayout.for_image(2, 2, 3, 2), 1),  # a bank with rows that no offset uses
     (PairLayout.for_image(1, 2, 1, 2), 0),  # a chunk of a class token's pairs alone
     (PairLayout.for_image(2, 3, 2, 3, class_token=False), 0),
-    (PairLayout.for_image(3, 2, 3, 2, max_relative_distance=0, class_token=False), 2),  # offsets that share rows
+    (PairLayout.for_image(3, 2, 3, 2, max_relative_distance=1, class_token=False), 0),  # offsets that share rows
     (PairLayout.for_text(5, 5, past=2), 2),
-    (PairLayout.for_text(6, 6, max_relative_distance=2, past=1), 2),
+    (PairLayout.for_text(6, 6, max_relative_distance=2, past=1), 1),
     (PairLayout(6, 1, False, True, 4, 1, True, 2, 3), 0),  # a band
 ]
 
@@ -236,14 +236,42 @@ def test_projections_in_several_chunks(layout, offsets, monkeypatch):
         assert relative_error(actual, expected) < TOLERANCE
 
 
+def offsets(geometry):
+    rows, columns = range(geometry.least_row, geometry.most_row + 1), range(geometry.least, geometry.most + 1)
+    return [(row, column) for row in rows for column in columns]
+
+
+SPLIT = [
+    PairLayout.for_image(3, 5, 3, 5),
+    PairLayout.for_image(3, 5, 9, 9),
+    PairLayout.for_image(4, 5, 4, 5, max_relative_distance=1),
+    PairLayout.for_image(2, 7, 2, 7, max_relative_distance=2, class_token=False),
+    PairLayout.for_image(2, 3, 2, 3, max_relative_distance=0),
+    PairLayout.for_image(1, 1, 1, 1, max_relative_distance=0),
+    PairLayout.for_text(1, 1, max_relative_distance=3),
+    PairLayout.for_text(7, 7, max_relative_distance=3, past=2),
+    PairLayout.for_text(7, 7, max_relative_distance=0),
+]
+
+
+@pytest.mark.parametrize("layout", SPLIT, ids=layout_id)
+def test_offsets_that_share_a_bank_row_are_taken_together(layout):
+    geometry = triton_pairs._geometry(layout, 1)
+    alone, shared = triton_pairs._split_by_rows(geometry)
+    rows = {}
+    for offset in offsets(geometry):
+        rows.setdefault(layout.row(*(reversed(offset) if layout.causal else offset)), []).append(offset)
+    assert offsets(alone) == [offset for each in rows.values() if len(each) == 1 for offset in each]
+    assert {triton_pairs._bank_row(each, 1): offsets(each) for each in shared} == {
+        row: each for row, each in rows.items() if len(each) > 1
+    }
+    assert alone.class_row == geometry.class_row
+    assert all(each.class_row < 0 for each in shared)
+
+
 @pytest.mark.parametrize("layout", [layout for layout, _ in CHUNKED], ids=layout_id)
 def test_chunks_have_every_offset_once(layout):
     geometry = triton_pairs._geometry(layout, 1)
-
-    def offsets(chunk):
-        rows, columns = range(chunk.least_row, chunk.most_row + 1), range(chunk.least, chunk.most + 1)
-        return [(row, column) for row in rows for column in columns]
-
     every = offsets(geometry)
     assert triton_pairs._pairs_of(geometry) == (layout.offsets()[0] >= 0).sum()
     for most in (0, 3, 10, 10**6):
@@ -258,11 +286,13 @@ def test_chunks_have_every_offset_once(layout):
 
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize(
-    "layout", [PairLayout.for_image(2, 2, 2, 2), PairLayout.for_text(5, 5, past=1)], ids=layout_id
+    "layout",
+    [PairLayout.for_image(2, 2, 2, 3), PairLayout.for_image(3, 1, 3, 1, 1), PairLayout.for_text(5, 6, past=1)],
+    ids=layout_id,
 )
 @pytest.mark.usefixtures("small_tiles", "poisoned_memory")
-def test_programs_that_share_the_offsets_of_their_tokens(layout, parts, monkeypatch):
-    """Sums in several parts, some of which have no offset of some tokens."""
+def test_programs_that_share_a_sum(layout, parts, monkeypatch):
+    """Sums in several parts, some of which have no offset of some tokens, or no pair of some offsets."""
     monkeypatch.setattr(triton_pairs, "_num_parts", lambda *given: parts)
     batch, heads, size, features = 2, 2, 3, 4
     pairs_of_offset = layout.num_queries * batch * heads * size * EXACT.itemsize
@@ -271,25 +301,29 @@ def test_programs_that_share_the_offsets_of_their_tokens(layout, parts, monkeypa
     def tensor(*shape):
         return torch.randn(*shape, dtype=torch.float64).to(DEVICE, EXACT).requires_grad_()
 
-    query, key = tensor(batch, layout.num_queries, heads * size), tensor(batch, layout.num_tokens, features)
-    bank, pairs = tensor(layout.num_offsets, features, heads * size), tensor(batch, heads, layout.num_queries, layout.num_tokens)  # fmt: skip
-    results = []
-    for module in (triton_pairs, reference):
-        scores = module.pair_scores(query, key, None, bank, heads, layout)
-        gradients = torch.autograd.grad((scores * pairs.detach()).sum(), (query, key, bank))
-        results.append((scores, *gradients, module.pair_values(pairs, key, bank, layout)))
-    for actual, expected in zip(*results, strict=True):
-        assert relative_error(actual, expected) < TOLERANCE
+    tokens = [tensor(batch, count, features) for count in (layout.num_queries, layout.num_tokens)]
+    plain = tensor(batch, layout.num_queries, heads * size)
+    banks = [tensor(layout.num_offsets, features, heads * size) for _ in range(2)]
+    pairs = tensor(batch, heads, layout.num_queries, layout.num_tokens)
+    for inputs in ((plain, tokens[1], None, banks[1]), (*tokens, *banks)):
+        given = [each for each in inputs if each is not None]
+        results = []
+        for module in (triton_pairs, reference):
+            scores = module.pair_scores(*inputs, heads, layout)
+            gradients = torch.autograd.grad((scores * pairs.detach()).sum(), given)
+            results.append((scores, *gradients, module.pair_values(pairs, tokens[1], banks[1], layout)))
+        for actual, expected in zip(*results, strict=True):
+            assert relative_error(actual, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
-    ("programs", "offsets", "parts"),
+    ("programs", "steps", "parts"),
     [(264, 10**6, 1), (263, 4096, 5), (192, 4096, 6), (96, 4096, 8), (96, 40, 2), (1, 3, 1), (0, 0, 1)],
 )
-def test_offsets_are_shared_where_programs_are_few(programs, offsets, parts):
-    assert triton_pairs._num_parts(programs, offsets) == parts
-    assert triton_pairs._num_parts(programs, offsets, 3) == min(parts, 3)
-    assert triton_pairs._num_parts(programs, offsets, 0) == 1
+def test_sums_are_shared_where_programs_are_few(programs, steps, parts):
+    assert triton_pairs._num_parts(programs, steps) == parts
+    assert triton_pairs._num_parts(programs, steps, 3) == min(parts, 3)
+    assert triton_pairs._num_parts(programs, steps, 0) == 1
 
 
 class Operations(TorchDispatchMode):

@@ -622,17 +622,16 @@ def test_constants_of_kernels_have_names_in_capitals():
 @pytest.fixture
 def tf32_restored():
     """Whatever was said of float32's precision before a test, and in it, is forgotten."""
-
-    def forget():
-        if hasattr(torch.backends, "fp32_precision"):
-            torch.backends.fp32_precision = "none"
-            torch.backends.cuda.matmul.fp32_precision = "none"
-        else:
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    forget()
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = False
     yield
-    forget()
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"
+    # Of what PyTorch has two switches for, both say the same then: where they do not, the older one cannot be read.
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_precision_is_what_the_trainer_asks_of_pytorch(tf32_restored):

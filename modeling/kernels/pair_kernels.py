@@ -501,21 +501,29 @@ def _add_weighted(
     MEMBERS: tl.constexpr,
     SHARED: tl.constexpr,
     SLICES: tl.constexpr,
+    BANK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds one slice of C to the product of tokens and a matrix, and after the last the weighted product to the sum."""
+    """Adds one slice of C to the product of tokens and a matrix, and after the last the weighted product to the sum.
+
+    Without a bank there is one slice, and tokens themselves are weighted.
+    """
     member, part = step // SLICES, step % SLICES
-    inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
-    x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
     columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, SHARED)
-    w = tl.load(
-        matrix + inner[:, None] * out_size + columns[None, :],
-        mask=(inner < C)[:, None] & column_exists[None, :],
-        other=0.0,
-    )
-    product = tl.dot(x, w, product, input_precision=PRECISION, out_dtype=WIDE)
+    if BANK:
+        inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
+        x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
+        w = tl.load(
+            matrix + inner[:, None] * out_size + columns[None, :],
+            mask=(inner < C)[:, None] & column_exists[None, :],
+            other=0.0,
+        )
+        product = tl.dot(x, w, product, input_precision=PRECISION, out_dtype=WIDE)
+    else:
+        mask = exists[:, None] & column_exists[None, :]
+        product = tl.load(tokens[:, None] + columns[None, :], mask=mask, other=0.0).to(WIDE)
     if part == SLICES - 1:
         weight = _load_heads(
             weights, weight_place, exists, block, member, num_heads, weight_stride, HEADS, MEMBERS
@@ -561,6 +569,7 @@ def sum_kernel(
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
+    BANK: tl.constexpr,
     IS_QUERY: tl.constexpr,
     CLASS: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -571,7 +580,7 @@ def sum_kernel(
     HEADS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`Σ w_ij · projection of the other token`, for own tokens that have no bank themselves; one of `parts` sums of some offsets each.
+    """`Σ w_ij · projection of the other token`, of the pairs of a geometry; one of `parts` sums of some offsets each.
 
     Programs that run at the same time read the same tokens, each with the matrix of its own offset; with `ROTATE` the same few
     matrices, each with tokens of its own.
@@ -592,7 +601,7 @@ def sum_kernel(
         count = tl.where(is_class, 0, count)
 
     # One loop over offsets, heads that own ones meet and slices of C, so that the next loads overlap with these products.
-    SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    SLICES: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C if BANK else 1
     STEPS: tl.constexpr = MEMBERS * SLICES
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
@@ -611,7 +620,7 @@ def sum_kernel(
             total, product, step % STEPS, tokens + entry * token_strides_b + other * token_strides_l, exists,
             bank + row * C * out_size, column_exists, out_size, weights,
             entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j, weight_strides_a,
-            num_heads, block, C, E, WIDTH, HEADS, MEMBERS, SHARED, SLICES, BLOCK_C, WIDE, PRECISION,
+            num_heads, block, C, E, WIDTH, HEADS, MEMBERS, SHARED, SLICES, BANK, BLOCK_C, WIDE, PRECISION,
         )  # fmt: skip
     if CLASS:
         # A patch has one pair with the class token, which has one with each token.
@@ -624,7 +633,7 @@ def sum_kernel(
                 total, product, step % STEPS, tokens + entry * token_strides_b + other * token_strides_l, own_exists,
                 bank + row * C * out_size, column_exists, out_size, weights,
                 entry * weight_strides_b + query_token * weight_strides_i + key_token * weight_strides_j, weight_strides_a,
-                num_heads, block, C, E, WIDTH, HEADS, MEMBERS, SHARED, SLICES, BLOCK_C, WIDE, PRECISION,
+                num_heads, block, C, E, WIDTH, HEADS, MEMBERS, SHARED, SLICES, BANK, BLOCK_C, WIDE, PRECISION,
             )  # fmt: skip
     place = part.to(tl.int64) * output_strides_p + entry * output_strides_b + own * output_strides_l
     tl.store(output + place[:, None] + columns[None, :], total, mask=own_exists[:, None] & column_exists[None, :])
@@ -847,22 +856,14 @@ def token_gradient_kernel(
 
 
 @triton.jit
-def _shared(offset, least, most, max_distance):
-    """The first and last offset on one axis, of those from `least` to `most`, that share a bank row with one."""
-    clamped = tl.minimum(tl.maximum(offset, -max_distance), max_distance)
-    low = tl.where(clamped == -max_distance, least, clamped)
-    high = tl.where(clamped == max_distance, most, clamped)
-    return tl.maximum(low, least), tl.minimum(high, most)
-
-
-@triton.jit
 def _add_pairs(
     total,
     tokens,
     own,
     projections,
     before,
-    count,
+    begin,
+    end,
     columns,
     width,
     batch,
@@ -876,14 +877,14 @@ def _add_pairs(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds `Σ xᵀ projection` over `count` pairs, whose own tokens are rows of `columns` tokens of the grid, from `own` on."""
-    rows = tl.arange(0, ROWS)
+    """Adds `Σ xᵀ projection` over the pairs from `begin` to `end`; own tokens are rows of `columns` tokens of the grid, from `own` on."""
+    rows = begin + tl.arange(0, ROWS)
     step_entry, step_pair = ROWS % batch, ROWS // batch
     # Divided once; from one tile of pairs to the next is a step along each axis, and at most one more.
     entry, pair = rows % batch, rows // batch
     x, y = pair // columns, pair % columns
-    for start in range(0, count, ROWS):
-        exists = start + rows < count
+    for start in range(0, end - begin, ROWS):
+        exists = start + rows < end
         token = (own + x * width + y).to(tl.int64)
         x_tile = tl.load(
             tokens + (entry.to(tl.int64) * token_strides_b + token * token_strides_l)[None, :] + inner[:, None],
@@ -912,6 +913,7 @@ def bank_gradient_kernel(
     token_strides_b,
     token_strides_l,
     sign,
+    parts,
     batch,
     height,
     width,
@@ -930,68 +932,55 @@ def bank_gradient_kernel(
     OUT: tl.constexpr,
     IS_QUERY: tl.constexpr,
     CLASS: tl.constexpr,
-    ADD: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """`Σ xᵀ projection` over the pairs of a geometry that share an offset's bank row, added to what is there with `ADD`.
+    """`Σ xᵀ projection` over the pairs of each offset, none of which share a bank row; with `SPLIT` `parts` sums of some pairs each.
 
-    Of the offsets that share a row, the first one's program goes through all of them. What follows the projections of all pairs: see
-    `token_gradient_kernel`.
+    Sums are rows of a bank; parts of them, one after the other, have a row for each offset in their order.
+
+    What follows the projections of all pairs: see `token_gradient_kernel`.
     """
     inner = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     features = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     columns_of_row = most - least + 1
-    row_offset = least_row + tl.program_id(0) // columns_of_row
-    column_offset = least + tl.program_id(0) % columns_of_row
+    offset, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    row_offset, column_offset = least_row + offset // columns_of_row, least + offset % columns_of_row
     row = _bank_row(row_offset, column_offset, sign, max_row_distance, max_column_distance, stride_x, base_y)
-    low_x, high_x = _shared(row_offset, least_row, most_row, max_row_distance)
-    low_y, high_y = _shared(column_offset, least, most, max_column_distance)
-    class_kind = tl.program_id(0) * 0 - 1
+    count = _num_pairs(row_offset, column_offset, batch, height, width, past)
+    columns, y = _num_columns(column_offset, width, past)
+    columns = tl.maximum(columns, 1)
+    before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
+    # Own token of the offset's first pair.
+    x = tl.maximum(row_offset, 0)
+    own = first + x * width + y - past
+    if not IS_QUERY:
+        own = first + (x - row_offset) * width + y - column_offset
     if CLASS:
-        # The rows of a class token are the last programs'; no offsets share them.
-        class_kind = tl.program_id(0) - (most_row - least_row + 1) * columns_of_row
-        row = tl.where(class_kind >= 0, (class_row + class_kind).to(tl.int64), row)
-    if ((row_offset != low_x) | (column_offset != low_y)) & (class_kind < 0):
-        return
-    output += row * C * OUT
-    mask = (inner < C)[:, None] & (features < OUT)[None, :]
-    if ADD:
-        total = tl.load(output + inner[:, None] * OUT + features[None, :], mask=mask, other=0.0)
-    else:
-        total = tl.zeros((BLOCK_C, BLOCK_OUT), WIDE)
-
-    if CLASS:  # noqa: SIM102 (known when compiled)
+        # The last programs have a class token's rows: it with itself, each patch with it, and it with all patches, which have been summed.
+        class_kind = offset - (most_row - least_row + 1) * columns_of_row
         if class_kind >= 0:
-            # The class token with itself, each patch with it, and it with all patches, which have been summed.
+            row = (class_row + class_kind).to(tl.int64)
             patches = class_kind == 1
             kind = tl.where(patches, 2 if IS_QUERY else 1, tl.where(class_kind == 0, 0, 3))
             before = _class_pairs_before(kind, batch, height, width, past, least_row, most_row, least, most)
             count = tl.where(patches, height * width * batch, batch)
-            total = _add_pairs(
-                total, tokens, tl.where(patches, first, 0), projections, before, count, height * width, width, batch,
-                token_strides_b, token_strides_l, inner, features, C, OUT, ROWS, WIDE, PRECISION,
-            )  # fmt: skip
-            high_x = low_x - 1
-    for step_x in range(0, high_x - low_x + 1):
-        for step_y in range(0, high_y - low_y + 1):
-            row_offset, column_offset = low_x + step_x, low_y + step_y
-            count = _num_pairs(row_offset, column_offset, batch, height, width, past)
-            columns, y = _num_columns(column_offset, width, past)
-            before = _pairs_before(row_offset, column_offset, batch, height, width, past, least_row, least, most)
-            # Own token of the offset's first pair.
-            x = tl.maximum(row_offset, 0)
-            own = first + x * width + y - past
-            if not IS_QUERY:
-                own = first + (x - row_offset) * width + y - column_offset
-            total = _add_pairs(
-                total, tokens, own, projections, before, count, tl.maximum(columns, 1), width, batch, token_strides_b,
-                token_strides_l, inner, features, C, OUT, ROWS, WIDE, PRECISION,
-            )  # fmt: skip
-    tl.store(output + inner[:, None] * OUT + features[None, :], total, mask=mask)
+            own, columns = tl.where(patches, first, 0), height * width
+    begin, end = tl.program_id(0) * 0, count
+    if SPLIT:
+        row = part.to(tl.int64) * (tl.num_programs(0) // parts) + offset
+        tiles = tl.cdiv(count, ROWS)
+        begin, end = _begin(part, tiles, parts) * ROWS, tl.minimum(_begin(part + 1, tiles, parts) * ROWS, count)
+    total = _add_pairs(
+        tl.zeros((BLOCK_C, BLOCK_OUT), WIDE), tokens, own, projections, before, begin, end, columns, width, batch,
+        token_strides_b, token_strides_l, inner, features, C, OUT, ROWS, WIDE, PRECISION,
+    )  # fmt: skip
+    mask = (inner < C)[:, None] & (features < OUT)[None, :]
+    tl.store(output + row * C * OUT + inner[:, None] * OUT + features[None, :], total, mask=mask)
 
 
 __all__ = [

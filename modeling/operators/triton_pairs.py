@@ -11,7 +11,8 @@ variant. Each program writes what no other writes, so there are no atomics, and 
 
 The first two keep projections in registers. Gradients through a bank use each projection in as many products as it has features,
 for tokens and for matrices, so it is computed once and stored: of a chunk of offsets at a time, in the inputs' type, in memory that
-the next chunk uses again. Where few programs own tokens, each goes through a part of their offsets, and the sums are added up after. In units of one matrix product per pair, a backward pass with two banks takes six: for each side a
+the next chunk uses again. Where few programs own tokens, each goes through a part of their offsets, and the sums are added up after;
+so are those of a matrix that few programs own. Of offsets that share a matrix, what they weight is summed before it meets that. In units of one matrix product per pair, a backward pass with two banks takes six: for each side a
 projection, the tokens' gradients and the matrices'. With one bank it takes three: nothing but weights is multiplied for the
 projections, and plain tokens receive a sum. No tensor holds an element per pair and feature of all pairs, and there is no matrix per
 pair. A class token has `2L - 1` of the `L²` pairs, in three matrices: to the kernels, those are three more offsets.
@@ -189,7 +190,7 @@ _SMALLER_TILES = {
     8: ((32, 32, 16, 4, 1), (16, 16, 16, 2, 1)),
 }
 # For a data centre's GPU, of each kernel: compiled for Hopper none spills registers. With four warps two programs fit on a
-# multiprocessor. A second tile of sums in registers, or the addresses of sums to add to, take eight.
+# multiprocessor. A second tile of sums in registers takes eight.
 _LARGEST_TILES = {
     "scores": (128, 128, 64, 4, 3),
     "scores of two banks": (128, 128, 64, 8, 3),
@@ -197,16 +198,15 @@ _LARGEST_TILES = {
     "projection": (128, 128, 64, 4, 3),
     "token gradient": (128, 128, 64, 8, 3),
     "bank gradient": (128, 128, 64, 4, 2),
-    "shared bank gradient": (128, 128, 64, 8, 2),
 }
 _TILES = {kernel: {**_SMALLER_TILES, 2: (largest, *_SMALLER_TILES[2])} for kernel, largest in _LARGEST_TILES.items()}
 # Weighted projections of a chunk of offsets, in bytes; those of one offset may be more. Each is written once and read once by either
 # gradient, two products a feature each, so it need not stay in the L2 cache; with chunks that do, launches would be as long as kernels.
 SCRATCH_BYTES = 128 << 20
-# Programs that fill a data centre's GPU, two on each of 132 multiprocessors. Of fewer, each leaves some offsets to others, which have sums
-# of their own: at most so many, of at least so many offsets. They are to fill it several times, as they end at different times: those of
-# 96 programs over a text keep 18% of it busy, 288 keep 56%, and 768 keep 75%.
-PROGRAMS, WAVES, MAX_PARTS, PART_OFFSETS = 264, 4, 8, 16
+# Programs that fill a data centre's GPU, two on each of 132 multiprocessors. Of fewer, each leaves some steps to others, which have sums
+# of their own: at most so many, of at least so many steps, which are offsets, or tiles of an offset's pairs. They are to fill it several
+# times, as they end at different times: those of 96 programs over a text keep 18% of it busy, 288 keep 56%, and 768 keep 75%.
+PROGRAMS, WAVES, MAX_PARTS, PART_STEPS = 264, 4, 8, 16
 # Tokens, in bytes, that stay in the L2 cache beside the matrices of several offsets.
 CACHED_BYTES = 24 << 20
 
@@ -286,11 +286,11 @@ def _chunks(geometry: _Geometry, most_pairs: int) -> tuple[_Geometry, ...]:
         pairs += rows * line
         chunks[-1] = chunks[-1]._replace(most_row=row_offset)
     if class_row >= 0:
-        last = chunks[-1]._replace(class_row=class_row)
-        if _pairs_of(last) <= most_pairs:
-            chunks[-1] = last
+        alone = geometry._replace(least_row=1, most_row=0, class_row=class_row)
+        if chunks and _pairs_of(chunks[-1]) + _pairs_of(alone) <= most_pairs:
+            chunks[-1] = chunks[-1]._replace(class_row=class_row)
         else:
-            chunks.append(last._replace(least_row=1, most_row=0))
+            chunks.append(alone)
     return tuple(chunks)
 
 
@@ -347,11 +347,11 @@ def _num_own_tiles(geometry: _Geometry, batch: int, option: dict[str, int]) -> i
     return tiles * -(-batch // entries)
 
 
-def _num_parts(programs: int, offsets: int, most: int = MAX_PARTS) -> int:
-    """Programs that share the offsets of some own tokens, where so few own them that a GPU would be idle; `most` at most."""
+def _num_parts(programs: int, steps: int, most: int = MAX_PARTS, waves: int = WAVES) -> int:
+    """Programs that share the steps of a sum, where there are so few sums that a GPU would be idle; `most` at most."""
     if programs >= PROGRAMS:
         return 1
-    return max(min(-(-WAVES * PROGRAMS // max(programs, 1)), offsets // PART_OFFSETS, MAX_PARTS, most), 1)
+    return max(min(-(-waves * PROGRAMS // max(programs, 1)), steps // PART_STEPS, MAX_PARTS, most), 1)
 
 
 def _added_up(sums: Tensor) -> Tensor:
@@ -380,7 +380,7 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tok
         output=output,
         weights=weights,
         tokens=other.tokens,
-        bank=other.bank,
+        bank=other.bank_or_tokens,
         **_strides("weight", weights, "baij"),
         **_strides("token", other.tokens, "bl"),
         **_strides("output", output, "pbl"),
@@ -390,6 +390,7 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tok
         batch=batch,
         **geometry._asdict(),
         C=other.in_size,
+        BANK=other.bank is not None,
         IS_QUERY=own.is_query,
         CLASS=geometry.first > 0,
         ROTATE=other.tokens.numel() * other.tokens.element_size() <= CACHED_BYTES,
@@ -404,30 +405,81 @@ def _gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -
 
     Returns:
         `Σ (w_ij · projection of the other token) W[o]ᵀ` of the own tokens, `[B, tokens, C]`, in the wide type, and
-        `Σ xᵀ (w_ij · projection of the other token)` for every bank row, in the bank's shape, and in its type unless offsets share rows.
+        `Σ xᵀ (w_ij · projection of the other token)` for every bank row, in the bank's shape and type.
     """
     batch, out_size = len(weights), own.bank.shape[-1]
-    chunks = _chunks(geometry, SCRATCH_BYTES // (max(batch * out_size, 1) * own.tokens.element_size()))
-    programs = prod(_token_gradient_programs(own, geometry, _token_gradient_tiles(own)[0]))
+    alone, shared = _split_by_rows(geometry)
+    chunks = _chunks(alone, SCRATCH_BYTES // (max(batch * out_size, 1) * own.tokens.element_size()))
+    programs = prod(_token_gradient_programs(own, alone, _token_gradient_tiles(own)[0]))
     wide = accumulation_dtype(own.tokens.dtype)
     # Every chunk reads and writes the sums of all parts: a quarter of what it reads of projections at most.
     most = SCRATCH_BYTES // 4 // max(2 * own.tokens.numel() * wide.itemsize, 1)
-    parts = _num_parts(programs, max(chunk.num_grid_offsets for chunk in chunks), most)
+    parts = _num_parts(programs, max((chunk.num_grid_offsets for chunk in chunks), default=0), most)
     token_gradient = own.tokens.new_zeros(parts, *own.tokens.shape, dtype=wide)
-    # Sums over several chunks are kept in the wide type.
-    shared = geometry.most_row > geometry.max_row_distance or geometry.most > geometry.max_column_distance
-    bank_gradient = torch.zeros_like(own.bank, dtype=accumulation_dtype(own.bank.dtype) if shared else None)
+    bank_gradient = torch.zeros_like(own.bank)
     if not weights.numel():
         return token_gradient[0], bank_gradient
-    # Behind them, those of class tokens with all patches together.
-    projections = own.tokens.new_empty((max(map(_pairs_of, chunks)) + 1) * batch, out_size)
+    if chunks:
+        # Behind them, those of class tokens with all patches together.
+        projections = own.tokens.new_empty((max(map(_pairs_of, chunks)) + 1) * batch, out_size)
     for chunk in chunks:
         _project(projections, weights, own, other, chunk)
         if chunk.class_row >= 0:
             _sum_over_patches(projections, own, chunk, batch)
         _add_token_gradient(projections, own, chunk, token_gradient)
-        _add_bank_gradient(projections, own, chunk, bank_gradient, shared)
-    return _added_up(token_gradient), bank_gradient
+        _add_bank_gradient(projections, own, chunk, bank_gradient)
+    token_gradient = _added_up(token_gradient)
+    # Offsets that share a bank row: what they weight is summed before it meets that matrix, and the tokens.
+    for offsets in shared:
+        sums = _sum(weights, own, other, offsets, own.tokens.shape[1])[:, geometry.first :].to(own.tokens.dtype)
+        row = _bank_row(offsets, own.sign)
+        token_gradient[:, geometry.first :] += sums @ own.bank[row].T
+        bank_gradient[row] = torch.einsum("blc,blf->cf", own.tokens[:, geometry.first :], sums)
+    return token_gradient, bank_gradient
+
+
+def _split_by_rows(geometry: _Geometry) -> tuple[_Geometry, list[_Geometry]]:
+    """The offsets that have a bank row for themselves, with those of a class token, and the others by bank row."""
+    rows = _split_axis(geometry.least_row, geometry.most_row, geometry.max_row_distance)
+    columns = _split_axis(geometry.least, geometry.most, geometry.max_column_distance)
+    shared = [
+        geometry._replace(least_row=row[0], most_row=row[-1], least=column[0], most=column[-1], class_row=-1)
+        for row in rows
+        for column in columns
+        if len(row) > 1 or len(column) > 1
+    ]
+    # The first and the last of an axis may share a row with others; those between follow each other.
+    rows, columns = ([axis[0] for axis in split if len(axis) == 1] for split in (rows, columns))
+    if not rows or not columns:
+        return geometry._replace(least_row=1, most_row=0), shared
+    alone = {"least_row": rows[0], "most_row": rows[-1], "least": columns[0], "most": columns[-1]}
+    return geometry._replace(**alone), shared
+
+
+def _split_axis(least: int, most: int, max_distance: int) -> list[range]:
+    """The offsets of an axis by the bank row that they share."""
+    low, high = max(least, -max_distance), min(most, max_distance)
+    if low >= high:
+        return [range(least, most + 1)]
+    between = [range(offset, offset + 1) for offset in range(low + 1, high)]
+    return [range(least, low + 1), *between, range(high, most + 1)]
+
+
+def _bank_row(geometry: _Geometry, sign: int) -> int:
+    """The bank row of a geometry's offsets that share it."""
+    x = max(-geometry.max_row_distance, min(sign * geometry.most_row, geometry.max_row_distance))
+    y = max(-geometry.max_column_distance, min(sign * geometry.most, geometry.max_column_distance))
+    return (x + geometry.max_row_distance) * geometry.stride_x + y + geometry.base_y
+
+
+def _bank_rows(geometry: _Geometry, sign: int, device: torch.device) -> Tensor:
+    """The bank rows of a geometry's offsets, which share none, with those of a class token; made on the device."""
+    x = sign * torch.arange(geometry.least_row, geometry.most_row + 1, device=device) + geometry.max_row_distance
+    y = sign * torch.arange(geometry.least, geometry.most + 1, device=device) + geometry.base_y
+    rows = (x[:, None] * geometry.stride_x + y).flatten()
+    if geometry.class_row < 0:
+        return rows
+    return torch.cat((rows, torch.arange(geometry.class_row, geometry.class_row + NUM_CLASS_ROWS, device=device)))
 
 
 def _project(projections: Tensor, weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -> None:
@@ -512,37 +564,47 @@ def _add_token_gradient(projections: Tensor, own: _Side, geometry: _Geometry, ou
     )
 
 
-def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor, shared: bool) -> None:
-    """Writes `Σ xᵀ projection` over the pairs of each bank row to `output`, or adds it where offsets share rows."""
-    out_size = own.bank.shape[-1]
+def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor) -> None:
+    """Writes `Σ xᵀ projection` over the pairs of each offset, which share no bank row, to `output`."""
+    out_size, batch = own.bank.shape[-1], len(own.tokens)
 
     def sizes(rows: int, columns: int, depth: int) -> dict[str, int]:
         rows, columns = _block(own.in_size, rows), _block(out_size, columns)
         return {"tile": (rows, columns), "ROWS": depth, "BLOCK_C": rows, "BLOCK_OUT": columns}
 
+    def tiles(option: dict[str, int]) -> tuple[int, int]:
+        return -(-own.in_size // option["BLOCK_C"]), -(-out_size // option["BLOCK_OUT"])
+
+    options = _options("bank gradient", own.tokens, sizes)
+    # Sums of this kernel end at about the same time.
+    steps = -(-_pairs_of(geometry) * batch // (geometry.num_offsets * options[0]["ROWS"]))
+    parts = _num_parts(geometry.num_offsets * prod(tiles(options[0])), steps, MAX_PARTS, 2)
+    sums = output
+    if parts > 1:
+        wide = accumulation_dtype(own.tokens.dtype)
+        sums = output.new_empty(parts, geometry.num_offsets, own.in_size, out_size, dtype=wide)
     launch(
         bank_gradient_kernel,
-        lambda option: (
-            geometry.num_offsets,
-            -(-own.in_size // option["BLOCK_C"]),
-            -(-out_size // option["BLOCK_OUT"]),
-        ),
-        _options("shared bank gradient" if shared else "bank gradient", own.tokens, sizes),
+        lambda option: (geometry.num_offsets * parts, *tiles(option)),
+        options,
         lambda option: {},
-        output=output,
+        output=sums,
         projections=projections,
         tokens=own.tokens,
         **_strides("token", own.tokens, "bl"),
         sign=own.sign,
-        batch=len(own.tokens),
+        parts=parts,
+        batch=batch,
         **geometry._asdict(),
         C=own.in_size,
         OUT=out_size,
         IS_QUERY=own.is_query,
         CLASS=geometry.first > 0,
-        ADD=shared,
+        SPLIT=parts > 1,
         **_types(own.tokens),
     )
+    if parts > 1:
+        output[_bank_rows(geometry, own.sign, output.device)] = sums.sum(0).to(output.dtype)
 
 
 def _scores_backward(

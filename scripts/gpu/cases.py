@@ -42,8 +42,8 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """`full`, `LoR`, `basis` or `local`."""
-        if self.layout.clamp:
+        """`full`, `LoR`, `basis` or `local`; relative queries with clamped offsets are `full`, whose kernels serve them."""
+        if self.layout.clamp and (self.layout.causal or self.layout.share_far):
             return "local"
         if "offset_basis" in self.fields:
             return "basis"
@@ -138,11 +138,11 @@ TIMED = (
     Case("text 4096 kv", text(4096), 1, TINY, KV),
     Case("local, base/16 kv", image(14, 1, share_far=True), 64, BASE, KV),
     Case("basis 8, text 1024 qkv", text(1024), 8, TINY, QKV | {"offset_basis": 8}),
+    Case("base/16 qkv, distance 3", image(14, 3), 64, BASE, QKV),
 )
-# Compiled as well: forms of kernels that no timed case has, such as offsets that share rows of a bank, and heads that share keys.
+# Compiled as well: forms of kernels that no timed case has, such as heads that share keys.
 COMPILED = (
     *TIMED,
-    Case("base/16 qkv, distance 3", image(14, 3), 64, BASE, QKV),
     replace(Case("base/16 qkv, shared heads", image(14), 64, BASE, QKV), groups=4),
     Case("LoR 8, base/16 qkv", image(14), 64, BASE, QKV | {"relative_rank": 8}),
     Case("basis 8, base/16 kv", image(14), 64, BASE, KV | {"offset_basis": 8}),

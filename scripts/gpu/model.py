@@ -61,9 +61,11 @@ def moved_bytes(launch: Launch) -> int:
                 numbers = pairs * tensor.shape[1]
             elif name == "projections":
                 numbers = pairs * tensor.shape[-1]
-            elif name.endswith("bank") or (name, launch.name) == ("output", "bank_gradient_kernel"):
+            elif name.endswith("bank"):
                 numbers = _bank_rows(geometry) * math.prod(tensor.shape[1:])
-            if name == "output" and (launch.name == "token_gradient_kernel" or arguments.get("ADD")):
+            elif (name, launch.name) == ("output", "bank_gradient_kernel"):
+                numbers = arguments["parts"] * geometry.num_offsets * math.prod(tensor.shape[-2:])
+            if (name, launch.name) == ("output", "token_gradient_kernel"):
                 numbers *= 2
         total += numbers * tensor.element_size()
     return total
@@ -129,17 +131,19 @@ def _scores(launch: Launch, option: dict[str, int]) -> int:
     return 2 * _rows_by_offset(launch, option) * _columns(launch, option) * inner
 
 
-def _sum(launch: Launch, option: dict[str, int]) -> int:
+def _inner(launch: Launch, option: dict[str, int]) -> int:
+    """Depth of the products of one own head; none where the other side has no bank: its tokens themselves are weighted."""
     arguments = launch.arguments
-    inner = _members(arguments) * _padded(arguments["C"], option["BLOCK_C"])
+    return _members(arguments) * _padded(arguments["C"], option["BLOCK_C"]) if arguments["BANK"] else 0
+
+
+def _sum(launch: Launch, option: dict[str, int]) -> int:
+    inner = _inner(launch, option)
     return 2 * _rows_by_token(launch, option) * _columns(launch, option) * inner
 
 
 def _projection(launch: Launch, option: dict[str, int]) -> int:
-    """None where the other side has no bank: its tokens themselves are weighted."""
-    arguments = launch.arguments
-    inner = _members(arguments) * _padded(arguments["C"], option["BLOCK_C"]) if arguments["BANK"] else 0
-    return 2 * _rows_by_offset(launch, option) * _columns(launch, option) * inner
+    return 2 * _rows_by_offset(launch, option) * _columns(launch, option) * _inner(launch, option)
 
 
 def _matrix(launch: Launch, option: dict[str, int]) -> int:

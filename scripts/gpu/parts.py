@@ -271,7 +271,7 @@ def _memcheck(bench: Bench) -> None:
 
 
 def sweep(bench: Bench) -> None:
-    """Memory of a chunk of offsets; then tiles of every kernel and case, each compared with the first that the kernel's list names, and
+    """Memory of a chunk of offsets, and the order of tokens in memory; then tiles of every kernel and case, each compared with the first that the kernel's list names, and
     timed; winners to a file.
     """
     winners: dict[str, tuple[float, dict[str, int]]] = {}
@@ -279,6 +279,7 @@ def sweep(bench: Bench) -> None:
     for case in cases:
         if case.kind in ("full", "LoR"):
             _sweep_memory(bench, case)
+            _time_orders(bench, case)
     for case in cases:
         recorded: dict[int, list[Launch]] = {}
         with bench.guarded(case=case.name, dtype=bench.half_name):
@@ -296,7 +297,7 @@ def sweep(bench: Bench) -> None:
 
 # Bytes that an operator may take for a chunk of offsets, or count on in the L2 cache: what is set, of which module, for which path.
 MEMORY = (("SCRATCH_BYTES", triton_pairs, "kernels"), ("CACHED_BYTES", triton_pairs, "kernels"), ("CHUNK_BYTES", grouped_gemm, "grouped_gemm"))  # fmt: skip
-MEMORY_MIB = (8, 16, 32, 64, 128)
+MEMORY_MIB = (8, 16, 32, 64, 128, 512)
 
 
 def _sweep_memory(bench: Bench, case: Case) -> None:
@@ -324,6 +325,22 @@ def _sweep_memory(bench: Bench, case: Case) -> None:
                 error = difference(found, expected)
                 ok = error <= 2 * torch.finfo(bench.half).eps
                 bench.row(**values, error=error, ok=ok, **(bench.time(run, 5) if ok else {}))
+
+
+def _time_orders(bench: Bench, case: Case) -> None:
+    """Times both passes over tokens in either order in memory, which kernels take by their strides: do neighbouring pairs gain?"""
+    mixer, tokens = case.mixer(bench.device, bench.half), case.tokens(bench.device, bench.half)
+    weight = torch.randn_like(tokens)
+    expected = both_passes(mixer, TRITON, tokens, case.layout, weight)
+    for order in ("[B, L, C]", "[L, B, C]"):
+        values = {"case": case.name, "implementation": "kernels", "passes": BOTH, "dtype": bench.half_name}
+        values["tile"] = json.dumps({"tokens": order})
+        with bench.guarded(**values):
+            ordered = tokens if order == "[B, L, C]" else tokens.transpose(0, 1).contiguous().transpose(0, 1)
+            run = partial(both_passes, mixer, TRITON, ordered, case.layout, weight)
+            error = difference(run(), expected)
+            ok = error <= 2 * torch.finfo(bench.half).eps
+            bench.row(**values, error=error, ok=ok, **(bench.time(run, 5) if ok else {}))
 
 
 def _launches_that_ran(bench: Bench, case: Case) -> dict[int, list[Launch]]:
