@@ -128,7 +128,13 @@ LOCAL_IMAGE_VARIANTS = [
     ),
     widened("rotary", FULL_KV),
     *(widened("rotary", f"local kv, D 1, shared, {name}", **WIDE_IMAGE) for name in ("wide", "first layer, wide")),
-    *(narrow(f"local kv, D 1, shared{name}", IMAGE_FIELDS) for name in ("", ", first layer")),
+    *(
+        narrow(f"local {name}", IMAGE_FIELDS)
+        for name in (
+            "kv, D 1, shared", "kv, D 2, shared", "kv, D 3, shared", "qkv, D 1, shared", "kv, D 1, shared, first layer",
+            "kv, D 1, shared, every second layer",
+        )
+    ),
     *(narrow(f"local kv, D 1, shared, {name}", WIDE_IMAGE) for name in ("wide", "first layer, wide")),
 ]  # fmt: skip
 SHORT = {SHORT_CONVOLUTION: 4}
@@ -157,8 +163,8 @@ LOCAL_TEXT_VARIANTS = [
         )
     ),
     *(widened("rotary", f"local kv, D 3, rotary, {name}", **WIDE_TEXT) for name in ("wide", "first layer, wide")),
-    # At these sizes the steps in which widths grow leave MLPs that are 5.5 times as wide as the rest.
-    narrow("local kv, D 3, rotary, first layer", TEXT_FIELDS),
+    # At these sizes the steps in which widths grow leave MLPs that are 5.0 to 5.5 times as wide as the rest.
+    *(narrow(f"local {name}", TEXT_FIELDS) for name in ("kv, D 1, rotary", "kv, D 7, rotary", "kv, D 3, rotary, first layer")),
     narrow("local kv, D 3, rotary, first layer, wide", WIDE_TEXT),
 ]  # fmt: skip
 # Of each study, the variants of each task.
