@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,11 @@ CHUNKED = [
     (PairLayout.for_image(2, 2, 3, 2), 1),  # a bank with rows that no offset uses
     (PairLayout.for_image(1, 2, 1, 2), 0),  # a chunk of a class token's pairs alone
     (PairLayout.for_image(2, 3, 2, 3, class_token=False), 0),
-    (PairLayout.for_image(3, 2, 3, 2, max_relative_distance=1, class_token=False), 0),  # offsets that share rows
+    (
+        PairLayout.for_image(3, 2, 3, 2, max_relative_distance=1, class_token=False),
+        0,
+    ),  # row offsets that share matrices
+    (PairLayout.for_image(2, 4, 2, 4, max_relative_distance=2), 1),  # column offsets
     (PairLayout.for_text(5, 5, past=2), 2),
     (PairLayout.for_text(6, 6, max_relative_distance=2, past=1), 1),
     (PairLayout(6, 1, False, True, 4, 1, True, 2, 3), 0),  # a band
@@ -257,16 +262,45 @@ SPLIT = [
 @pytest.mark.parametrize("layout", SPLIT, ids=layout_id)
 def test_offsets_that_share_a_bank_row_are_taken_together(layout):
     geometry = triton_pairs._geometry(layout, 1)
-    alone, shared = triton_pairs._split_by_rows(geometry)
+    alone, groups = triton_pairs._split_by_rows(geometry)
     rows = {}
     for offset in offsets(geometry):
         rows.setdefault(layout.row(*(reversed(offset) if layout.causal else offset)), []).append(offset)
     assert offsets(alone) == [offset for each in rows.values() if len(each) == 1 for offset in each]
-    assert {triton_pairs._bank_row(each, 1): offsets(each) for each in shared} == {
-        row: each for row, each in rows.items() if len(each) > 1
-    }
+    taken = {}
+    for group, apart in groups:
+        count, of_offset = 1, offsets(group)
+        if apart:
+            of_offset.sort(key=lambda offset: offset[apart == "column"])
+            count = len({offset[apart == "column"] for offset in of_offset})
+        size = len(of_offset) // count
+        group_rows = triton_pairs._bank_rows(group, 1, torch.device("cpu")).tolist()
+        assert len(group_rows) == count
+        for number, row in enumerate(group_rows):
+            taken[row] = sorted(of_offset[number * size : (number + 1) * size])
+        assert group.class_row < 0
+    assert taken == {row: each for row, each in rows.items() if len(each) > 1}
     assert alone.class_row == geometry.class_row
-    assert all(each.class_row < 0 for each in shared)
+    # Those of an image are no more groups for a longer distance.
+    assert len(groups) <= 8
+
+
+@pytest.mark.parametrize("layout", SPLIT, ids=layout_id)
+@pytest.mark.parametrize("is_query", [True, False], ids=["query", "key"])
+def test_tokens_that_have_offsets_of_a_group(layout, is_query):
+    geometry = triton_pairs._geometry(layout, 1)
+    height, width, past = geometry.height, geometry.width, geometry.past
+    for group, _ in triton_pairs._split_by_rows(geometry)[1]:
+        found = set()
+        for (row, column), x, y in product(offsets(group), range(height), range(past, width)):
+            other = (x - row, y - column)
+            if 0 <= other[0] < height and 0 <= other[1] < width:
+                found.add((x, y - past) if is_query else other)
+        rows, columns = triton_pairs._own_places(group, is_query)
+        assert set(product(range(rows.start, rows.stop), range(columns.start, columns.stop))) >= found
+        # The smallest such rectangle.
+        for axis, place in enumerate((rows, columns)):
+            assert {each[axis] for each in found} == set(range(place.start, place.stop))
 
 
 @pytest.mark.parametrize("layout", [layout for layout, _ in CHUNKED], ids=layout_id)
@@ -287,7 +321,12 @@ def test_chunks_have_every_offset_once(layout):
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize(
     "layout",
-    [PairLayout.for_image(2, 2, 2, 3), PairLayout.for_image(3, 1, 3, 1, 1), PairLayout.for_text(5, 6, past=1)],
+    [
+        PairLayout.for_image(2, 2, 2, 3),
+        PairLayout.for_image(3, 1, 3, 1, 1),
+        PairLayout.for_image(1, 2, 1, 2, 0),
+        PairLayout.for_text(5, 6, past=1),
+    ],
     ids=layout_id,
 )
 @pytest.mark.usefixtures("small_tiles", "poisoned_memory")

@@ -573,6 +573,7 @@ def sum_kernel(
     IS_QUERY: tl.constexpr,
     CLASS: tl.constexpr,
     ROTATE: tl.constexpr,
+    APART: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BATCH: tl.constexpr,
@@ -581,6 +582,8 @@ def sum_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """`Σ w_ij · projection of the other token`, of the pairs of a geometry; one of `parts` sums of some offsets each.
+
+    With `APART` they are sums of one row offset each, `"row"`, or of one column offset each, `"column"`.
 
     Programs that run at the same time read the same tokens, each with the matrix of its own offset; with `ROTATE` the same few
     matrices, each with tokens of its own.
@@ -593,6 +596,12 @@ def sum_kernel(
     SHARED: tl.constexpr = GROUPS if IS_QUERY else 1
     columns, column_exists = _columns(block, num_heads, E, WIDTH, HEADS)
     out_size = num_heads * MEMBERS // SHARED * E
+    if APART == "row":
+        least_row += part
+        most_row = least_row
+    if APART == "column":
+        least += part
+        most = least
     low_x, count_x, low_y, count_y = _own_offsets(
         x, first_y, height, width, past, least_row, most_row, least, most, IS_QUERY, BATCH, ROWS
     )
@@ -605,7 +614,10 @@ def sum_kernel(
     STEPS: tl.constexpr = MEMBERS * SLICES
     total = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
     product = tl.zeros((ROWS, HEADS * WIDTH), WIDE)
-    for step in range(_begin(part, count, parts) * STEPS, _begin(part + 1, count, parts) * STEPS):
+    begin, end = count * 0, count
+    if APART == "":
+        begin, end = _begin(part, count, parts), _begin(part + 1, count, parts)
+    for step in range(begin * STEPS, end * STEPS):
         offset = step // STEPS
         if ROTATE:
             row_offset = _rotated(offset // count_y, low_x, count_x)
@@ -939,9 +951,9 @@ def bank_gradient_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """`Σ xᵀ projection` over the pairs of each offset, none of which share a bank row; with `SPLIT` `parts` sums of some pairs each.
+    """`Σ xᵀ projection` over the pairs of each offset, none of which share a bank row.
 
-    Sums are rows of a bank; parts of them, one after the other, have a row for each offset in their order.
+    The output is the bank's gradient; with `SPLIT` `[parts, offsets, C, OUT]`, sums of some pairs of each offset.
 
     What follows the projections of all pairs: see `token_gradient_kernel`.
     """

@@ -12,10 +12,14 @@ variant. Each program writes what no other writes, so there are no atomics, and 
 The first two keep projections in registers. Gradients through a bank use each projection in as many products as it has features,
 for tokens and for matrices, so it is computed once and stored: of a chunk of offsets at a time, in the inputs' type, in memory that
 the next chunk uses again. Where few programs own tokens, each goes through a part of their offsets, and the sums are added up after;
-so are those of a matrix that few programs own. Of offsets that share a matrix, what they weight is summed before it meets that. In units of one matrix product per pair, a backward pass with two banks takes six: for each side a
-projection, the tokens' gradients and the matrices'. With one bank it takes three: nothing but weights is multiplied for the
-projections, and plain tokens receive a sum. No tensor holds an element per pair and feature of all pairs, and there is no matrix per
-pair. A class token has `2L - 1` of the `L²` pairs, in three matrices: to the kernels, those are three more offsets.
+so are those of a matrix that few programs own. In units of one matrix product per pair, a backward pass with two banks takes six: for
+each side a projection, the tokens' gradients and the matrices'. With one bank it takes three: nothing but weights is multiplied for
+the projections, and plain tokens receive a sum. No tensor holds an element per pair and feature of all pairs, and there is no matrix
+per pair. A class token has `2L - 1` of the `L²` pairs, in three matrices: to the kernels, those are three more offsets.
+
+Where a distance makes offsets share a matrix, what the pairs of a token and a matrix contribute to gradients is summed first, by
+`sum_kernel`. PyTorch multiplies those sums by the matrix and the tokens: a product for each token and matrix, not for each pair,
+which leaves one of the three a side.
 
 Keys and values may have fewer heads than queries (`heads.py`). No bank is repeated for that: a program that owns heads of
 keys goes through the queries' heads of each, and its sums need no second pass.
@@ -89,8 +93,8 @@ class _Geometry(NamedTuple):
         return max(self.width + min(column_offset, 0) - max(column_offset, self.past), 0)
 
 
-# Kernels number the tokens of a batch, and with them the pairs of an offset, in 32 bits.
-MAX_TOKENS = 2**31 - 1
+# Kernels number the tokens of a batch, and with them the pairs of an offset, in 32 bits; the last tile may go beyond the last pair.
+MAX_TOKENS = 2**31 - 2**10
 
 
 def _geometry(layout: PairLayout, batch: int) -> _Geometry:
@@ -361,6 +365,11 @@ def _added_up(sums: Tensor) -> Tensor:
 
 def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tokens: int) -> Tensor:
     """`Σ w_ij · projection of the other token` of all own tokens, `[B, tokens, features]`, in the wide type."""
+    return _added_up(_sums(weights, own, other, geometry, num_tokens))
+
+
+def _sums(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tokens: int, apart: str = "") -> Tensor:
+    """The same in parts that are still to be added up; or of each `"row"` or `"column"` offset one that is kept `apart`."""
     batch, num_heads = len(weights), own.num_heads
     heads = _shape_of_heads(other.head_size, own, other)
     options = _head_tiles("sum", other.tokens, other.in_size, num_heads, heads["WIDTH"])
@@ -368,7 +377,11 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tok
     def programs(option: dict[str, int]) -> tuple[int, int]:
         return _num_own_tiles(geometry, batch, option), -(-num_heads // option["HEADS"])
 
-    parts = _num_parts(prod(programs(options[0])), geometry.num_grid_offsets)
+    if apart:
+        # Those of the other axis are together.
+        parts = {"row": geometry.most_row - geometry.least_row, "column": geometry.most - geometry.least}[apart] + 1
+    else:
+        parts = _num_parts(prod(programs(options[0])), geometry.num_grid_offsets)
     output = other.tokens.new_empty(
         parts, batch, num_tokens, num_heads * other.head_size, dtype=accumulation_dtype(other.tokens.dtype)
     )
@@ -394,10 +407,11 @@ def _sum(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry, num_tok
         IS_QUERY=own.is_query,
         CLASS=geometry.first > 0,
         ROTATE=other.tokens.numel() * other.tokens.element_size() <= CACHED_BYTES,
+        APART=apart,
         **heads,
         **_types(other.tokens),
     )
-    return _added_up(output)
+    return output
 
 
 def _gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -> tuple[Tensor, Tensor]:
@@ -429,57 +443,102 @@ def _gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -
         _add_token_gradient(projections, own, chunk, token_gradient)
         _add_bank_gradient(projections, own, chunk, bank_gradient)
     token_gradient = _added_up(token_gradient)
-    # Offsets that share a bank row: what they weight is summed before it meets that matrix, and the tokens.
-    for offsets in shared:
-        sums = _sum(weights, own, other, offsets, own.tokens.shape[1])[:, geometry.first :].to(own.tokens.dtype)
-        row = _bank_row(offsets, own.sign)
-        token_gradient[:, geometry.first :] += sums @ own.bank[row].T
-        bank_gradient[row] = torch.einsum("blc,blf->cf", own.tokens[:, geometry.first :], sums)
+    for offsets, apart in shared:
+        _add_shared(weights, own, other, offsets, apart, token_gradient, bank_gradient)
     return token_gradient, bank_gradient
 
 
-def _split_by_rows(geometry: _Geometry) -> tuple[_Geometry, list[_Geometry]]:
-    """The offsets that have a bank row for themselves, with those of a class token, and the others by bank row."""
-    rows = _split_axis(geometry.least_row, geometry.most_row, geometry.max_row_distance)
-    columns = _split_axis(geometry.least, geometry.most, geometry.max_column_distance)
-    shared = [
-        geometry._replace(least_row=row[0], most_row=row[-1], least=column[0], most=column[-1], class_row=-1)
-        for row in rows
-        for column in columns
-        if len(row) > 1 or len(column) > 1
-    ]
-    # The first and the last of an axis may share a row with others; those between follow each other.
-    rows, columns = ([axis[0] for axis in split if len(axis) == 1] for split in (rows, columns))
-    if not rows or not columns:
-        return geometry._replace(least_row=1, most_row=0), shared
-    alone = {"least_row": rows[0], "most_row": rows[-1], "least": columns[0], "most": columns[-1]}
-    return geometry._replace(**alone), shared
+def _split_by_rows(geometry: _Geometry) -> tuple[_Geometry, list[tuple[_Geometry, str]]]:
+    """The offsets that have a bank row for themselves, and those of a class token; then the others.
+
+    These are groups of row and column offsets that share a bank row, but for those of one axis: its name follows, `"row"`, `"column"`
+    or, where there is none, `""`.
+    """
+    shared_rows, rows = _split_axis(geometry.least_row, geometry.most_row, geometry.max_row_distance)
+    shared_columns, columns = _split_axis(geometry.least, geometry.most, geometry.max_column_distance)
+
+    def part(rows: range, columns: range) -> _Geometry:
+        ends = {"least_row": rows[0], "most_row": rows[-1], "least": columns[0], "most": columns[-1]}
+        return geometry._replace(**ends, class_row=-1)
+
+    groups = [(part(row, column), "") for row in shared_rows for column in shared_columns]
+    groups += [(part(row, columns), "column") for row in shared_rows if columns]
+    groups += [(part(rows, column), "row") for column in shared_columns if rows]
+    if rows and columns:
+        return part(rows, columns)._replace(class_row=geometry.class_row), groups
+    return geometry._replace(least_row=1, most_row=0), groups
 
 
-def _split_axis(least: int, most: int, max_distance: int) -> list[range]:
-    """The offsets of an axis by the bank row that they share."""
+def _split_axis(least: int, most: int, max_distance: int) -> tuple[list[range], range]:
+    """The offsets of an axis that share a bank row with others, by row, and those between, that do not."""
     low, high = max(least, -max_distance), min(most, max_distance)
-    if low >= high:
-        return [range(least, most + 1)]
-    between = [range(offset, offset + 1) for offset in range(low + 1, high)]
-    return [range(least, low + 1), *between, range(high, most + 1)]
-
-
-def _bank_row(geometry: _Geometry, sign: int) -> int:
-    """The bank row of a geometry's offsets that share it."""
-    x = max(-geometry.max_row_distance, min(sign * geometry.most_row, geometry.max_row_distance))
-    y = max(-geometry.max_column_distance, min(sign * geometry.most, geometry.max_column_distance))
-    return (x + geometry.max_row_distance) * geometry.stride_x + y + geometry.base_y
+    if low >= high and least < most:
+        return [range(least, most + 1)], range(0)
+    ends = [range(least, low + 1), range(high, most + 1)]
+    shared = [end for end in ends if len(end) > 1]
+    return shared, range(low + int(low > least), high + int(high == most))
 
 
 def _bank_rows(geometry: _Geometry, sign: int, device: torch.device) -> Tensor:
-    """The bank rows of a geometry's offsets, which share none, with those of a class token; made on the device."""
-    x = sign * torch.arange(geometry.least_row, geometry.most_row + 1, device=device) + geometry.max_row_distance
-    y = sign * torch.arange(geometry.least, geometry.most + 1, device=device) + geometry.base_y
+    """The bank rows of a geometry's offsets, each once, and of a class token; made on the device."""
+
+    def axis(least: int, most: int, furthest: int) -> Tensor:
+        if least <= most:
+            least, most = (max(-furthest, min(offset, furthest)) for offset in (least, most))
+        return sign * torch.arange(least, most + 1, device=device)
+
+    x = axis(geometry.least_row, geometry.most_row, geometry.max_row_distance) + geometry.max_row_distance
+    y = axis(geometry.least, geometry.most, geometry.max_column_distance) + geometry.base_y
     rows = (x[:, None] * geometry.stride_x + y).flatten()
     if geometry.class_row < 0:
         return rows
     return torch.cat((rows, torch.arange(geometry.class_row, geometry.class_row + NUM_CLASS_ROWS, device=device)))
+
+
+def _own_places(geometry: _Geometry, is_query: bool) -> tuple[slice, slice]:
+    """Rows and columns of the own tokens that have any of a geometry's offsets."""
+    row, column = (geometry.least_row, geometry.most_row), (geometry.least, geometry.most)
+    height, width, past = geometry.height, geometry.width, geometry.past
+    if is_query:
+        rows = slice(max(row[0], 0), height + min(row[1], 0))
+        return rows, slice(max(column[0] - past, 0), width + min(column[1], 0) - past)
+    rows = slice(max(-row[1], 0), height - max(row[0], 0))
+    return rows, slice(max(past - column[1], 0), width - max(column[0], 0))
+
+
+def _add_shared(
+    weights: Tensor,
+    own: _Side,
+    other: _Side,
+    geometry: _Geometry,
+    apart: str,
+    token_gradient: Tensor,
+    bank_gradient: Tensor,
+) -> None:
+    """Adds the gradients of a group of offsets that share bank rows, see `_split_by_rows`.
+
+    What a token's pairs of one bank row contribute is summed first, so that there is a product for each token instead of each pair.
+    """
+    places = _own_places(geometry, own.is_query)
+
+    def in_grid(tokens: Tensor) -> Tensor:
+        """`[…, tokens, features]` to `[…, rows, columns, features]` of those that have such pairs."""
+        return tokens[..., geometry.first :, :].unflatten(-2, (geometry.height, -1))[..., places[0], places[1], :]
+
+    tokens, target = in_grid(own.tokens), in_grid(token_gradient)
+    least, most = ("least_row", "most_row") if apart == "row" else ("least", "most")
+    first, last = getattr(geometry, least), getattr(geometry, most)
+    step = last + 1 - first
+    if apart:
+        of_one = own.tokens[..., 0].numel() * own.bank.shape[-1] * token_gradient.element_size()
+        step = max(SCRATCH_BYTES // of_one, 1)
+    for offset in range(first, last + 1, step):
+        part = geometry._replace(**{least: offset, most: min(offset + step - 1, last)})
+        sums = _sums(weights, own, other, part, own.tokens.shape[1], apart)
+        sums = in_grid(sums if apart else sums.sum(0, keepdim=True)).to(own.tokens.dtype)
+        rows = _bank_rows(part, own.sign, sums.device)
+        target += torch.einsum("nbxyf,ncf->bxyc", sums, own.bank.index_select(0, rows))
+        bank_gradient.index_copy_(0, rows, torch.einsum("bxyc,nbxyf->ncf", tokens, sums))
 
 
 def _project(projections: Tensor, weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -> None:
@@ -565,7 +624,7 @@ def _add_token_gradient(projections: Tensor, own: _Side, geometry: _Geometry, ou
 
 
 def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, output: Tensor) -> None:
-    """Writes `Σ xᵀ projection` over the pairs of each offset, which share no bank row, to `output`."""
+    """Writes `Σ xᵀ projection` over the pairs of each offset, which share no bank row, to that row of `output`."""
     out_size, batch = own.bank.shape[-1], len(own.tokens)
 
     def sizes(rows: int, columns: int, depth: int) -> dict[str, int]:
@@ -576,7 +635,7 @@ def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, out
         return -(-own.in_size // option["BLOCK_C"]), -(-out_size // option["BLOCK_OUT"])
 
     options = _options("bank gradient", own.tokens, sizes)
-    # Sums of this kernel end at about the same time.
+    # Offsets have about as many pairs each, so that programs end together: two on each multiprocessor fill a GPU well enough.
     steps = -(-_pairs_of(geometry) * batch // (geometry.num_offsets * options[0]["ROWS"]))
     parts = _num_parts(geometry.num_offsets * prod(tiles(options[0])), steps, MAX_PARTS, 2)
     sums = output
@@ -604,7 +663,7 @@ def _add_bank_gradient(projections: Tensor, own: _Side, geometry: _Geometry, out
         **_types(own.tokens),
     )
     if parts > 1:
-        output[_bank_rows(geometry, own.sign, output.device)] = sums.sum(0).to(output.dtype)
+        output.index_copy_(0, _bank_rows(geometry, own.sign, output.device), sums.sum(0).to(output.dtype))
 
 
 def _scores_backward(

@@ -271,8 +271,8 @@ def _memcheck(bench: Bench) -> None:
 
 
 def sweep(bench: Bench) -> None:
-    """Memory of a chunk of offsets, and the order of tokens in memory; then tiles of every kernel and case, each compared with the first that the kernel's list names, and
-    timed; winners to a file.
+    """Memory of a chunk of offsets, and the order of tokens in memory; then tiles of every kernel and case, each compared with the first
+    that the kernel's list names, and timed; winners to a file.
     """
     winners: dict[str, tuple[float, dict[str, int]]] = {}
     cases = bench.cases(problems.DRY_TIMED if bench.dry else problems.TIMED)
