@@ -54,9 +54,14 @@ def widened(kind: str, target: str, **fields: Any) -> Variant:
     return Variant(f"attention, {kind}, as {target}", "attention, widened", {**ATTENTION[kind], **fields}, target)
 
 
+def with_narrow_mlp(shape: dict[str, Any]) -> dict[str, Any]:
+    """Half as wide, beside the rest of the model."""
+    return {**shape, "intermediate_size": shape["intermediate_size"] // 2}
+
+
 def narrow(target: str, shape: dict[str, Any]) -> Variant:
-    """Rotary attention of as many parameters whose MLPs are half as wide, beside the rest of the model."""
-    fields = {**ATTENTION["rotary"], **shape, "intermediate_size": shape["intermediate_size"] // 2}
+    """Rotary attention of as many parameters whose MLPs are narrow."""
+    fields = {**ATTENTION["rotary"], **with_narrow_mlp(shape)}
     return Variant(f"attention, rotary, narrow MLP, as {target}", "attention, widened", fields, target)
 
 
@@ -100,6 +105,14 @@ def local(name: str, projections: str, distance: int, **fields: Any) -> Variant:
     return translution(f"local {name}", "local", projections, max_relative_distance=distance, **fields)
 
 
+def narrow_local(variant: Variant, target: str, shape: dict[str, Any]) -> Variant:
+    """A local model with narrow MLPs and as many parameters as another."""
+    fields = {**variant.fields, **with_narrow_mlp(shape)}
+    return Variant(f"{variant.name}, narrow MLP, as {target}", "local", fields, target)
+
+
+FIRST_IMAGE_LAYER = local("kv, D 1, shared, first layer", "kv", 1, **SHARED, mixer_types=["translution"] + ["rope_attention"] * 2)  # fmt: skip
+FIRST_TEXT_LAYER = local("kv, D 3, rotary, first layer", "kv", 3, mixer_types=["rope_translution", "rope_attention"])
 LOCAL_IMAGE_VARIANTS = [
     attention("rotary"),
     local("kv, D 1, shared", "kv", 1, **SHARED),
@@ -110,7 +123,8 @@ LOCAL_IMAGE_VARIANTS = [
     local("kv, D 3, shared", "kv", 3, **SHARED),
     local("v, D 1, shared", "v", 1, **SHARED),
     local("qkv, D 1, shared", "qkv", 1, **SHARED),
-    local("kv, D 1, shared, first layer", "kv", 1, **SHARED, mixer_types=["translution"] + ["rope_attention"] * 2),
+    FIRST_IMAGE_LAYER,
+    narrow_local(FIRST_IMAGE_LAYER, "local kv, D 1, shared", IMAGE_FIELDS),
     local("kv, D 1, shared, every second layer", "kv", 1, **SHARED, mixer_types=["translution", "rope_attention", "translution"]),
     local("kv, D 1, shared, wide", "kv", 1, **SHARED, **WIDE_IMAGE),
     local("kv, D 1, shared, first layer, wide", "kv", 1, **SHARED, **WIDE_IMAGE, mixer_types=["translution"] + ["rope_attention"] * 2),
@@ -147,7 +161,8 @@ LOCAL_TEXT_VARIANTS = [
     local("v, D 3, rotary", "v", 3, **ROTARY),
     local("qkv, D 3, rotary", "qkv", 3, **ROTARY),
     local("basis 4 kv, D 4, rotary", "kv", 4, offset_basis=4, **ROTARY),
-    local("kv, D 3, rotary, first layer", "kv", 3, mixer_types=["rope_translution", "rope_attention"]),
+    FIRST_TEXT_LAYER,
+    narrow_local(FIRST_TEXT_LAYER, "local kv, D 3, rotary", TEXT_FIELDS),
     local("kv, D 3, rotary, wide", "kv", 3, **ROTARY, **WIDE_TEXT),
     local("kv, D 3, rotary, first layer, wide", "kv", 3, **WIDE_TEXT, mixer_types=["rope_translution", "rope_attention"]),
     Variant("rotary, short convolutions", "hybrid", {**ATTENTION["rotary"], **SHORT}),
