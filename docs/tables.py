@@ -32,7 +32,7 @@ from common.training_memory import (  # noqa: E402
     unallocated,
 )
 from studies.from_attention import ATTENTION, LONGER, TASKS, TRANSLUTION, frame_of  # noqa: E402
-from studies.report import paired_gain  # noqa: E402
+from studies.report import LEAST_SIZE, MOST_SIZE, paired_gain  # noqa: E402
 
 from translution import TranslutionConfig  # noqa: E402
 from translution.configuration.configuration_translution import SIZES  # noqa: E402
@@ -163,14 +163,18 @@ BUDGET_MODELS = {
     "images": {
         "every layer": "local kv, D 1, shared",
         "first layer": "local kv, D 1, shared, first layer",
+        "first layer, narrow MLP": "local kv, D 1, shared, first layer, narrow MLP, as local kv, D 1, shared",
         "every layer, wide": "local kv, D 1, shared, wide",
         "first layer, wide": "local kv, D 1, shared, first layer, wide",
+        "first layer, wide, narrow MLP": "local kv, D 1, shared, first layer, narrow MLP, as local kv, D 1, shared, wide",
     },
     "text": {
         "every layer": "local kv, D 3, rotary",
         "first layer": "local kv, D 3, rotary, first layer",
+        "first layer, narrow MLP": "local kv, D 3, rotary, first layer, narrow MLP, as local kv, D 3, rotary",
         "every layer, wide": "local kv, D 3, rotary, wide",
         "first layer, wide": "local kv, D 3, rotary, first layer, wide",
+        "first layer, wide, narrow MLP": "local kv, D 3, rotary, first layer, narrow MLP, as local kv, D 3, rotary, wide",
     },
 }
 
@@ -180,37 +184,52 @@ def budgets_table() -> str:
     lines = []
     for task, length in (("images", ""), ("text", "64"), ("text", "128")):
         column, unit = ("dynamic → dynamic", "") if task == "images" else ("perplexity", " %")
+        best = partial(max if task == "images" else min, key=partial(mean_of, column=column))
         for words, local in BUDGET_MODELS[task].items():
-            ours, *rivals = (
-                by_steps(task, length, name)
-                for name in (local, f"attention, rotary, as {local}", f"attention, rotary, narrow MLP, as {local}")
-            )
-            # Where the rival was tried in two shapes, the better one counts.
-            mean = partial(mean_of, column=column)
-            theirs = {
-                steps: (max if task == "images" else min)((one[steps] for one in rivals if steps in one), key=mean)
-                for steps in sorted({steps for one in rivals for steps in one})
-            }
+            ours = by_steps(task, length, local)
+            theirs = [
+                (steps, rows)
+                for rival in rivals_of(task, length, local)
+                for steps, rows in by_steps(task, length, rival).items()
+            ]
             if not ours or not theirs:
                 continue
-            first, more = min(ours), [steps for steps in theirs if steps > min(ours)]
-            budgets = [("equal steps", first, first)]
-            if more:
-                closest = min(more, key=lambda steps: abs(trained(theirs[steps]) - trained(ours[first])))
-                budgets.append(("equal seconds", first, closest))
-            budgets += [("equal steps, more", steps, steps) for steps in more if steps in ours]
-            for budget, *steps in budgets:
-                groups = [found[count] for found, count in zip((ours, theirs), steps, strict=True)]
-                results = [pd.Series({row["seed"]: float(row[column]) for row in group}) for group in groups]
+            first = min(ours)
+            budgets = [("equal steps", ours[first], [rows for steps, rows in theirs if steps == first])]
+            longer = [rows for steps, rows in theirs if steps > first]
+            if longer:
+                budgets.append(("equal seconds", ours[first], as_long(longer, trained(ours[first]))))
+            budgets += [
+                ("equal steps, more", ours[more], [rows for steps, rows in theirs if steps == more])
+                for more in sorted(ours)[1:]
+            ]
+            for budget, group, rivals in budgets:
+                if not rivals:
+                    continue
+                groups = [group, best(rivals)]
+                results = [pd.Series({row["seed"]: float(row[column]) for row in rows}) for rows in groups]
                 gain, interval = paired_gain(*results, task == "images")
-                cells = [
-                    f"{count} steps, {trained(group):.0f} s: {spread(group, column)}"
-                    for count, group in zip(steps, groups, strict=True)
-                ]
+                cells = [f"{rows[0]['steps']} steps, {trained(rows):.0f} s: {spread(rows, column)}" for rows in groups]
                 gains = [f"{gain:+.1f}{unit}", interval_words(interval, "+.1f", unit)]
                 lines.append([f"{task} {length}".strip(), words, budget, *cells, *gains])
     columns = ["task", "local in", "budget", "local", "rotary attention", "gain", "95 % interval"]
     return markdown(columns, lines, texts=3)
+
+
+def as_long(runs: list[list[Row]], seconds: float) -> list[list[Row]]:
+    """Those that trained for at most a tenth more processor seconds; where all took longer, the shortest."""
+    return [rows for rows in runs if trained(rows) <= 1.1 * seconds] or [min(runs, key=trained)]
+
+
+def rivals_of(task: str, length: str, variant: str) -> list[str]:
+    """Widened rotary attention of as many parameters as a variant, or somewhat fewer, in all its shapes."""
+    sizes = {
+        row["variant"]: int(row["parameters"])
+        for row in read_rows("local_study", stage="test", task=task, length=length)
+        if row["variant"] == variant or row["variant"].startswith("attention, rotary, ")
+    }
+    own = sizes.pop(variant, 0)
+    return [name for name, size in sizes.items() if LEAST_SIZE * own <= size <= MOST_SIZE * own]
 
 
 def by_steps(task: str, length: str, variant: str) -> dict[int, list[Row]]:
@@ -230,9 +249,12 @@ def mean_of(rows: list[Row], column: str) -> float:
 
 
 def trained(rows: list[Row]) -> float:
-    """Processor seconds of one training; a row of images has two."""
-    seconds = statistics.median(float(row["cpu_seconds"]) for row in rows)
-    return seconds / (2 if rows[0]["task"] == "images" else 1)
+    """Processor seconds of one training, by the fastest step of all runs of the model: what else a machine does slows others down."""
+    one = rows[0]
+    runs = read_rows("local_study", task=one["task"], length=one["length"], variant=one["variant"])
+    # A test of images has two trainings.
+    steps = (int(run["steps"]) * (2 if (run["task"], run["stage"]) == ("images", "test") else 1) for run in runs)
+    return int(one["steps"]) * min(float(run["cpu_seconds"]) / count for run, count in zip(runs, steps, strict=True))
 
 
 def from_attention_table() -> str:

@@ -302,12 +302,15 @@ def test_flops_of_text_leave_out_the_future():
 
 
 def test_tables_follow_from_the_rows():
-    """Two seeds of a Translution and of attention of nearly its size; a third model is too large to compare."""
+    """Two seeds of a Translution and of attention of nearly its size; a third model is too large to compare, a fourth too small."""
 
-    def comparison(translution, attention, higher_is_better=True):
+    def comparison(translution, attention, higher_is_better=True, least=840):
         models = [("full kv", "full", 1000, None, translution)]
         models += [("attention, rotary, as full kv", "attention, widened", 1020, "full kv", attention)]
         models += [("attention, absolute, as full kv", "attention, widened", 1040, "full kv", attention)]
+        models += [
+            ("attention, rotary, as full v", "attention, widened", least, "full v", [value + 1 for value in attention])
+        ]
         rows = [
             {
                 "variant": name,
@@ -339,6 +342,9 @@ def test_tables_follow_from_the_rows():
         (line,) = equal_size_table(comparison(values, others)).itertuples(index=False)
         assert (line[0], line[3], line[1], line[4]) == ("full kv", "rotary", "1,000", "1,020")
         assert line[-2:] == (gain, interval(*differences))
+    # A smaller model that is better.
+    (line,) = equal_size_table(comparison([3, 5], [1, 2], least=860)).itertuples(index=False)
+    assert (line[4], line[-2]) == ("860", "+1.5")
     (line,) = equal_size_table(comparison([40, 60], [80, 100], False)).itertuples(index=False)
     assert line[-2:] == ("+45.0 %", interval(50, 40, " %"))
     # The standard deviation of two values is their difference over the root of 2.

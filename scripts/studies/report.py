@@ -21,8 +21,8 @@ from studies.variants import ATTENTION
 MARKERS = ("<!-- scripts/study.py writes from here -->", "<!-- to here -->")
 NUMBERS = ["parameters", "forward_flops", "train_seconds", "cpu_seconds", *COMPARISONS, "perplexity"]
 TRANSLUTION = ("full", "LoR", "basis", "hybrid", "local")
-# Relative difference of sizes that still count as equal.
-EQUAL = 0.03
+# Sizes of rivals over a model's: somewhat smaller ones count as well, as more parameters are not always better.
+LEAST_SIZE, MOST_SIZE = 0.85, 1.03
 
 STYLES = {
     "attention, no position": {"fmt": "v", "color": "silver"},
@@ -113,10 +113,10 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def equal_size(models: pd.DataFrame, name: str, kind: str, higher_is_better: bool) -> str | None:
-    """The best widened attention of a kind among those of about as many parameters as a model."""
+    """The best widened attention of a kind among those of about as many parameters as a model, or somewhat fewer."""
     is_kind = models["widened_to"].notna() & models.index.str.startswith(f"attention, {kind},")
-    errors = (models["parameters"][is_kind] / models["parameters"][name] - 1).abs()
-    means = models["mean"][errors.index[errors <= EQUAL]]
+    sizes = models["parameters"][is_kind] / models["parameters"][name]
+    means = models["mean"][sizes.index[sizes.between(LEAST_SIZE, MOST_SIZE)]]
     if means.empty:
         return None
     return means.idxmax() if higher_is_better else means.idxmin()
