@@ -59,10 +59,10 @@ def with_narrow_mlp(shape: dict[str, Any]) -> dict[str, Any]:
     return {**shape, "intermediate_size": shape["intermediate_size"] // 2}
 
 
-def narrow(target: str, shape: dict[str, Any]) -> Variant:
+def narrow(target: str, shape: dict[str, Any], how: str = "narrow") -> Variant:
     """Rotary attention of as many parameters whose MLPs are narrow."""
     fields = {**ATTENTION["rotary"], **with_narrow_mlp(shape)}
-    return Variant(f"attention, rotary, narrow MLP, as {target}", "attention, widened", fields, target)
+    return Variant(f"attention, rotary, {how} MLP, as {target}", "attention, widened", fields, target)
 
 
 IMAGE_VARIANTS = [
@@ -183,6 +183,7 @@ LOCAL_TEXT_VARIANTS = [
     # At these sizes the steps in which widths grow leave MLPs that are 5.0 to 5.5 times as wide as the rest.
     *(narrow(f"local {name}", TEXT_FIELDS) for name in ("kv, D 1, rotary", "kv, D 7, rotary", "kv, D 3, rotary, first layer")),
     narrow("local kv, D 3, rotary, first layer, wide", WIDE_TEXT),
+    narrow("local kv, D 3, rotary, wide", with_narrow_mlp(WIDE_TEXT), "narrower"),
 ]  # fmt: skip
 # Of each study, the variants of each task.
 STUDIES = {"mixers": VARIANTS, "local": {"images": LOCAL_IMAGE_VARIANTS, "text": LOCAL_TEXT_VARIANTS}}
