@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 
@@ -60,10 +60,17 @@ PASSES = {"forward": "forward", "forward+backward": "forward + backward"}
 Row = dict[str, str]
 
 
+@cache
+def rows_of(path: Path) -> list[Row]:
+    """All rows of a CSV, read once: a table asks for them again and again."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read_rows(name: str, **columns: str) -> list[Row]:
     """The rows of a CSV in scripts/results that have the given values in the given columns."""
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in columns.items())]
+    rows = rows_of(RESULTS / f"{name}.csv")
+    return [row for row in rows if all(row[key] == value for key, value in columns.items())]
 
 
 def only(rows: list[Row], **columns: str) -> Row:

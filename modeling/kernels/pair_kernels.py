@@ -237,6 +237,39 @@ def _times_heads(tile, weight, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _add_slice(
+    product,
+    start,
+    tokens,
+    exists,
+    matrix,
+    columns,
+    column_exists,
+    out_size,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds a slice of C, from `start` on, to the product of tokens and a matrix."""
+    inner = start + tl.arange(0, BLOCK_C)
+    x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
+    w = tl.load(
+        matrix + inner[:, None] * out_size + columns[None, :],
+        mask=(inner < C)[:, None] & column_exists[None, :],
+        other=0.0,
+    )
+    return tl.dot(x, w, product, input_precision=PRECISION, out_dtype=WIDE)
+
+
+@triton.jit
+def _token_tile(tokens, exists, columns, column_exists, WIDE: tl.constexpr):
+    """Tokens themselves, `[rows, columns]` in the wide type."""
+    mask = exists[:, None] & column_exists[None, :]
+    return tl.load(tokens[:, None] + columns[None, :], mask=mask, other=0.0).to(WIDE)
+
+
+@triton.jit
 def _side_tile(
     tokens,
     exists,
@@ -254,17 +287,11 @@ def _side_tile(
     if BANK:
         tile = tl.zeros((tokens.shape[0], columns.shape[0]), WIDE)
         for start in range(0, C, BLOCK_C):
-            inner = start + tl.arange(0, BLOCK_C)
-            x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
-            w = tl.load(
-                matrix + inner[:, None] * out_size + columns[None, :],
-                mask=(inner < C)[:, None] & column_exists[None, :],
-                other=0.0,
+            tile = _add_slice(
+                tile, start, tokens, exists, matrix, columns, column_exists, out_size, C, BLOCK_C, WIDE, PRECISION
             )
-            tile = tl.dot(x, w, tile, input_precision=PRECISION, out_dtype=WIDE)
     else:
-        mask = exists[:, None] & column_exists[None, :]
-        tile = tl.load(tokens[:, None] + columns[None, :], mask=mask, other=0.0).to(WIDE)
+        tile = _token_tile(tokens, exists, columns, column_exists, WIDE)
     return tile
 
 
@@ -513,17 +540,12 @@ def _add_weighted(
     member, part = step // SLICES, step % SLICES
     columns = _other_columns(block, member, E, WIDTH, HEADS, MEMBERS, SHARED)
     if BANK:
-        inner = part * BLOCK_C + tl.arange(0, BLOCK_C)
-        x = tl.load(tokens[:, None] + inner[None, :], mask=exists[:, None] & (inner < C)[None, :], other=0.0)
-        w = tl.load(
-            matrix + inner[:, None] * out_size + columns[None, :],
-            mask=(inner < C)[:, None] & column_exists[None, :],
-            other=0.0,
+        start = part * BLOCK_C
+        product = _add_slice(
+            product, start, tokens, exists, matrix, columns, column_exists, out_size, C, BLOCK_C, WIDE, PRECISION
         )
-        product = tl.dot(x, w, product, input_precision=PRECISION, out_dtype=WIDE)
     else:
-        mask = exists[:, None] & column_exists[None, :]
-        product = tl.load(tokens[:, None] + columns[None, :], mask=mask, other=0.0).to(WIDE)
+        product = _token_tile(tokens, exists, columns, column_exists, WIDE)
     if part == SLICES - 1:
         weight = _load_heads(
             weights, weight_place, exists, block, member, num_heads, weight_stride, HEADS, MEMBERS

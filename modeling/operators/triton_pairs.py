@@ -433,9 +433,8 @@ def _gradients(weights: Tensor, own: _Side, other: _Side, geometry: _Geometry) -
     bank_gradient = torch.zeros_like(own.bank)
     if not weights.numel():
         return token_gradient[0], bank_gradient
-    if chunks:
-        # Behind them, those of class tokens with all patches together.
-        projections = own.tokens.new_empty((max(map(_pairs_of, chunks)) + 1) * batch, out_size)
+    # Behind them, those of class tokens with all patches together.
+    projections = own.tokens.new_empty((max(map(_pairs_of, chunks), default=0) + 1) * batch, out_size)
     for chunk in chunks:
         _project(projections, weights, own, other, chunk)
         if chunk.class_row >= 0:
@@ -535,7 +534,7 @@ def _add_shared(
     for offset in range(first, last + 1, step):
         part = geometry._replace(**{least: offset, most: min(offset + step - 1, last)})
         sums = _sums(weights, own, other, part, own.tokens.shape[1], apart)
-        sums = in_grid(sums if apart else sums.sum(0, keepdim=True)).to(own.tokens.dtype)
+        sums = in_grid(sums if apart else _added_up(sums)[None]).to(own.tokens.dtype)
         rows = _bank_rows(part, own.sign, sums.device)
         target += torch.einsum("nbxyf,ncf->bxyc", sums, own.bank.index_select(0, rows))
         bank_gradient.index_copy_(0, rows, torch.einsum("bxyc,nbxyf->ncf", tokens, sums))

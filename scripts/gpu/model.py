@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from common.hardware import hardware
 
 from gpu.cases import DTYPES, TIMED, Case
@@ -33,17 +34,6 @@ def _geometry(arguments: dict[str, Any]) -> triton_pairs._Geometry:
     return triton_pairs._Geometry(**{name: arguments[name] for name in triton_pairs._Geometry._fields})
 
 
-def _bank_rows(geometry: triton_pairs._Geometry) -> int:
-    """Bank rows that the offsets of a launch have."""
-
-    def different(least: int, most: int, furthest: int) -> int:
-        return min(max(most, -furthest), furthest) - max(min(least, furthest), -furthest) + 1
-
-    rows = different(geometry.least_row, geometry.most_row, geometry.max_row_distance)
-    rows *= different(geometry.least, geometry.most, geometry.max_column_distance)
-    return min(rows, geometry.num_grid_offsets) + geometry.num_offsets - geometry.num_grid_offsets
-
-
 def moved_bytes(launch: Launch) -> int:
     """What a launch reads or writes, each once: of tensors with an element per pair, and of banks, what its offsets have.
 
@@ -62,7 +52,8 @@ def moved_bytes(launch: Launch) -> int:
             elif name == "projections":
                 numbers = pairs * tensor.shape[-1]
             elif name.endswith("bank"):
-                numbers = _bank_rows(geometry) * math.prod(tensor.shape[1:])
+                rows = triton_pairs._bank_rows(geometry, 1, torch.device("meta"))
+                numbers = len(rows) * math.prod(tensor.shape[1:])
             elif (name, launch.name) == ("output", "bank_gradient_kernel"):
                 numbers = arguments["parts"] * geometry.num_offsets * math.prod(tensor.shape[-2:])
             if (name, launch.name) == ("output", "token_gradient_kernel"):

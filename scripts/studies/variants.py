@@ -55,7 +55,7 @@ def widened(kind: str, target: str, **fields: Any) -> Variant:
 
 
 def with_narrow_mlp(shape: dict[str, Any]) -> dict[str, Any]:
-    """Half as wide, beside the rest of the model."""
+    """A shape whose MLP is half as wide."""
     return {**shape, "intermediate_size": shape["intermediate_size"] // 2}
 
 
